@@ -172,3 +172,23 @@ class Rollout(Record):
 def _plain(record: Record, skip: set[str]) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in skip}
     return {name: _plain(value, set()) if isinstance(value, Record) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Demonstrations(Record):
+    """Completions that the data give: k = 1, what a policy should write.
+
+    Attributes:
+        prompts: The prompts.
+        tokens: Token ids, the EOS token included, padded on the right.
+        mask: True where a token counts.
+    """
+
+    prompts: Prompts
+    tokens: Int[Tensor, "prompts samples tokens"]
+    mask: Bool[Tensor, "prompts samples tokens"]
+
+
+@dataclass(frozen=True)
+class Preferences(Demonstrations):
+    """Pairs of completions of one prompt: k = 2, the chosen one first, the rejected one second."""

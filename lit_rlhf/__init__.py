@@ -1,0 +1,1 @@
+"""Align language models with human feedback, as PyTorch Lightning modules."""

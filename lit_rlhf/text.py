@@ -1,0 +1,98 @@
+"""From text to token ids, once for everything that reads text: data, rewards, policies.
+
+A plain string is tokenised as it stands; a list of messages goes through the tokenizer's chat template. A completion
+ends with the end-of-sequence token unless it was cut short, in training a reward model exactly as in using it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lit_rlhf.types import Message, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Return the token ids of a prompt, ready for the first token of a completion to follow.
+
+    An empty string is the start of a text: the tokenizer's BOS token (or its EOS token where it has none).
+
+    Raises:
+        ValueError: If the prompt is a conversation and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+            ids.pop()  # some tokenizers close every text; a prompt is open
+    else:
+        text = _template(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if ids:
+        return ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if start is None else [start]
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    finished: bool = True,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Return the token ids of a completion, to follow those of `encode_prompt`.
+
+    Args:
+        tokenizer: Of the model that will read the ids.
+        prompt: What the completion answers; a conversation where the completion is one.
+        completion: A string, or the messages that continue the conversation.
+        finished: Whether the completion ended by itself; it then ends with the EOS token, once, and otherwise has none.
+        template_kwargs: Handed to the chat template.
+    """
+    text = completion if isinstance(completion, str) else _continuation(tokenizer, prompt, completion, template_kwargs)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids
+    if eos in ids and not isinstance(completion, str):  # what a template writes after the end of a turn is never sampled
+        ids = ids[: len(ids) - 1 - ids[::-1].index(eos)]
+    while ids and ids[-1] == eos:
+        ids.pop()
+    return [*ids, eos] if finished else ids
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: list[Message], template_kwargs: dict[str, Any] | None
+) -> str:
+    if isinstance(prompt, str):
+        return "".join(message["content"] for message in completion)
+    before = _template(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
+    after = _template(tokenizer, [*prompt, *completion], template_kwargs, add_generation_prompt=False)
+    if after.startswith(before):
+        return after[len(before) :]
+    return "".join(message["content"] for message in completion)  # a template that rewrites earlier turns
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], kwargs: dict[str, Any] | None, **fixed: Any
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the data are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
+            "use an instruct model, set tokenizer.chat_template, or give plain strings"
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **fixed, **(kwargs or {})))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with that never ends a completion: the pad token, else unk, bos or 0, whichever is not EOS.
+
+    Policies mask padding by position, so the id changes nothing there. A sequence-classification model finds the end
+    of its input by it, and must not take the EOS token for padding.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+    return next(int(i) for i in candidates if i is not None and i != tokenizer.eos_token_id)
