@@ -18,6 +18,11 @@ def masked_sum(
     return values.masked_fill(~mask, 0.0).sum(-1)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 if it is in a 16-bit dtype, and as it is otherwise."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def token_logprobs(
     logits: Float[Tensor, "*batch vocabulary"], tokens: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
@@ -99,7 +104,7 @@ def reinforce_loss(
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"],
     mask: Bool[Tensor, "prompts samples tokens"],
 ) -> Float[Tensor, "prompts samples"]:
-    """The term of each completion: `-sum_t A_t log pi(y_t | x, y_<t)`; one advantage a completion stands at every token.
+    """The term of each completion: `-sum_t A_t log pi(y_t | x, y_<t)`. A single advantage stands at every token.
 
     Back to Basics, equations 2 and 3: a sum over tokens, no length normalisation, no ratio, no clip.
     """

@@ -6,12 +6,11 @@ ends with the end-of-sequence token unless it was cut short, in training a rewar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.types import Message, Text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def encode_prompt(
@@ -58,7 +57,9 @@ def encode_completion(
     eos = tokenizer.eos_token_id
     if eos is None:
         return ids
-    if eos in ids and not isinstance(completion, str):  # what a template writes after the end of a turn is never sampled
+    if eos in ids and not isinstance(
+        completion, str
+    ):  # what a template writes after the end of a turn is never sampled
         ids = ids[: len(ids) - 1 - ids[::-1].index(eos)]
     while ids and ids[-1] == eos:
         ids.pop()

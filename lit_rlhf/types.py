@@ -16,11 +16,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+R = TypeVar("R", bound="Record")
+RolloutT = TypeVar("RolloutT", bound="Rollout")
 
 Message = dict[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "..."}`."""
@@ -43,22 +46,22 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
 
 @dataclass(frozen=True)
 class Record:
-    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, whatever a subclass adds."""
+    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, also those of a subclass."""
 
-    def map(self, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> Self:
+    def map(self: R, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> R:
         """Apply `on_tensor` to every tensor and `on_list` to every list, in nested records and dicts too."""
         values = {f.name: _walk(getattr(self, f.name), on_tensor, on_list) for f in dataclasses.fields(self)}
         return type(self)(**values)
 
-    def rows(self, index: slice) -> Self:
+    def rows(self: R, index: slice) -> R:
         """Return the prompts that `index` selects, with all that belongs to them."""
         return self.map(lambda tensor: tensor[index], lambda items: items[index])
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: R, device: torch.device | str) -> R:
         """Return the record with every tensor on `device`."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: R, **changes: Any) -> R:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -147,11 +150,11 @@ class Rollout(Record):
     token_rewards: Float[Tensor, "prompts samples tokens"] | None = None
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"] | None = None
 
-    def samples(self, index: slice) -> Self:
+    def samples(self: RolloutT, index: slice) -> RolloutT:
         """Return the samples of each prompt that `index` selects; only for what no longer looks across a group."""
         return self.map(lambda tensor: tensor[:, index]).replace(prompts=self.prompts)
 
-    def trim(self) -> Self:
+    def trim(self: RolloutT) -> RolloutT:
         """Cut the padding that all prompts and the padding that all completions share."""
         length = int(self.completions.lengths.max())
         cut = self.map(lambda tensor: tensor[:, :, :length] if tensor.ndim == 3 else tensor)
@@ -162,7 +165,7 @@ class Rollout(Record):
         return _plain(self.to("cpu"), skip={"prompts"})
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], prompts: Prompts) -> Self:
+    def from_state(cls: type[RolloutT], state: dict[str, Any], prompts: Prompts) -> RolloutT:
         """Rebuild what `state` returned, for the prompts that it was made of."""
         fields = dict(state)
         completions = Completions(**fields.pop("completions"))

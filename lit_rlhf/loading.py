@@ -1,0 +1,100 @@
+"""Loading causal language models and their tokenizers, and checking that the two belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+def resolve(source: str | Path) -> str:
+    """Return the folder or hub id that `source` names; `testbed` is the policy shipped with the package.
+
+    Raises:
+        FileNotFoundError: If `source` can only be a folder, and there is none.
+    """
+    from lit_rlhf import testbed
+
+    shipped = testbed.resolve(str(source))
+    if shipped is not None:
+        return str(shipped)
+    text = str(source)
+    looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
+    if looks_like_a_path and not Path(text).expanduser().is_dir():
+        raise FileNotFoundError(f"policy {text!r}: there is no such folder; give a folder or a model's id on the hub")
+    return str(Path(text).expanduser()) if Path(text).expanduser().is_dir() else text
+
+
+def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used."""
+    kept = {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
+    return AutoTokenizer.from_pretrained(resolve(source), **kept)
+
+
+def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, or a PEFT adapter with the model that it was trained on, and its tokenizer."""
+    name = resolve(source)
+    options = {"dtype": torch.float32, **options}
+    tokenizer = load_tokenizer(name, **options)
+    if find_adapter_config_file(name) is not None:
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftModel:
+    """Wrap a model with a new LoRA adapter.
+
+    Raises:
+        ValueError: If the model has an adapter already, or `peft.LoraConfig` does not know an option.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
+    return get_peft_model(model, lora_config(LoraConfig, lora))
+
+
+def lora_config(config: type[Any], options: dict[str, Any], task_type: str = "CAUSAL_LM") -> Any:
+    """Build a `peft.LoraConfig`, with a sentence for an option that it does not have."""
+    try:
+        return config(**{"task_type": task_type, **options})
+    except TypeError as error:
+        raise ValueError(
+            f"lora: {error}; the options are those of peft.LoraConfig, such as r and lora_alpha"
+        ) from error
+
+
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every id of the tokenizer has a row in the model's embedding.
+
+    Raises:
+        ValueError: If the tokenizer has ids that the model does not know.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but the model embeds {rows}: "
+            "use the model's own tokenizer, or model.resize_token_embeddings"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that training and sampling see the same policy. The config stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends a completion: the generation config's (chat models have several), the tokenizer's."""
+    ids: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(ids)

@@ -1,0 +1,405 @@
+"""A causal language model that samples and scores itself, computing each prompt once for all its completions.
+
+The k completions of a prompt share it: its keys and values are computed for n rows and repeated k times, in sampling
+and, with gradient through the cache, in scoring. Log-probabilities come from the hidden states in chunks, so logits of
+every position are never held at once. What a model does not allow (no cache; logits that it scales or caps) is found
+by a probe on first use; the plain forward takes its place, and the log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+
+from lit_rlhf import functional as F
+from lit_rlhf.loading import add_lora, check_vocabulary, disable_dropout, end_of_sequence_ids, load_causal_lm
+from lit_rlhf.sampling import Sampling, addressed_noise, decode
+from lit_rlhf.types import Completions, Prompts
+
+LOGITS_AT_ONCE = 2**25
+"""Elements of logits held at a time while scoring: 128 MiB in float32."""
+
+
+@runtime_checkable
+class Given(Protocol):
+    """Completions to score: `lit_rlhf.types.Completions`, `Demonstrations`, `Preferences`."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids, `[prompts, samples, tokens]`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a token counts."""
+
+
+class Policy(nn.Module):
+    """A causal language model with its tokenizer.
+
+    Args:
+        model: A `transformers` causal language model, or a PEFT model around one. Its weights are trained where they
+            require gradient. Its dropout is switched off.
+        tokenizer: Its tokenizer.
+        lora: Options of `peft.LoraConfig` to train a new adapter instead of the weights (`{}` for PEFT's defaults).
+
+    Raises:
+        ValueError: If the tokenizer does not fit the model, or LoRA is asked for on top of an adapter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_vocabulary(model, tokenizer)
+        self.new_adapter = lora is not None
+        self.model = model if lora is None else add_lora(model, lora)
+        self.tokenizer = tokenizer
+        self.shares_prompt: bool | None = None
+        self.chunks_logits: bool | None = None
+        disable_dropout(self.model)
+        causal_lm = self.causal_lm
+        self._accepts_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
+        self.eos_ids = end_of_sequence_ids(causal_lm, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Policy:
+        """Load a policy from a hub id or a folder: a causal language model, or a PEFT adapter of one.
+
+        Args:
+            source: The hub id or folder; `testbed` for the shipped one.
+            lora: See the class.
+            **options: Handed to `from_pretrained` of `transformers`. Weights are float32 unless `dtype` says otherwise.
+        """
+        model, tokenizer = load_causal_lm(source, **options)
+        return cls(model, tokenizer, lora)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The `transformers` model itself, inside the PEFT model if there is one."""
+        get_base_model = getattr(self.model, "get_base_model", None)
+        return self.model if get_base_model is None else get_base_model()
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `transformers` (or PEFT, for an adapter) loads, tokenizer and chat template included."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def reference(self) -> Reference:
+        """What the policy is now, frozen: a new adapter switched off, otherwise a copy of what is trained."""
+        if self.new_adapter:
+            return Reference(self, adapter_off=True)
+        shared = {id(p): p for p in self.parameters() if not p.requires_grad}
+        frozen = copy.deepcopy(self, shared).requires_grad_(False).eval()
+        return Reference(frozen, adapter_off=False)
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+    ) -> Completions:
+        """Sample completions of each prompt.
+
+        Args:
+            prompts: The prompts.
+            num_samples: Completions of each prompt, k.
+            sampling: The options.
+            seed: With `epoch` and the prompts' `index`, the address of the sampling noise: the same address gives the
+                same completions, whatever else is in the batch.
+            epoch: See `seed`.
+        """
+        self.probe()
+        was_training = self.model.training
+        self.model.eval()  # no cache is kept in training mode under gradient checkpointing
+        try:
+            size = sampling.batch_size or len(prompts)
+            parts = [
+                self._sample(prompts.rows(slice(start, start + size)).trim(), num_samples, sampling, seed, epoch)
+                for start in range(0, len(prompts), size)
+            ]
+        finally:
+            self.model.train(was_training)
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
+        decoder = _CachedDecoder(self, prompts, k) if self.shares_prompt else _PlainDecoder(self, prompts, k)
+        noise = None
+        if not sampling.greedy:
+            noise = addressed_noise(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
+        eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
+        stops = StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None
+        drawn = decode(decoder, noise, sampling, eos, stops)
+        shape = (len(prompts), k, -1)
+        return Completions(
+            tokens=drawn.tokens.view(shape),
+            mask=drawn.mask.view(shape),
+            logprobs=drawn.logprobs.view(shape),
+            finished=drawn.finished.view(len(prompts), k),
+            entropy=drawn.entropy.view(shape),
+            kept_mass=drawn.kept_mass.view(shape) if sampling.truncates else None,
+        )
+
+    # Scoring
+
+    def logprobs(
+        self, prompts: Prompts, completions: Given, temperature: float = 1.0
+    ) -> Float[Tensor, "prompts samples tokens"]:
+        """Log-probability of each token of the completions, in nats, at least float32, 0 where masked.
+
+        Differentiable: the gradient runs through the shared prompt too.
+        """
+        self.probe()
+        n, k, t = completions.tokens.shape
+        tokens, mask = completions.tokens.flatten(0, 1), completions.mask.flatten(0, 1)
+        shared = self.shares_prompt and not self._checkpoints_activations
+        features = self._shared_features if shared else self._plain_features
+        chosen = features(prompts, tokens, k)[mask]
+        scores = self._chunked_logprobs(chosen, tokens[mask], temperature)
+        return scores.new_zeros(n * k, t).masked_scatter(mask, scores).view(n, k, t)
+
+    @property
+    def _checkpoints_activations(self) -> bool:
+        """Whether gradient checkpointing is at work: `transformers` keeps no cache then."""
+        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+
+    def _shared_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
+        """Features that predict each completion token, each prompt computed once."""
+        cache = DynamicCache(config=self.causal_lm.config)
+        positions = prompt_positions(prompts.mask)
+        features = self.forward_features(prompts.tokens, prompts.mask, positions, cache, keep=1)
+        features = features.repeat_interleave(k, 0)
+        if tokens.shape[1] == 1:
+            return features
+        cache.batch_repeat_interleave(k)
+        fed = tokens[:, :-1]
+        mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(fed, dtype=torch.bool)], 1)
+        steps = torch.arange(fed.shape[1], device=fed.device)
+        positions = prompts.mask.sum(1).repeat_interleave(k).unsqueeze(1) + steps
+        rest = self.forward_features(fed, mask, positions, cache, keep=fed.shape[1])
+        return torch.cat([features, rest], 1)
+
+    def _plain_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
+        """The same features from one forward over prompt and completion, each prompt computed k times."""
+        ids = torch.cat([prompts.tokens.repeat_interleave(k, 0), tokens], 1)
+        mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(tokens, dtype=torch.bool)], 1)
+        return self.forward_features(ids, mask, prompt_positions(mask), None, keep=tokens.shape[1] + 1)[:, :-1]
+
+    def forward_features(
+        self,
+        ids: Int[Tensor, "rows columns"],
+        mask: Bool[Tensor, "rows past_and_columns"],
+        positions: Int[Tensor, "rows columns"],
+        cache: DynamicCache | None,
+        keep: int,
+    ) -> Float[Tensor, "rows keep features"]:
+        """Hidden states of the last `keep` columns, or their logits where the projection is the model's own affair."""
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if self._accepts_positions:
+            arguments["position_ids"] = positions
+        causal_lm = self.causal_lm
+        if self.chunks_logits:
+            return causal_lm.base_model(**arguments).last_hidden_state[:, -keep:]
+        return causal_lm(**arguments).logits[:, -keep:]
+
+    def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocabulary"]:
+        """Turn what `forward_features` returned into logits."""
+        return self.causal_lm.get_output_embeddings()(features) if self.chunks_logits else features
+
+    def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        def score(features: Tensor, tokens: Tensor) -> Tensor:
+            return F.token_logprobs(F.at_least_float32(self.project(features)) / temperature, tokens)
+
+        rows = max(1, LOGITS_AT_ONCE // self.causal_lm.config.get_text_config().vocab_size)
+        if len(tokens) <= rows or not self.chunks_logits:
+            return score(features, tokens)
+        parts = [
+            checkpoint(score, some, ids, use_reentrant=False, preserve_rng_state=False)
+            for some, ids in zip(features.split(rows), tokens.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+    # Which fast path this model allows
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Find out, once, whether this model allows chunked logits and a shared prompt; say so where it does not."""
+        if self.shares_prompt is not None:
+            return
+        prompts, completions = self._probe_input()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.chunks_logits = False
+            expected = self._plain_features(prompts, completions, 2)
+            self.chunks_logits = True
+            reason = self._why_not(lambda: self._plain_features(prompts, completions, 2), expected)
+            if reason is None and not self._projects_plainly(prompts):
+                reason = "it scales or caps its logits"
+            self.chunks_logits = reason is None
+            if reason is not None:
+                rank_zero_info(f"{self._name} holds the logits of all positions at once: {reason}")
+            reason = self._why_not(lambda: self._shared_features(prompts, completions, 2), expected)
+            self.shares_prompt = reason is None
+            if reason is not None:
+                rank_zero_info(f"{self._name} computes each prompt once a completion: {reason}")
+        finally:
+            self.model.train(was_training)
+
+    def _probe_input(self) -> tuple[Prompts, Tensor]:
+        """Two prompts, one of them padded, and four completions, of arbitrary tokens."""
+        device = next(self.parameters()).device
+        ids = torch.arange(3, 29, device=device) * 7919 % self.causal_lm.get_input_embeddings().weight.shape[0]
+        mask = torch.ones(2, 5, dtype=torch.bool, device=device)
+        mask[0, :2] = False
+        return Prompts(ids[:10].view(2, 5), mask, torch.arange(2, device=device)), ids[10:].view(4, 4)
+
+    @property
+    def _name(self) -> str:
+        return type(self.causal_lm).__name__
+
+    def _why_not(self, compute: Callable[[], Tensor], expected: Tensor) -> str | None:
+        """Say in what a fast path differs from the plain one, or return None where it differs by rounding only."""
+        try:
+            difference = float((self.project(compute()) - expected).abs().max())
+        except Exception as error:  # whatever a model without a cache raises, the plain path remains
+            return f"{type(error).__name__}: {error}"
+        tolerance = 1e-3 + 2 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        return None if difference <= tolerance else f"its logits would differ by {difference:.2g}"
+
+    def _projects_plainly(self, prompts: Prompts) -> bool:
+        """Whether the logits are what the output layer returns, also where they are large (a cap bends only those)."""
+        head, ramps = self.causal_lm.get_output_embeddings(), []
+
+        def ramp(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            row = torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
+            ramps.append(row.expand_as(output))
+            return ramps[-1]
+
+        handle = head.register_forward_hook(ramp)
+        try:
+            logits = self.causal_lm(input_ids=prompts.tokens, attention_mask=prompts.mask.long()).logits
+        finally:
+            handle.remove()
+        return len(ramps) == 1 and torch.equal(logits, ramps[0].to(logits.dtype))
+
+
+class Reference:
+    """The frozen policy that the KL is measured against. No module, so that it is never trained, wrapped or saved."""
+
+    def __init__(self, policy: Policy, adapter_off: bool) -> None:
+        self._policy = policy
+        self._adapter_off = adapter_off
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with torch.no_grad():
+            if not self._adapter_off:
+                yield
+                return
+            with self._policy.model.disable_adapter():
+                yield
+
+    def to(self, device: torch.device | str) -> Reference:
+        """Move a copy's weights to the device; with an adapter switched off there is nothing to move."""
+        if not self._adapter_off:
+            self._policy.to(device)
+        return self
+
+    def logprobs(self, prompts: Prompts, completions: Given, temperature: float = 1.0) -> Tensor:
+        """See `Policy.logprobs`; without gradient."""
+        with self._frozen():
+            return self._policy.logprobs(prompts, completions, temperature)
+
+    def sample(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+    ) -> Completions:
+        """See `Policy.sample`."""
+        with self._frozen():
+            return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
+
+
+def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
+    """Position of each token among those that are not padding."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class _CachedDecoder:
+    """Rows that keep their keys and values; the prompt's are computed once for its k rows."""
+
+    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
+        self.policy, self.prompts, self.k = policy, prompts, k
+        self.cache = DynamicCache(config=policy.causal_lm.config)
+        self.mask = prompts.mask.repeat_interleave(k, 0)
+        self.positions = self.mask.sum(1, keepdim=True)
+
+    def start(self) -> Tensor:
+        prompts = self.prompts
+        positions = prompt_positions(prompts.mask)
+        features = self.policy.forward_features(prompts.tokens, prompts.mask, positions, self.cache, keep=1)
+        if self.k > 1:
+            self.cache.batch_repeat_interleave(self.k)
+        return self.policy.project(features[:, -1]).repeat_interleave(self.k, 0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        features = self.policy.forward_features(tokens.unsqueeze(1), self.mask, self.positions, self.cache, keep=1)
+        self.positions = self.positions + 1
+        return self.policy.project(features[:, -1])
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+class _PlainDecoder:
+    """Rows computed anew at every token, for a model without a cache."""
+
+    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
+        self.policy = policy
+        self.ids = prompts.tokens.repeat_interleave(k, 0)
+        self.mask = prompts.mask.repeat_interleave(k, 0)
+
+    def start(self) -> Tensor:
+        positions = prompt_positions(self.mask)
+        features = self.policy.forward_features(self.ids, self.mask, positions, None, keep=1)
+        return self.policy.project(features[:, -1])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.ids = torch.cat([self.ids, tokens.unsqueeze(1)], 1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return self.start()
+
+    def keep(self, rows: Tensor) -> None:
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+
+def _join(parts: list[Completions]) -> Completions:
+    """Stack completions of different prompts, padded to the longest."""
+    length = max(part.tokens.shape[-1] for part in parts)
+
+    def pad(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (0, length - tensor.shape[-1])) if tensor.ndim == 3 else tensor
+
+    columns = [vars(part.map(pad)) for part in parts]
+    joined = {
+        name: None if first is None else torch.cat([column[name] for column in columns])
+        for name, first in columns[0].items()
+    }
+    return Completions(**joined)
