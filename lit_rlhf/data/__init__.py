@@ -1,0 +1,23 @@
+"""Prompts, demonstrations and preferences: read, tokenised, and handed out so that a run can stop and go on."""
+
+from lit_rlhf.data.formats import Example, read_demonstration, read_preference, read_prompt
+from lit_rlhf.data.module import DemonstrationData, PreferenceData, PromptData, TextData
+from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
+from lit_rlhf.data.sources import load_rows
+from lit_rlhf.data.transforms import FirstWords
+
+__all__ = [
+    "BlockSampler",
+    "DemonstrationData",
+    "EvalSampler",
+    "Example",
+    "FirstWords",
+    "PreferenceData",
+    "PromptData",
+    "ResumableLoader",
+    "TextData",
+    "load_rows",
+    "read_demonstration",
+    "read_preference",
+    "read_prompt",
+]
