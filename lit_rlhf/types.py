@@ -46,7 +46,7 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
 
 @dataclass(frozen=True)
 class Record:
-    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, also those of a subclass."""
+    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too."""
 
     def map(self: R, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> R:
         """Apply `on_tensor` to every tensor and `on_list` to every list, in nested records and dicts too."""
