@@ -1,0 +1,45 @@
+"""What several callbacks need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtyping import Float
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.types import Rollout
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where this run writes: the first logger's folder, else `default_root_dir`. Call it on all ranks."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def new_rollout(module: LightningModule, batch_idx: int) -> Rollout | None:
+    """Return the rollout that this training step collected, None at a later slice or where nothing is sampled."""
+    rollout: Rollout | None = getattr(module, "rollout", None)
+    return rollout if batch_idx % getattr(module, "repeats", 1) == 0 else None
+
+
+def completion_kl(rollout: Rollout) -> Float[Tensor, "prompts samples"]:
+    """The estimate k1 of KL(policy || reference), summed over each completion, in nats."""
+    completions = rollout.completions
+    return F.masked_sum(F.kl_k1(completions.logprobs, rollout.reference_logprobs), completions.mask)
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Tell whether this is a `fast_dev_run`, which writes nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def validated_in_fit(trainer: Trainer) -> bool:
+    """Tell whether the validation that just ended belongs to `fit` and is not the sanity check."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def scalar_metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """The metrics logged so far whose names start with `prefix`."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

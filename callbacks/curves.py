@@ -1,0 +1,130 @@
+"""The run as one picture."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from .common import is_trial, run_folder, scalar_metrics, validated_in_fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+History = dict[str, list[tuple[int, float]]]
+
+PANELS = {
+    "reward": ["reward", "judge"],
+    "win rate against the start": ["win_rate", "judge_win_rate"],
+    "KL to the reference (nats a completion)": ["kl"],
+    "completion length (tokens)": ["completion_length", "length"],
+    "entropy (nats a token)": ["entropy"],
+    "distinct bigrams": ["distinct_2"],
+    "accuracy": ["accuracy"],
+    "loss": ["loss"],
+}
+COLOURS = {"train": "#4878a8", "val": "#d1662f", "second": "#5a9a57"}
+
+
+class Curves(Callback):
+    """Draws `curves.png` in the run's folder, after validations and at the end of `fit`, where matplotlib is installed.
+
+    Training values are drawn pale with their moving mean, validation values as points. A resumed run continues its
+    curves.
+
+    Args:
+        every_n_validations: Validations from one drawing to the next.
+
+    Raises:
+        ValueError: If `every_n_validations` is below 1.
+    """
+
+    def __init__(self, every_n_validations: int = 1) -> None:
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations={every_n_validations} must be at least 1")
+        self.every_n_validations = every_n_validations
+        self.history: History = {}
+        self._validations = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._path = run_folder(trainer) / "curves.png"
+        self._enabled = trainer.is_global_zero and not is_trial(trainer) and find_spec("matplotlib") is not None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % getattr(pl_module, "repeats", 1) == 0:
+            self._record(trainer, "train")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if validated_in_fit(trainer):
+            self._record(trainer, "val")
+            self._validations += 1
+            if self._enabled and self._validations % self.every_n_validations == 0:
+                draw(self.history, self._path)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled:
+            draw(self.history, self._path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {name: list(points) for name, points in self.history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = {
+            name: [(step, value) for step, value in points] for name, points in state_dict["history"].items()
+        }
+
+    def _record(self, trainer: Trainer, split: str) -> None:
+        wanted = {f"{split}/{name}" for names in PANELS.values() for name in names}
+        for name, value in scalar_metrics(trainer, f"{split}/").items():
+            if name in wanted and value == value:
+                self.history.setdefault(name, []).append((trainer.global_step, value))
+
+
+def draw(history: History, path: Path) -> None:
+    """Draw a small panel for each quantity that `history` knows; nothing where it knows none."""
+    from matplotlib.figure import Figure  # an extra; pyplot's global state stays out of it
+
+    panels = {
+        title: [n for n in names if any(f"{s}/{n}" in history for s in ("train", "val"))]
+        for title, names in PANELS.items()
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    for place, (title, names) in enumerate(panels.items(), start=1):
+        _panel(figure.add_subplot(rows, columns, place), title, names, history)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{path.name}")
+    figure.savefig(partial, dpi=130)
+    os.replace(partial, path)
+
+
+def _panel(axes: Axes, title: str, names: list[str], history: History) -> None:
+    for order, name in enumerate(names):
+        if train := history.get(f"train/{name}"):
+            steps, values = zip(*train, strict=True)
+            axes.plot(steps, values, color=COLOURS["train"], alpha=0.3, linewidth=0.8)
+            axes.plot(steps, _smooth(values), color=COLOURS["train"], linewidth=1.8, label=f"train/{name}")
+        if val := history.get(f"val/{name}"):
+            colour = COLOURS["second" if order and f"val/{names[0]}" in history else "val"]
+            axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=f"val/{name}")
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("optimizer steps", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """The mean of the last few values, a twentieth of all of them."""
+    window = max(1, len(values) // 20)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

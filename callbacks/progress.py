@@ -1,0 +1,71 @@
+"""A progress bar that shows what matters here, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+from .common import scalar_metrics, validated_in_fit
+
+VALIDATION = ("reward", "win_rate", "kl", "loss", "accuracy", "length")
+
+
+class RLHFProgressBar(RichProgressBar):
+    """Shows reward and KL beside the bar; into a file or a notebook it writes a plain line now and then instead.
+
+    Args:
+        refresh_rate: Redraws per second at most; 0 shows nothing.
+        leave: Whether to leave each epoch's bar on the screen.
+        seconds: Time between two plain lines, at least.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = False, seconds: float = 5.0) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+        self.seconds = seconds
+        self._plain = False
+        self._started = self._printed = -math.inf
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._plain = trainer.is_global_zero and self.refresh_rate > 0 and not sys.stdout.isatty()
+        if self._plain:
+            self.disable()
+        self._started = time.monotonic()
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._due():
+            total = trainer.estimated_stepping_batches
+            of = f"/{int(total)}" if 0 < total < math.inf else ""
+            self._line(f"step {trainer.global_step}{of}", self.get_metrics(trainer, pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if validated_in_fit(trainer) and self._due():
+            values = scalar_metrics(trainer, "val/")
+            shown = {name: values[f"val/{name}"] for name in VALIDATION if f"val/{name}" in values}
+            self._line(f"validation at step {trainer.global_step}", shown)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_progress()  # what follows is printed, and should not stand above a bar
+
+    def _due(self) -> bool:
+        return self._plain and time.monotonic() - self._printed >= self.seconds
+
+    def _line(self, head: str, metrics: dict[str, Any]) -> None:
+        self._printed = time.monotonic()
+        values = [f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, int | float)]
+        print(*[head, *values, f"({self._printed - self._started:.0f} s)"], flush=True)

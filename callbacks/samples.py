@@ -1,0 +1,169 @@
+"""What the policy writes, where one looks for it: the terminal, the loggers, a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import get_console
+from rich.table import Table
+from rich.text import Text
+
+from lit_rlhf.types import Rollout
+
+from .common import completion_kl, is_trial, new_rollout, run_folder
+
+COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", "kl", "length", "finished"]
+
+
+class SampleLogger(Callback):
+    """Shows prompts and completions with their reward, its parts, and the KL in nats.
+
+    They go to the terminal, to each logger with `log_table` or `log_text` (Weights & Biases) or a TensorBoard
+    `add_text`, and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of `COLUMNS`; a number
+    that is missing or not finite is null. `split` is "train" for sampled completions and "val" for the greedy ones on
+    held-out prompts, which every validation adds to the file and the loggers. The first rank writes what it sampled.
+
+    Args:
+        every_n_rollouts: Rollouts from one showing to the next; the first is always shown.
+        num_samples: Completions shown, of different prompts as long as there are enough.
+        to_terminal: Whether to print the sampled ones as a table.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, every_n_rollouts: int = 10, num_samples: int = 3, to_terminal: bool = True) -> None:
+        if every_n_rollouts < 1 or num_samples < 1:
+            raise ValueError(
+                f"every_n_rollouts={every_n_rollouts} and num_samples={num_samples} must be at least 1; "
+                "leave the callback out to log no samples"
+            )
+        self.every_n_rollouts = every_n_rollouts
+        self.num_samples = num_samples
+        self.to_terminal = to_terminal
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._path = run_folder(trainer) / "samples.jsonl"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        rollout = new_rollout(pl_module, batch_idx)
+        count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "repeats", 1)
+        if rollout is None or count % self.every_n_rollouts or not trainer.is_global_zero:
+            return
+        rows = self._log(trainer, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples))
+        if self.to_terminal:
+            get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        examples = getattr(pl_module, "examples", None)
+        if examples and trainer.is_global_zero and not trainer.sanity_checking:
+            self._log(trainer, "val", examples)
+
+    def _log(self, trainer: Trainer, split: str, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "split": split}
+        rows = [{key: _plain({**sample, **place}.get(key)) for key in COLUMNS} for sample in samples]
+        for logger in trainer.loggers:
+            _to_logger(logger, f"{split}/samples", rows, trainer.global_step)
+        if not is_trial(trainer):
+            _append(self._path, rows)
+        return rows
+
+
+def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """Describe `count` completions of a rollout: the first sample of each prompt, then the second, and so on."""
+    n, k = rollout.rewards.shape
+    places = [(i, j) for j in range(k) for i in range(n)][:count]
+    kl, lengths, ids = completion_kl(rollout), rollout.completions.lengths, rollout.completions.ids()
+    texts = tokenizer.batch_decode([ids[i * k + j] for i, j in places], skip_special_tokens=True)
+    return [
+        {
+            "prompt": _prompt(rollout, tokenizer, i),
+            "completion": text,
+            "reward": float(rollout.rewards[i, j]) if rollout.valid[i, j] else None,
+            "parts": {name: float(part[i, j]) for name, part in rollout.parts.items()},
+            "kl": float(kl[i, j]),
+            "length": int(lengths[i, j]),
+            "finished": bool(rollout.completions.finished[i, j]),
+        }
+        for (i, j), text in zip(places, texts, strict=True)
+    ]
+
+
+def as_text(value: Any) -> str:
+    """A prompt or a completion as one string: text as it is, messages as lines of `role: content`."""
+    if isinstance(value, list):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return str(value)
+
+
+def _prompt(rollout: Rollout, tokenizer: Any, i: int) -> Any:
+    prompts = rollout.prompts
+    return prompts.text[i] if prompts.text else tokenizer.decode(prompts.tokens[i][prompts.mask[i]].tolist())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    with path.open("a", encoding="utf-8", errors="replace") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _short(value: Any, limit: int, end: bool = False) -> Text:
+    """Shorten for the terminal; of a prompt the end matters most."""
+    text = as_text(value)
+    cut = "…" + text[-limit:] if end else text[:limit] + "…"
+    return Text(text if len(text) <= limit else cut)
+
+
+def _reward(row: dict[str, Any]) -> str:
+    parts = row["parts"] or {}
+    lines = [f"{name} {_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
+    return "\n".join([_number(row["reward"]), *lines])
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table("prompt", "completion", title=title, title_justify="left", show_lines=True)
+    for name in ("reward", "KL", "tokens"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        prompt, completion = _short(row["prompt"], 300, end=True), _short(row["completion"], 600)
+        table.add_row(prompt, completion, Text(_reward(row)), _number(row["kl"]), str(row["length"] or "-"))
+    return table
+
+
+def _to_logger(logger: Any, key: str, rows: list[dict[str, Any]], step: int) -> None:
+    write = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
+    if write is not None:
+        write(key=key, columns=COLUMNS, data=[[_cell(row[column]) for column in COLUMNS] for row in rows])
+    elif hasattr(getattr(logger, "experiment", None), "add_text"):
+        logger.experiment.add_text(key, "\n\n---\n\n".join(_markdown(row) for row in rows), step)
+
+
+def _cell(value: Any) -> Any:
+    return as_text(value) if isinstance(value, list) else json.dumps(value) if isinstance(value, dict) else value
+
+
+def _markdown(row: dict[str, Any]) -> str:
+    values = f"reward {_number(row['reward'])}, KL {_number(row['kl'])}, {json.dumps(row['parts'])}"
+    quoted = as_text(row["completion"]).replace("\n", "\n> ")
+    return f"{as_text(row['prompt'])}\n\n> {quoted}\n\n*{values}*"

@@ -1,0 +1,120 @@
+"""What happened, said once at the end."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import get_console
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .checkpoint import PolicyCheckpoint
+from .common import run_folder, scalar_metrics, validated_in_fit
+from .samples import as_text
+
+ROWS = {
+    "val/reward": "reward",
+    "val/judge": "gold reward",
+    "val/win_rate": "win rate",
+    "val/judge_win_rate": "gold win rate",
+    "val/kl": "KL (nats a completion)",
+    "val/length": "length (tokens)",
+    "val/distinct_2": "distinct bigrams",
+    "val/accuracy": "accuracy",
+    "val/loss": "loss",
+}
+
+
+class Summary(Callback):
+    """Prints at the end of `fit` the held-out numbers and completions before and after, and where the files are.
+
+    "Before" is the first validation of the run, also where it was resumed since; "after" is the last one.
+
+    Args:
+        num_examples: Held-out prompts to show, 0 for none.
+    """
+
+    def __init__(self, num_examples: int = 3) -> None:
+        self.num_examples = num_examples
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if validated_in_fit(trainer):
+            examples = [
+                {"prompt": as_text(example["prompt"]), "completion": as_text(example["completion"])}
+                for example in getattr(pl_module, "examples", [])[: self.num_examples]
+            ]
+            metrics = scalar_metrics(trainer, "val/")
+            self.last = {"step": trainer.global_step, "metrics": metrics, "examples": examples}
+            self.first = self.first or copy.deepcopy(self.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first, self.last = state_dict["first"], state_dict["last"]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        console = get_console()
+        if self.first:
+            console.print(_numbers(self.first, self.last))
+            _examples(console, self.first, self.last)
+        for name, path in self._files(trainer).items():
+            console.print(Text(f"{name:<16}{path}"), soft_wrap=True)
+
+    def _files(self, trainer: Trainer) -> dict[str, Any]:
+        files: dict[str, Any] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PolicyCheckpoint):
+                files |= {f"{name} policy": path for name, path in callback.policies.items()}
+                files |= {"to go on": callback.last_path} if callback.last_path else {}
+        return {**files, "everything else": self._folder}
+
+
+def _numbers(first: dict[str, Any], last: dict[str, Any]) -> Table:
+    once = first["step"] == last["step"]
+    table = Table(title="on held-out prompts", title_justify="left")
+    table.add_column("")
+    for record in [last] if once else [first, last]:
+        table.add_column(_when(record["step"]), justify="right")
+    for name in _rows(last["metrics"]):
+        values = [last] if once else [first, last]
+        table.add_row(_label(name), *[_value(record["metrics"].get(name)) for record in values])
+    return table
+
+
+def _rows(metrics: dict[str, float]) -> list[str]:
+    parts = [name for name in metrics if name.startswith("val/reward/")]
+    known = [name for name in ROWS if name in metrics]
+    return [name for row in known for name in ([row, *parts] if row == "val/reward" else [row])]
+
+
+def _label(name: str) -> str:
+    return ROWS.get(name, "  " + name.removeprefix("val/reward/"))
+
+
+def _when(step: int) -> str:
+    return "before" if step == 0 else f"after {step} updates"
+
+
+def _value(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.3g}"
+
+
+def _examples(console: Console, first: dict[str, Any], last: dict[str, Any]) -> None:
+    before = {example["prompt"]: example["completion"] for example in first["examples"]}
+    for example in last["examples"]:
+        console.print(Text(f"\n{example['prompt']}", style="bold"))
+        if first["step"] != last["step"] and example["prompt"] in before:
+            console.print(Text(f"  {_when(first['step'])}: {before[example['prompt']]}", style="dim"))
+        console.print(Text(f"  {_when(last['step'])}: {example['completion']}"))
+    console.print()
