@@ -1,0 +1,21 @@
+"""Rewards: what a completion is worth. Any callable will do; these are ready-made."""
+
+from lit_rlhf.rewards.base import Reward, Weighted
+from lit_rlhf.rewards.functions import ExactMatch, Length, Matches, Repetition, text_of
+from lit_rlhf.rewards.model import RewardModel
+from lit_rlhf.rewards.scorer import Scorer, Scores
+from lit_rlhf.rewards.sentiment import Sentiment
+
+__all__ = [
+    "ExactMatch",
+    "Length",
+    "Matches",
+    "Repetition",
+    "Reward",
+    "RewardModel",
+    "Scorer",
+    "Scores",
+    "Sentiment",
+    "Weighted",
+    "text_of",
+]

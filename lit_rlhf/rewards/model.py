@@ -1,0 +1,210 @@
+"""A reward model: a sequence-classification model with one label, read at the last token of prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lit_rlhf.text import encode_completion, encode_prompt
+from lit_rlhf.types import Text
+
+
+class RewardModel:
+    """The score of a decoder-only sequence-classification model, such as the one that `RewardModeling` exports.
+
+    Text goes through the model's own tokenizer and messages through its own chat template. A completion that ended by
+    itself ends with the model's EOS token, one that was cut does not, as in training. This is a plain object and no
+    module: no checkpoint and no optimizer knows it. `setup` loads the weights, or the first call does, onto the CPU.
+
+    Args:
+        model: A folder, a hub id, or a model in memory (which is then put in evaluation mode and moved).
+        tokenizer: By default the one that lies with the model; must be given for a model in memory.
+        batch_size: Completions a forward pass.
+        max_length: Longest input in tokens; a longer one loses the start of its prompt. By default nothing is cut, and
+            an input longer than the model's positions is an error.
+        dtype: Of the weights that are loaded: "auto" for the dtype they were saved in, or "float32", "bfloat16", ...
+            The trainer's precision does not reach them.
+        chat_template_kwargs: Handed to the chat template.
+
+    Raises:
+        ValueError: If the model can't be read, is no sequence-classification model or has more than one label, or if
+            `batch_size` or `max_length` is out of range. All this is found out before weights are loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"the batch_size of a reward model must be at least 1, not {batch_size}")
+        if isinstance(model, PreTrainedModel) and tokenizer is None:
+            raise ValueError("a reward model in memory needs its tokenizer: RewardModel(model, tokenizer=tokenizer)")
+        self.source = model
+        self.tokenizer_source = model if tokenizer is None else tokenizer
+        self.batch_size = batch_size
+        self.dtype = dtype
+        self.chat_template_kwargs = chat_template_kwargs
+        config = model.config if isinstance(model, PreTrainedModel) else _read_config(model)
+        _check_one_label(config, _called(model))
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if max_length is not None and not 1 <= max_length <= (positions or max_length):
+            raise ValueError(f"max_length={max_length} does not fit {_called(model)}: it has {positions} positions")
+        self.max_length = max_length
+        self.positions = positions
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what `setup` loads, so that no copy carries it into a checkpoint."""
+        return {**self.__dict__, "_model": None, "_tokenizer": None}
+
+    def setup(self, device: torch.device | str) -> None:
+        """Load tokenizer and weights, unless they are there, and move them to `device`.
+
+        Raises:
+            ValueError: If the weights lack the head that gives the score, or the tokenizer more tokens than the model.
+        """
+        if self._model is None:
+            self._tokenizer = _load_tokenizer(self.tokenizer_source)
+            self._model = self.source if isinstance(self.source, PreTrainedModel) else _load(self.source, self.dtype)
+            vocabulary = self._model.config.get_text_config().vocab_size
+            if len(self._tokenizer) > vocabulary:
+                raise ValueError(
+                    f"the tokenizer of {_called(self.source)} has {len(self._tokenizer)} tokens, "
+                    f"the model only {vocabulary}: they do not belong together"
+                )
+        self._model.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], finished: list[bool] | None = None
+    ) -> Float[Tensor, " completions"]:
+        """Score completions.
+
+        Args:
+            prompts: Strings or messages, one a completion.
+            completions: Strings or messages.
+            finished: Whether each completion ended by itself; by default all did.
+
+        Returns:
+            The scores in float32, on the CPU.
+
+        Raises:
+            ValueError: If an input is longer than the model's positions, and no `max_length` was chosen.
+        """
+        if self._model is None:
+            self.setup("cpu")
+        finished = [True] * len(completions) if finished is None else finished
+        rows = [self._encode(*row) for row in zip(prompts, completions, finished, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # little padding; the largest first
+        size = min(self.batch_size, self._model.config.get_text_config().vocab_size - 1)  # leaves an id to pad with
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        scores = torch.empty(len(rows), dtype=torch.float32)
+        if batches:
+            scores[order] = torch.cat([self._forward([rows[i] for i in batch]) for batch in batches]).cpu()
+        return scores
+
+    def _encode(self, prompt: Text, completion: Text, finished: bool) -> list[int]:
+        start = encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
+        end = encode_completion(self._tokenizer, prompt, completion, finished, self.chat_template_kwargs)
+        ids = start + end
+        if self.max_length is not None:
+            return ids[-self.max_length :]
+        if self.positions is not None and len(ids) > self.positions:
+            raise ValueError(
+                f"an input of {len(ids)} tokens exceeds the {self.positions} positions of {_called(self.source)}: "
+                f"use shorter prompts, or max_length={self.positions} to cut the start of the prompt"
+            )
+        return ids
+
+    def _forward(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
+        device, length = self._model.device, max(map(len, rows))
+        ends = {row[-1] for row in rows}
+        pad = next(i for i in range(len(ends) + 1) if i not in ends)
+        tokens = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+        places = torch.arange(length, device=device)
+        mask = (places < torch.tensor([[len(row)] for row in rows], device=device)).long()
+        with _configured(self._model.config, pad), torch.autocast(device.type, enabled=False):
+            scores: Tensor = self._model(input_ids=tokens, attention_mask=mask).logits
+        return scores.squeeze(-1).float()
+
+
+@contextmanager
+def _configured(config: PreTrainedConfig, pad: int) -> Iterator[None]:
+    """Set the id that padding is told by, to one that no row of the batch ends with, and leave the cache out.
+
+    The model reads its score at the last token that is not `pad_token_id`. With any fixed id, EOS above all, a row that
+    itself ends with that id would be read too early.
+    """
+    changes = {"pad_token_id": pad, "use_cache": False}
+    configs = [config, config.get_text_config()]
+    before = [{name: getattr(c, name, None) for name in changes} for c in configs]
+    try:
+        for c in configs:
+            vars(c).update(changes)
+        yield
+    finally:
+        for c, values in zip(configs, before, strict=True):
+            vars(c).update(values)
+
+
+def _called(model: str | Path | PreTrainedModel) -> str:
+    return f"the reward model {type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)!r}"
+
+
+def _read_config(model: str | Path) -> PreTrainedConfig:
+    folder = Path(model)
+    if folder.is_dir() and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{_called(model)} is a PEFT adapter: merge it into its base model and save that")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+        return config
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{_called(model)} has no readable config: give a folder with a config.json or a hub id"
+        ) from error
+
+
+def _check_one_label(config: PreTrainedConfig, called: str) -> None:
+    architectures = config.architectures or []
+    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(
+            f"{called} is a {architectures[0]}, not a sequence-classification model: train one with RewardModeling"
+        )
+    if config.num_labels != 1:
+        raise ValueError(
+            f"{called} has {config.num_labels} labels, but a reward is one number: use a model with one label"
+        )
+
+
+def _load(model: str | Path, dtype: str) -> PreTrainedModel:
+    loaded: PreTrainedModel
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{_called(model)} lacks the weights {missing}, which would be random: train it as a reward model"
+        )
+    return loaded
+
+
+def _load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
+    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,103 @@
+import inspect
+import sys
+
+import pytest
+
+from lit_rlhf.rewards import ExactMatch, Length, Matches, Repetition, Scorer, Sentiment, Weighted, text_of
+
+
+def messages(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_text_of_strings_messages_and_blocks():
+    blocks = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    assert text_of("abc") == "abc"
+    assert text_of(messages("abc")) == "abc"
+    assert (
+        text_of([*messages("a"), {"role": "tool", "content": None}, {"role": "assistant", "content": blocks}])
+        == "a\n\nab"
+    )
+
+
+def test_length_is_zero_inside_and_falls_outside():
+    reward = Length(minimum=4, maximum=8)
+    values = reward(completions=[""] * 5, completion_ids=[[0] * n for n in (0, 2, 4, 8, 16)])
+    assert values == [-1, -0.5, 0, 0, -1]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_length_in_words_and_chars(conversational):
+    texts = ["two words", "a b c d"]
+    completions = [messages(text) for text in texts] if conversational else texts
+    ids = [[0], [0]]
+    assert Length(maximum=2, unit="words")(completions, ids) == [0, -1]
+    assert Length(minimum=18, unit="chars")(completions, ids) == [-0.5, 7 / 18 - 1]
+
+
+@pytest.mark.parametrize("bounds", [(0, None), (-1, 3), (5, 4), (0, 0)])
+def test_length_refuses_bounds_without_a_length_between(bounds):
+    with pytest.raises(ValueError, match="Length"):
+        Length(*bounds)
+
+
+def test_length_refuses_an_unknown_unit():
+    with pytest.raises(ValueError, match="tokens, words or chars, not 'lines'"):
+        inspect.unwrap(Length.__init__)(
+            object.__new__(Length), 1, 2, "lines"
+        )  # outside of the tests nothing checks types
+
+
+def test_matches_searches_or_matches_the_whole():
+    completions = ["<a>x\ny</a>", "<a>x</a> and more", messages("<a></a>"), "none"]
+    assert Matches(r"(?s)<a>.*</a>")(completions) == [1, 1, 1, 0]
+    assert Matches(r"(?s)<a>.*</a>", full=True)(completions) == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        Matches("(")
+
+
+def test_exact_match_compares_with_a_column():
+    reward = ExactMatch()
+    assert reward(["  The   End", "the", "x"], answer=["the end", "The end", None]) == [1, 0, None]
+    assert ExactMatch(normalise=False)([" a"], answer=["a"]) == [0]
+    gold = ExactMatch("gold", pattern=r"#### (.+)")
+    assert gold(["#### 1 no\n#### 42", messages("#### 42 "), "42"], gold=[42, "42", "42"]) == [1, 1, 0]
+
+
+def test_exact_match_says_early_which_column_it_misses():
+    with pytest.raises(ValueError, match=r"'exact_match' asks for \['gold'\]"):
+        Scorer([Weighted(ExactMatch("gold"))]).check(["answer"])
+
+
+def test_repetition_counts_ngrams_said_before():
+    assert Repetition(2)(["a b c d", "great great great great", "", "one"]) == [0, pytest.approx(-2 / 3), 0, 0]
+    assert Repetition(1)(["The the cat"]) == [pytest.approx(-1 / 3)]
+    with pytest.raises(ValueError, match="not 0"):
+        Repetition(0)
+
+
+def test_sentiment_tells_good_from_bad():
+    prompts, completions = ["It was", "It was", "It was"], [" wonderful!", " terrible.", " a chair."]
+    good, bad, neutral = Sentiment()(prompts, completions)
+    assert -1 <= bad < -0.3 < neutral == 0 < 0.3 < good <= 1
+
+
+def test_sentiment_of_prompt_and_completion_as_one_text():
+    prompts, completions = ["This film is not"], [" good"]
+    assert Sentiment()(prompts, completions)[0] > 0 > Sentiment(with_prompt=True)(prompts, completions)[0]
+    joined = Sentiment(with_prompt=True)([[{"role": "user", "content": "I hate it"}]], [messages("So do I")])
+    assert joined[0] < 0
+
+
+def test_sentiment_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(ImportError, match=r"pip install 'lit_rlhf\[sentiment\]'"):
+        Sentiment()
+
+
+def test_all_run_through_the_scorer():
+    rewards = [Length(maximum=3), Matches("x"), ExactMatch(), Repetition(), Sentiment(), Weighted(Length(2), 0.5)]
+    scores = Scorer(rewards)(["p"], ["x x x"], [[1, 2, 3, 4]], [True], {"answer": ["x x x"]})
+    expected = ["length", "matches", "exact_match", "repetition", "sentiment", "length_2"]
+    assert list(scores.parts) == expected
+    assert scores.rewards.item() == pytest.approx(-1 / 3 + 1 + 1 - 1 / 2 + 0 + 0)
