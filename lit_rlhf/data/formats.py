@@ -78,7 +78,7 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
     name = completion_column or next((name for name in ("completion", *_CONVERSATIONS, "text") if name in row), None)
     if name is None:
         raise ValueError(
-            "no demonstrations: they need columns 'prompt' and 'completion', or 'messages', or 'text', and the data have "
+            "no demonstrations: expected columns 'prompt' and 'completion', or 'messages', or 'text'; the data have "
             f"{_names(row)}: name yours with completion_column and prompt_column, or make them with a transform"
         )
     completion = _text(_get(row, name, "completion"), name)

@@ -6,7 +6,7 @@ import functools
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning
 import numpy as np
@@ -30,7 +30,8 @@ SPLIT_SEED = 0
 class TextData(lightning.LightningDataModule):
     """What the data modules share. Everything is read, checked and tokenised in `setup`, before a model is loaded.
 
-    The tokenizer is that of the LightningModule. Without a Trainer, set `data.tokenizer` before `data.setup()`.
+    The tokenizer is that of the LightningModule. In a notebook, without a Trainer, set one before:
+    `data.tokenizer = tokenizer; data.setup(); batch = next(iter(data.train_dataloader()))`.
 
     Args:
         train: Rows to train on: a json, jsonl, csv or parquet file, a folder of them, a saved dataset, a hub id
@@ -145,11 +146,11 @@ class TextData(lightning.LightningDataModule):
         return [rows[i] for i in kept], [rows[i] for i in held]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        tokenizer = getattr(module, "tokenizer", None) or self.tokenizer
-        if tokenizer is None:
-            raise ValueError("there is no tokenizer: set data.tokenizer, or train a module that has one")
-        return tokenizer
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.trainer is None:
+            raise ValueError("there is no tokenizer outside a Trainer: set data.tokenizer before data.setup()")
+        return cast("PreTrainedTokenizerBase", self.trainer.lightning_module.tokenizer)
 
     def _ranks(self) -> dict[str, int]:
         if self.trainer is None:

@@ -12,18 +12,18 @@ import datasets
 Row = dict[str, Any]
 """One row of a data set, by column name."""
 
-Source: TypeAlias = str | list[Row] | datasets.Dataset
-"""What `load_rows` reads."""
+Source: TypeAlias = str | Iterable[Row]
+"""What `load_rows` reads: a path or a hub id, or rows: a list of dicts or a `datasets.Dataset`."""
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
 
 
-def load_rows(source: Source, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
+def load_rows(source: Any, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
     """Return the rows of a data set.
 
     Args:
-        source: Rows themselves (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv or parquet
+        source: A `Source`: rows themselves (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv or parquet
             file (compressed or not), a folder of such files, a folder written by `Dataset.save_to_disk`, or a hub id.
             A hub id may name a configuration after a colon, and anything may name a split after a hash sign:
             `"owner/name:config#train[:1000]"`.
@@ -33,7 +33,7 @@ def load_rows(source: Source, prefer: Sequence[str] = ("train",)) -> Iterable[Ro
         FileNotFoundError: If the string is neither here nor a data set on the hub.
         ValueError: If the data are empty, a stream, unreadable, or have several splits and none is named.
     """
-    rows = _load(source, prefer)
+    rows = _load(source)
     name = repr(source) if isinstance(source, str) else f"the {type(source).__name__}"
     if isinstance(rows, _STREAMS):
         raise ValueError(
@@ -53,7 +53,7 @@ def load_rows(source: Source, prefer: Sequence[str] = ("train",)) -> Iterable[Ro
     return cast(Iterable[Row], rows)
 
 
-def _load(source: Any, prefer: Sequence[str]) -> Any:
+def _load(source: Any) -> Any:
     if isinstance(source, (list, datasets.Dataset, datasets.DatasetDict, *_STREAMS)):
         return source
     if not isinstance(source, (str, Path)):
@@ -73,7 +73,7 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _choose(splits: datasets.DatasetDict, name: str, prefer: Sequence[str]) -> datasets.Dataset:
+def _choose(splits: dict[str, Any], name: str, prefer: Sequence[str]) -> Any:
     names = [*[split for split in prefer if split in splits], *(splits if len(splits) == 1 else ())]
     if not names:
         example = f"{name.strip(chr(39))}#{next(iter(splits))}"

@@ -1,0 +1,154 @@
+"""Every data-set format of TRL gives the prompt and the completions that it means."""
+
+import pytest
+
+from lit_rlhf.data import read_demonstration, read_preference, read_prompt
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+SKY = [SYSTEM, user("Hi"), assistant("Hello!"), user("What color is the sky?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "columns"),
+    [
+        ({"prompt": "The sky is"}, "The sky is", {}),
+        ({"prompt": SKY, "solution": 3}, SKY, {"solution": 3}),
+        ({"prompt": "The sky is", "completion": " blue."}, "The sky is", {"completion": " blue."}),
+        ({"prompt": SKY, "completion": [assistant("Blue.")]}, SKY, {"completion": [assistant("Blue.")]}),
+        ({"messages": [*SKY, assistant("Blue.")]}, SKY, {"completion": [assistant("Blue.")]}),
+        ({"messages": SKY[:1] + SKY[3:], "id": 7}, SKY[:1] + SKY[3:], {"id": 7}),
+        (
+            {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+            "The sky is",
+            {"chosen": " blue.", "rejected": " green."},
+        ),
+        (
+            {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+            "The sky is",
+            {"chosen": " blue.", "rejected": " green."},
+        ),
+        ({"prompt": "1 + 1 =", "completion": " 2", "label": True}, "1 + 1 =", {"completion": " 2", "label": True}),
+        (
+            {"prompt": "Which is larger?", "completions": ["a", "b"], "labels": [True, False]},
+            "Which is larger?",
+            {"completions": ["a", "b"], "labels": [True, False]},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+            [user("Hi")],
+            {"completion": [assistant("Hello!")]},
+        ),
+    ],
+)
+def test_prompts(row, prompt, columns):
+    example = read_prompt(row)
+    assert example.prompt == prompt and example.columns == columns and example.completions == ()
+
+
+def test_prompt_of_another_name_leaves_a_prompt_column_alone():
+    example = read_prompt({"question": "Why?", "prompt": 3}, prompt_column="question")
+    assert example.prompt == "Why?" and example.columns == {"prompt": 3}
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "prompt", "completion"),
+    [
+        ({"prompt": "The sky is", "completion": " blue."}, {}, "The sky is", " blue."),
+        ({"prompt": SKY, "completion": [assistant("Blue.")]}, {}, SKY, [assistant("Blue.")]),
+        ({"messages": [*SKY, assistant("Blue.")]}, {}, SKY, [assistant("Blue.")]),
+        ({"messages": [*SKY, assistant("Blue."), user("Thanks")]}, {}, SKY, [assistant("Blue.")]),
+        ({"text": "The sky is blue."}, {}, "", "The sky is blue."),
+        ({"prompt": "Hi", "completion": [assistant("Hello!")]}, {}, [user("Hi")], [assistant("Hello!")]),
+        ({"prompt": [user("Hi")], "completion": "Hello!"}, {}, [user("Hi")], [assistant("Hello!")]),
+        ({"q": "Hi", "a": "Hello!"}, {"prompt_column": "q", "completion_column": "a"}, "Hi", "Hello!"),
+        ({"review": "Great."}, {"completion_column": "review"}, "", "Great."),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": "No"}, {"completion_column": "chosen"}, "Hi", "Hello!"),
+        ({"chosen": [user("Hi"), assistant("A")]}, {"completion_column": "chosen"}, [user("Hi")], [assistant("A")]),
+    ],
+)
+def test_demonstrations(row, names, prompt, completion):
+    example = read_demonstration(row, **names)
+    assert example.prompt == prompt and example.completions == (completion,)
+
+
+BLUE, GREEN = [assistant("Blue.")], [assistant("Green.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is", " blue.", " green."),
+        ({"prompt": SKY, "chosen": BLUE, "rejected": GREEN}, SKY, BLUE, GREEN),
+        ({"chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, BLUE, GREEN),
+        # a prompt given twice, as the string and at the start of both conversations
+        ({"prompt": SKY[3]["content"], "chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, BLUE, GREEN),
+        ({"prompt": SKY, "chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, BLUE, GREEN),
+        ({"prompt": "The sky?", "chosen": BLUE, "rejected": GREEN}, [user("The sky?")], BLUE, GREEN),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "The sky is", " blue.", " green."),
+        ({"chosen": "It is bright", "rejected": "It is brown"}, "It is", " bright", " brown"),
+        ({"chosen": "Answer:\nYes", "rejected": "Answer:\nNo"}, "Answer:\n", "Yes", "No"),
+        ({"chosen": "Yes", "rejected": "Yesterday"}, "", "Yes", "Yesterday"),
+        ({"chosen": "Yes, sir", "rejected": "No"}, "", "Yes, sir", "No"),
+        ({"chosen": "天空是蓝色", "rejected": "天空是绿色"}, "天空是", "蓝色", "绿色"),
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: I am well", "rejected": "\n\nHuman: Hi\n\nAssistant: I am ill"},
+            "\n\nHuman: Hi\n\nAssistant:",
+            " I am well",
+            " I am ill",
+        ),
+        # equal conversations keep an answer each, so that the pair is known for a tie
+        ({"chosen": SKY + BLUE, "rejected": SKY + BLUE}, SKY, BLUE, BLUE),
+    ],
+)
+def test_preferences(row, prompt, chosen, rejected):
+    example = read_preference(row)
+    assert (example.prompt, example.completions) == (prompt, (chosen, rejected))
+    assert example.columns == {}
+
+
+@pytest.mark.parametrize("chosen", ["a b c", "a b", "a bc d", " a b", "héllo wörld", "", "a\tb"])
+@pytest.mark.parametrize("rejected", ["a b d", "a b", "a bcd", " a", "héllo wörd", "x"])
+def test_an_implicit_prompt_and_its_completions_put_together_are_what_was_given(chosen, rejected):
+    example = read_preference({"chosen": chosen, "rejected": rejected})
+    assert [example.prompt + completion for completion in example.completions] == [chosen, rejected]
+    assert not example.prompt.endswith(" ")
+
+
+def test_empty_fields_that_a_table_adds_to_messages_are_gone():
+    example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
+    assert example.prompt == [user("Hi")]
+
+
+def test_template_columns_steer_the_template():
+    row = {"prompt": [user("Hi")], "chat_template_kwargs": {"thinking": False, "x": None}, "tools": '[{"name": "f"}]'}
+    assert read_prompt(row).template_kwargs == {"thinking": False, "tools": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "names", "sentence"),
+    [
+        (read_prompt, {"text": "a", "id": 1}, {}, "no column 'prompt' in the data, which have 'text', 'id'"),
+        (read_prompt, {"text": "a"}, {"prompt_column": "q"}, "no column 'q' .* prompt_column"),
+        (read_prompt, {"prompt": 3}, {}, "'prompt' holds 3 where a string or a list of messages"),
+        (read_prompt, {"prompt": [{"content": "x"}]}, {}, "a message needs 'role' and 'content'"),
+        (read_demonstration, {"id": 1}, {}, "no demonstrations: .* the data have 'id'"),
+        (read_demonstration, {"prompt": "a"}, {}, "no demonstrations"),
+        (read_demonstration, {"completion": "a"}, {}, "no column 'prompt'"),
+        (read_demonstration, {"prompt": "a"}, {"completion_column": "b"}, "no column 'b' .* completion_column"),
+        (read_demonstration, {"messages": [user("a")]}, {}, "'messages' has no turn of the assistant"),
+        (read_preference, {"prompt": "a", "chosen": "b"}, {}, "no column 'rejected' .* rejected_column"),
+        (read_preference, {"chosen": "b", "rejected": BLUE}, {}, "one of 'chosen' and 'rejected' is a string"),
+    ],
+)
+def test_what_can_not_be_read_gets_a_sentence(read, row, names, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read(row, **names)

@@ -1,0 +1,128 @@
+"""Whatever the rows lie in, the same rows come out; what can't be read gets a sentence."""
+
+import json
+
+import datasets
+import pytest
+
+from lit_rlhf.data import load_rows
+
+ROWS = [{"prompt": f"Prompt, number {i}\n", "answer": i, "score": i / 4} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write(folder, kind):
+    data = datasets.Dataset.from_list(ROWS)
+    path = folder / f"rows.{kind}"
+    match kind:
+        case "json":
+            path.write_text(json.dumps(ROWS))
+        case "jsonl":
+            path.write_text("\n".join(map(json.dumps, ROWS)))
+        case "csv":
+            data.to_csv(path)
+        case "parquet":
+            data.to_parquet(path)
+        case "saved":
+            data.save_to_disk(path)
+        case "saved splits":
+            datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(path)
+        case "folder":
+            path.mkdir()
+            (path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+            (path / "test.jsonl").write_text(json.dumps(ROWS[0]))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "saved", "saved splits", "folder"])
+def test_round_trip(tmp_path, kind):
+    assert [dict(row) for row in load_rows(write(tmp_path, kind))] == ROWS
+
+
+@pytest.mark.parametrize("kind", ["saved splits", "folder"])
+def test_splits(tmp_path, kind):
+    path = write(tmp_path, kind)
+    assert len(list(load_rows(path, prefer=("validation", "test")))) == 1
+    assert len(list(load_rows(f"{path}#test"))) == 1
+
+
+def test_part_of_a_split(tmp_path):
+    assert len(list(load_rows(write(tmp_path, "jsonl") + "#train[:2]"))) == 2
+
+
+def test_objects_come_back_as_they_are():
+    data = datasets.Dataset.from_list(ROWS)
+    assert load_rows(data) is data and load_rows(ROWS) is ROWS
+    assert load_rows(datasets.DatasetDict(train=data)) is data
+
+
+def test_reading_a_file_leaves_nothing_behind_and_sees_its_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        path.write_text(json.dumps({"prompt": text}))
+        assert list(load_rows(str(path))) == [{"prompt": text}]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_list_must_hold_rows():
+    with pytest.raises(ValueError, match="row 0 is 3: a list of rows must hold dicts"):
+        load_rows([3])
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "the list is empty"),
+        (datasets.Dataset.from_list([]), "the Dataset is empty"),
+    ],
+)
+def test_rows_that_are_none(rows, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_rows(rows)
+
+
+def test_a_stream():
+    with pytest.raises(ValueError, match=r"the IterableDataset is a stream .* streaming=True"):
+        load_rows(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "sentence"),
+    [
+        ("no.jsonl", None, FileNotFoundError, "no.jsonl' does not exist"),
+        ("a.txt", "x", ValueError, "use .json, .jsonl, .csv, .parquet"),
+        ("a.csv", "", ValueError, "a.csv' is empty"),
+        ("a.jsonl", "{broken", ValueError, "a.jsonl' could not be read"),
+        ("", None, FileNotFoundError, "no data in the folder"),
+    ],
+)
+def test_a_file_that_can_not_be_read_gets_a_sentence(tmp_path, name, content, error, sentence):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=sentence):
+        load_rows(str(tmp_path / name))
+
+
+def test_neither_here_nor_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing-here' is neither a file"):
+        load_rows("nobody/nothing-here")
+
+
+def test_a_split_that_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="no split 'dev'; its splits: train, test"):
+        load_rows(write(tmp_path, "saved splits") + "#dev")
+
+
+def test_several_splits_and_none_wanted(tmp_path):
+    data = datasets.Dataset.from_list(ROWS)
+    path = tmp_path / "d"
+    datasets.DatasetDict(a=data, b=data).save_to_disk(path)
+    with pytest.raises(ValueError, match=r"has the splits a, b: name one, as in '.*d#a'"):
+        load_rows(str(path))
