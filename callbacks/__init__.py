@@ -1,11 +1,11 @@
 """Side concerns of a run: they see a module's public attributes and what it logs, and no method knows them."""
 
-from .checkpoint import PolicyCheckpoint
-from .curves import Curves
-from .kl_monitor import KLMonitor
-from .progress import RLHFProgressBar
-from .samples import SampleLogger
-from .signals import SaveOnSignal
-from .summary import Summary
+from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
+from lit_rlhf.callbacks.curves import Curves
+from lit_rlhf.callbacks.kl_monitor import KLMonitor
+from lit_rlhf.callbacks.progress import RLHFProgressBar
+from lit_rlhf.callbacks.samples import SampleLogger
+from lit_rlhf.callbacks.signals import SaveOnSignal
+from lit_rlhf.callbacks.summary import Summary
 
 __all__ = ["Curves", "KLMonitor", "PolicyCheckpoint", "RLHFProgressBar", "SampleLogger", "SaveOnSignal", "Summary"]

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from .common import is_trial, run_folder, validated_in_fit
+from lit_rlhf.callbacks.common import is_trial, run_folder, validated_in_fit
 
 
 class PolicyCheckpoint(Checkpoint):
@@ -70,6 +70,7 @@ class PolicyCheckpoint(Checkpoint):
         self._updating = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where to write, and refuse a module that has nothing to write."""
         self._folder = run_folder(trainer) / "checkpoints"
         self._enabled = stage == "fit" and not is_trial(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
@@ -78,14 +79,17 @@ class PolicyCheckpoint(Checkpoint):
             raise TypeError(f"PolicyCheckpoint writes through export(folder), which {name} lacks: use ModelCheckpoint")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the number of updates to count from."""
         self._step = trainer.global_step
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note that an update is under way, so that nothing is saved until it is complete."""
         self._updating = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Note where the run stands, and save where a checkpoint is due."""
         self._updating = False
         self._loops = trainer.fit_loop.state_dict()
         updated, self._step = trainer.global_step != self._step, trainer.global_step
@@ -93,6 +97,7 @@ class PolicyCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `policy/best` if this is the best so far."""
         if not (self.save_best and self._enabled and validated_in_fit(trainer)):
             return
         score = trainer.callback_metrics.get(self.monitor)
@@ -103,15 +108,18 @@ class PolicyCheckpoint(Checkpoint):
             self._export(pl_module, trainer, "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint and `policy/last`."""
         self.save(trainer)
         if self.save_last and self._enabled:
             self._export(pl_module, trainer, "last")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `policy/last` where a resumed run had nothing left to train."""
         if self.save_last and self._enabled and "last" not in self.policies:  # resumed with nothing left to train
             self._export(pl_module, trainer, "last")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what is complete, where every rank can."""
         # Saving takes every rank, and one that failed alone would wait for the others: whoever raises on all ranks
         # together says so on the exception.
         together = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
@@ -144,13 +152,16 @@ class PolicyCheckpoint(Checkpoint):
         return self.last_path
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the place of the last complete batch into the checkpoint."""
         if self._saving:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the best score."""
         return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score of the run that is resumed."""
         self.best_score = state_dict["best_score"]
 
     def _improves(self, score: float) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .common import is_trial, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.common import is_trial, run_folder, scalar_metrics, validated_in_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ History = dict[str, list[tuple[int, float]]]
 
 PANELS = {
     "reward": ["reward", "judge"],
-    "win rate against the start": ["win_rate", "judge_win_rate"],
+    "win rate": ["win_rate", "judge_win_rate"],
     "KL to the reference (nats a completion)": ["kl"],
     "completion length (tokens)": ["completion_length", "length"],
     "entropy (nats a token)": ["entropy"],
@@ -50,16 +50,19 @@ class Curves(Callback):
         self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where to draw, and whether it is possible."""
         self._path = run_folder(trainer) / "curves.png"
         self._enabled = trainer.is_global_zero and not is_trial(trainer) and find_spec("matplotlib") is not None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Take down the metrics of a new rollout."""
         if batch_idx % getattr(pl_module, "repeats", 1) == 0:
             self._record(trainer, "train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take down the metrics of a validation, and draw."""
         if validated_in_fit(trainer):
             self._record(trainer, "val")
             self._validations += 1
@@ -67,13 +70,16 @@ class Curves(Callback):
                 draw(self.history, self._path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the whole run."""
         if self._enabled:
             draw(self.history, self._path)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the curves so far."""
         return {"history": {name: list(points) for name, points in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the curves of the run that is resumed."""
         self.history = {
             name: [(step, value) for step, value in points] for name, points in state_dict["history"].items()
         }
@@ -88,17 +94,20 @@ class Curves(Callback):
 def draw(history: History, path: Path) -> None:
     """Draw a small panel for each quantity that `history` knows; nothing where it knows none."""
     from matplotlib.figure import Figure  # an extra; pyplot's global state stays out of it
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = {
         title: [n for n in names if any(f"{s}/{n}" in history for s in ("train", "val"))]
         for title, names in PANELS.items()
     }
     panels = {title: names for title, names in panels.items() if names}
+    if "reward" in panels:
+        panels.pop("loss", None)  # the loss of a policy gradient says nothing about its progress
     if not panels:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     for place, (title, names) in enumerate(panels.items(), start=1):
         _panel(figure.add_subplot(rows, columns, place), title, names, history)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +125,8 @@ def _panel(axes: Axes, title: str, names: list[str], history: History) -> None:
         if val := history.get(f"val/{name}"):
             colour = COLOURS["second" if order and f"val/{names[0]}" in history else "val"]
             axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=f"val/{name}")
+    if "win_rate" in names:
+        axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("optimizer steps", fontsize=8)
     axes.tick_params(labelsize=8)

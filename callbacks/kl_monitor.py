@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from .common import completion_kl, new_rollout
+from lit_rlhf.callbacks.common import completion_kl, new_rollout
 
 QUANTILES = {"train/kl_p05": 0.05, "train/kl_p50": 0.5, "train/kl_p95": 0.95}
 
@@ -20,7 +20,7 @@ class KLMonitor(Callback):
     """Logs percentiles of the KL over the completions of each rollout, and warns or stops beyond a target.
 
     The mean says little about a policy that leaves its reference on some prompts only: `train/kl_p05`, `train/kl_p50`
-    and `train/kl_p95` are percentiles of k1, in nats a completion, over all valid completions of all ranks.
+    and `train/kl_p95` are percentiles of k1, in nats a completion, over the completions of all ranks.
 
     Args:
         target: Mean KL, in nats a completion, beyond which to warn (once); typically 5 to 20. None never warns.
@@ -42,12 +42,11 @@ class KLMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Log the percentiles of a new rollout, and compare its mean with the target."""
         rollout = new_rollout(pl_module, batch_idx)
         if rollout is None:
             return
-        kl = _gather(trainer, completion_kl(rollout)[rollout.valid])
-        if not len(kl):
-            return
+        kl = _gather(trainer, completion_kl(rollout).flatten())
         for name, quantile in QUANTILES.items():
             pl_module.log(name, torch.quantile(kl, quantile))
         if self.target is not None and (mean := float(kl.mean())) > self.target:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from .common import scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.common import scalar_metrics, validated_in_fit
 
 VALIDATION = ("reward", "win_rate", "kl", "loss", "accuracy", "length")
 
@@ -31,6 +31,7 @@ class RLHFProgressBar(RichProgressBar):
         self._started = self._printed = -math.inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose between a bar and plain lines."""
         super().setup(trainer, pl_module, stage)
         self._plain = trainer.is_global_zero and self.refresh_rate > 0 and not sys.stdout.isatty()
         if self._plain:
@@ -40,12 +41,16 @@ class RLHFProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what to show: no version number, and no `train/` before each name."""
         metrics = super().get_metrics(trainer, pl_module)
+        if "train/reward" not in metrics and "train/loss" in trainer.callback_metrics:
+            metrics["train/loss"] = float(trainer.callback_metrics["train/loss"])
         return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Move the bar, or write a line."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due():
             total = trainer.estimated_stepping_batches
@@ -53,6 +58,7 @@ class RLHFProgressBar(RichProgressBar):
             self._line(f"step {trainer.global_step}{of}", self.get_metrics(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the result of a validation."""
         super().on_validation_end(trainer, pl_module)
         if validated_in_fit(trainer) and self._due():
             values = scalar_metrics(trainer, "val/")
@@ -60,7 +66,8 @@ class RLHFProgressBar(RichProgressBar):
             self._line(f"validation at step {trainer.global_step}", shown)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_progress()  # what follows is printed, and should not stand above a bar
+        """End the bar: what follows is printed, and should not stand above it."""
+        self._stop_progress()
 
     def _due(self) -> bool:
         return self._plain and time.monotonic() - self._printed >= self.seconds

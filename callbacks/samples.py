@@ -12,9 +12,9 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
+from lit_rlhf import functional as F
+from lit_rlhf.callbacks.common import completion_kl, is_trial, new_rollout, run_folder
 from lit_rlhf.types import Rollout
-
-from .common import completion_kl, is_trial, new_rollout, run_folder
 
 COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", "kl", "length", "finished"]
 
@@ -47,11 +47,13 @@ class SampleLogger(Callback):
         self.to_terminal = to_terminal
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where to write."""
         self._path = run_folder(trainer) / "samples.jsonl"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Show samples of a new rollout where they are due."""
         rollout = new_rollout(pl_module, batch_idx)
         count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "repeats", 1)
         if rollout is None or count % self.every_n_rollouts or not trainer.is_global_zero:
@@ -61,6 +63,7 @@ class SampleLogger(Callback):
             get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down the held-out completions."""
         examples = getattr(pl_module, "examples", None)
         if examples and trainer.is_global_zero and not trainer.sanity_checking:
             self._log(trainer, "val", examples)
@@ -79,13 +82,16 @@ def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[s
     """Describe `count` completions of a rollout: the first sample of each prompt, then the second, and so on."""
     n, k = rollout.rewards.shape
     places = [(i, j) for j in range(k) for i in range(n)][:count]
+    rewards = rollout.rewards
+    if rollout.token_rewards is not None:
+        rewards = rewards + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
     kl, lengths, ids = completion_kl(rollout), rollout.completions.lengths, rollout.completions.ids()
     texts = tokenizer.batch_decode([ids[i * k + j] for i, j in places], skip_special_tokens=True)
     return [
         {
             "prompt": _prompt(rollout, tokenizer, i),
             "completion": text,
-            "reward": float(rollout.rewards[i, j]) if rollout.valid[i, j] else None,
+            "reward": float(rewards[i, j]) if rollout.valid[i, j] else None,
             "parts": {name: float(part[i, j]) for name, part in rollout.parts.items()},
             "kl": float(kl[i, j]),
             "length": int(lengths[i, j]),

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import get_console
 
-from .checkpoint import PolicyCheckpoint, write_checkpoint
-from .common import run_folder, validated_in_fit
+from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint, write_checkpoint
+from lit_rlhf.callbacks.common import run_folder, validated_in_fit
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
@@ -32,26 +32,32 @@ class SaveOnSignal(Callback):
         self._limits: tuple[Any, Any, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where to save."""
         self._folder = run_folder(trainer) / "checkpoints"
         self._received = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the handlers."""
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the handlers, and stop where a signal has come already."""
         self._install()
         self._check(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Save and stop if any rank was signalled."""
         self._check(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and stop if any rank was signalled."""
         if validated_in_fit(trainer):
             self._check(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put back handlers and limits as they were."""
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)

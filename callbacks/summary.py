@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoint import PolicyCheckpoint
-from .common import run_folder, scalar_metrics, validated_in_fit
-from .samples import as_text
+from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
+from lit_rlhf.callbacks.common import run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.samples import as_text
 
 ROWS = {
     "val/reward": "reward",
@@ -43,9 +43,11 @@ class Summary(Callback):
         self.last: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where the run writes."""
         self._folder = run_folder(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the numbers and completions of this validation."""
         if validated_in_fit(trainer):
             examples = [
                 {"prompt": as_text(example["prompt"]), "completion": as_text(example["completion"])}
@@ -56,12 +58,15 @@ class Summary(Callback):
             self.first = self.first or copy.deepcopy(self.last)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the first and the last validation."""
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the first validation of the run that is resumed."""
         self.first, self.last = state_dict["first"], state_dict["last"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what happened."""
         if not trainer.is_global_zero:
             return
         console = get_console()

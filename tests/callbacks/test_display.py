@@ -1,0 +1,124 @@
+"""Progress, curves and summary: what a person looks at."""
+
+import io
+import re
+import sys
+
+import pytest
+import rich
+import torch
+from fake_method import Online, Plain
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_rlhf import callbacks
+from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
+
+
+def fit(make_trainer, *callbacks, module=None, **flags):
+    if any(isinstance(c, RLHFProgressBar) for c in callbacks):
+        flags["enable_progress_bar"] = True
+    trainer = make_trainer(*callbacks, **flags)
+    trainer.fit(module or Online(), ckpt_path=flags.pop("ckpt_path", None))
+    return trainer
+
+
+def test_without_a_terminal_there_are_plain_lines(make_trainer, capsys):
+    fit(make_trainer, RLHFProgressBar(seconds=0.0))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 12 + 3 and not any("\x1b" in line for line in out)
+    assert re.fullmatch(r"step 1/12 reward 0\.5 kl 1\.5 loss 2 \(\d+ s\)", out[0])
+    assert re.fullmatch(r"validation at step 4 reward 0\.3 win_rate 0\.54 kl 0\.4 \(\d+ s\)", out[4])
+
+
+def test_plain_lines_keep_their_distance(make_trainer, capsys):
+    fit(make_trainer, RLHFProgressBar(seconds=3600.0))
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, force_terminal=True, width=160)
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    return out
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_on_a_terminal_the_bar_shows_reward_and_kl(make_trainer, terminal, tmp_path, leave):
+    bar = RLHFProgressBar(leave=leave)
+    bar._console_kwargs = {"file": terminal, "force_terminal": True, "width": 160}
+    fit(make_trainer, bar, num_sanity_val_steps=1, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    text = terminal.getvalue()
+    assert "reward:" in text and "kl:" in text and "12/12" in text
+    assert "v_num" not in text and "train/" not in text
+
+
+def test_curves_draw_what_is_known_and_a_resumed_run_continues_them(make_trainer, tmp_path):
+    pytest.importorskip("matplotlib")
+    checkpoint = PolicyCheckpoint()
+    fit(make_trainer, curves := Curves(), checkpoint, max_steps=7)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in curves.history["train/kl"]] == [1, 3, 5, 7]
+    (tmp_path / "curves.png").unlink()
+    trainer = make_trainer(resumed := Curves(), PolicyCheckpoint())
+    trainer.fit(Online(), ckpt_path=checkpoint.last_path)
+    assert [step for step, _ in resumed.history["train/kl"]] == [1, 3, 5, 7, 9, 11]
+    assert resumed.history["val/reward"] == [(4, pytest.approx(0.3)), (8, pytest.approx(0.2)), (12, pytest.approx(0.4))]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_without_matplotlib_there_is_no_picture(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.callbacks.curves.find_spec", lambda name: None)
+    fit(make_trainer, Curves())
+    assert not (tmp_path / "curves.png").exists()
+
+
+class ValidateFirst(Callback):
+    def on_train_start(self, trainer, pl_module):
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
+def test_the_summary_compares_before_and_after_and_says_where_things_are(make_trainer, tmp_path, capsys):
+    module = Online()
+    fit(make_trainer, Summary(), PolicyCheckpoint(), ValidateFirst(), module=module, num_sanity_val_steps=1)
+    out = capsys.readouterr().out
+    rows = {
+        key: values for key, *values in (re.split(r"\s*[│┃]\s*", line)[1:4] for line in out.splitlines() if "│" in line)
+    }
+    assert "before" in out and "after 12 updates" in out
+    assert rows["reward"] == ["0.1", "0.4"] and rows["style"] == ["0", "12"] and rows["win rate"] == ["0.5", "0.62"]
+    assert rows["KL (nats a completion)"] == ["0", "1.2"]
+    assert out.count("answer 0") == out.count("answer 12") == 3 and "prompt 2" in out
+    for path in ("policy/last", "policy/best", "checkpoints/last.ckpt"):
+        assert str(tmp_path / path) in out
+
+
+def test_a_resumed_run_remembers_its_beginning(make_trainer, capsys):
+    fit(make_trainer, Summary(), checkpoint := PolicyCheckpoint(), ValidateFirst(), max_steps=5)
+    capsys.readouterr()
+    make_trainer(Summary(), PolicyCheckpoint()).fit(Online(), ckpt_path=checkpoint.last_path)
+    assert "answer 0" in (out := capsys.readouterr().out) and "answer 12" in out
+
+
+def test_the_summary_of_a_run_without_validation_says_less(make_trainer, tmp_path, capsys):
+    fit(make_trainer, Summary(), module=Plain(), limit_val_batches=0)
+    out = capsys.readouterr().out
+    assert "held-out" not in out and str(tmp_path) in out
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_every_callback_is_built_from_a_configuration_and_suits_every_method(make_trainer, name):
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    built = parser.instantiate(parser.parse_args([f"--callbacks+=lit_rlhf.callbacks.{name}"])).callbacks
+    assert type(built[0]) is getattr(callbacks, name)
+    for module in (Plain(), Online()):
+        trainer = fit(make_trainer, *built, module=module)
+        assert trainer.global_step == 12
+        assert torch.isfinite(module.weights).all()
+    trainer.validate(module, verbose=False)

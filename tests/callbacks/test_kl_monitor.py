@@ -1,0 +1,46 @@
+import pytest
+import torch
+from fake_method import Bytes, Online, Plain, make_rollout
+
+from lit_rlhf.callbacks import KLMonitor
+from lit_rlhf.callbacks.common import completion_kl
+
+
+def test_percentiles_over_all_completions(make_trainer):
+    trainer = make_trainer(KLMonitor())
+    trainer.fit(Online())
+    kl = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    for name, quantile in {"p05": 0.05, "p50": 0.5, "p95": 0.95}.items():
+        assert trainer.callback_metrics[f"train/kl_{name}"] == pytest.approx(float(kl.quantile(quantile)))
+
+
+def test_kl_ignores_what_stands_in_the_padding():
+    assert completion_kl(make_rollout(Bytes())).tolist() == [pytest.approx(row) for row in [[1, 2], [3, 4], [5, 6]]]
+
+
+def test_beyond_the_target_it_warns_once_and_can_stop(make_trainer):
+    with pytest.warns(UserWarning, match=r"3\.5 nats .* 2\.5: .*Raise kl_coef \(now 0\.05\)") as record:
+        make_trainer(KLMonitor(target=2.5)).fit(Online())
+    assert sum("nats" in str(w.message) for w in record) == 1
+    with pytest.warns(UserWarning, match="stops here"):
+        trainer = make_trainer(KLMonitor(target=2.5, stop=True))
+        trainer.fit(Online())
+    assert trainer.global_step == 1
+
+
+def test_within_the_target_it_is_silent(make_trainer):
+    trainer = make_trainer(KLMonitor(target=3.6, stop=True))
+    trainer.fit(Online())
+    assert trainer.global_step == 12
+
+
+def test_methods_without_rollouts_are_left_alone(make_trainer):
+    trainer = make_trainer(KLMonitor(target=1.0))
+    trainer.fit(Plain())
+    assert "train/kl_p50" not in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("arguments", [{"target": -1.0}, {"stop": True}])
+def test_bad_arguments_are_named(arguments):
+    with pytest.raises(ValueError, match="target"):
+        KLMonitor(**arguments)

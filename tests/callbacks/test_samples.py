@@ -1,0 +1,81 @@
+import json
+import re
+
+import pytest
+import torch
+from fake_method import Bytes, Online, Plain, make_rollout
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lit_rlhf.callbacks import SampleLogger
+from lit_rlhf.callbacks.samples import COLUMNS, rollout_samples
+
+
+class TableLogger(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.tables = []
+
+    def log_table(self, key, columns, data):
+        self.tables.append((key, columns, data))
+
+
+def lines(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_samples_reach_the_file_the_loggers_and_the_terminal(make_trainer, tmp_path, capsys):
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path), table := TableLogger()]
+    make_trainer(SampleLogger(every_n_rollouts=3, num_samples=4), logger=loggers).fit(Online())
+    rows = lines(tmp_path / "lightning_logs" / "version_0" / "samples.jsonl")
+    assert all(list(row) == COLUMNS for row in rows)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == [1] * 4 + [7] * 4  # rollouts 0 and 3, of two updates each
+    assert train[0]["prompt"] == "say [bold]" and train[0]["completion"] == "ab"
+    assert train[1]["prompt"] == [{"role": "user", "content": "hi"}]
+    assert train[3]["completion"] == "abc"  # the prompts come first, then their second samples
+    assert train[0]["parts"] == {"style": 1.0, "length": None}
+    assert train[3]["kl"] == pytest.approx(2.0) and train[3]["length"] == 4 and train[3]["finished"] is True
+    val = [row for row in rows if row["split"] == "val"]
+    assert [row["step"] for row in val] == [4] * 5 + [8] * 5 + [12] * 5
+    assert val[0]["completion"] == "answer 4" and val[0]["kl"] is None
+    assert [key for key, _, _ in table.tables] == [
+        "train/samples",
+        "val/samples",
+        "train/samples",
+        *["val/samples"] * 2,
+    ]
+    assert table.tables[0][1] == COLUMNS and len(table.tables[0][2]) == 4
+    events = next((tmp_path / "lightning_logs").rglob("events.out*")).read_bytes()
+    assert b"train/samples" in events and b"say [bold]" in events
+    shown = re.sub(r"\s", "", capsys.readouterr().out)
+    assert "say[bold]" in shown and "samplesafter7updates" in shown
+
+
+def test_a_completion_that_counts_nowhere_has_no_reward():
+    assert rollout_samples(make_rollout(Bytes()), Bytes(), 6)[5]["reward"] is None
+
+
+def test_token_level_rewards_count_in_the_reward():
+    rollout = make_rollout(Bytes())
+    rollout = rollout.replace(token_rewards=rollout.completions.mask.float())
+    assert rollout_samples(rollout, Bytes(), 1)[0]["reward"] == pytest.approx(0.1 + 3)
+
+
+def test_prompts_without_text_are_decoded():
+    rollout = make_rollout(Bytes())
+    rollout = rollout.replace(prompts=rollout.prompts.replace(text=[], tokens=torch.full((3, 2), ord("q"))))
+    assert rollout_samples(rollout, Bytes(), 1)[0]["prompt"] == "qq"
+
+
+def test_without_a_rollout_nothing_is_written(make_trainer, tmp_path):
+    make_trainer(SampleLogger()).fit(Plain())
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="every_n_rollouts=0"):
+        SampleLogger(every_n_rollouts=0)
