@@ -1,1 +1,31 @@
 """Align language models with human feedback, as PyTorch Lightning modules."""
+
+from lit_rlhf.algorithms import RLOO, SFT, Method, Online, Reinforce, RewardModeling
+from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
+from lit_rlhf.policy import Policy
+from lit_rlhf.rewards import RewardModel, Weighted
+from lit_rlhf.schedules import Warmup
+from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Rollout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RLOO",
+    "SFT",
+    "Completions",
+    "DemonstrationData",
+    "Demonstrations",
+    "Method",
+    "Online",
+    "Policy",
+    "PreferenceData",
+    "Preferences",
+    "PromptData",
+    "Prompts",
+    "Reinforce",
+    "RewardModel",
+    "RewardModeling",
+    "Rollout",
+    "Warmup",
+    "Weighted",
+]

@@ -72,6 +72,7 @@ class Policy(nn.Module):
         self.shares_prompt: bool | None = None
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
+        self.train()  # without dropout the modes differ only in what gradient checkpointing does
         causal_lm = self.causal_lm
         self._accepts_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
         self.eos_ids = end_of_sequence_ids(causal_lm, tokenizer)
@@ -103,7 +104,8 @@ class Policy(nn.Module):
         """What the policy is now, frozen: a new adapter switched off, otherwise a copy of what is trained."""
         if self.new_adapter:
             return Reference(self, adapter_off=True)
-        shared = {id(p): p for p in self.parameters() if not p.requires_grad}
+        shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+        shared[id(self.tokenizer)] = self.tokenizer
         frozen = copy.deepcopy(self, shared).requires_grad_(False).eval()
         return Reference(frozen, adapter_off=False)
 

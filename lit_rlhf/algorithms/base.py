@@ -1,0 +1,255 @@
+"""What every method shares: its model, its optimizer, what its checkpoints hold and how it is exported."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from lit_rlhf.export import snapshot, write_folder
+from lit_rlhf.loading import load_tokenizer
+from lit_rlhf.policy import Policy
+from lit_rlhf.schedules import Warmup
+
+
+class Method(LightningModule):
+    """A method that trains a language model.
+
+    Args:
+        policy: A hub id, a folder (a model or a PEFT adapter), `testbed` for the shipped one, or a
+            `lit_rlhf.Policy` in memory.
+        lora: Options of `peft.LoraConfig` to train an adapter, such as `{"r": 16, "lora_alpha": 32}`; all weights are
+            trained without it.
+        load: Options of `from_pretrained`, such as `{"dtype": "bfloat16"}`. Weights are float32 unless told.
+        optimizer: Makes the optimizer of the parameters. Typical learning rates: 1e-6 to 1e-5 for all weights, 1e-5 to
+            1e-4 for LoRA.
+        lr_scheduler: Makes the schedule of the optimizer, stepped at every update; none: a constant rate.
+    """
+
+    policy: Policy
+    trained = "policy.model."
+    """Prefix in the module's `state_dict` of the model that an export writes."""
+    repeats = 1
+    """Training steps that share one batch of the data module (R)."""
+
+    def __init__(
+        self,
+        policy: str | Policy,
+        lora: dict[str, Any] | None = None,
+        load: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.lora, self.load_options = lora, dict(load or {})
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.seed = 0
+        self.strict_loading = False  # frozen weights are in no checkpoint
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._snapshot: dict[str, Any] | None = None
+        self._counted, self._planned = 0, 1.0  # terms of this update so far; what a step's sum was divided by
+        self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
+        self.source = "" if isinstance(policy, Policy) else str(policy)
+        if isinstance(policy, Policy):
+            self.policy = policy
+            self._tokenizer = policy.tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded on first use and without the model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source, **self.load_options)
+        return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Take the run's seed: the address of all randomness, kept in checkpoints."""
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def configure_model(self) -> None:
+        """Load the policy, once the data have been found fit for use."""
+        if "policy" not in self._modules:
+            self.policy = Policy.from_pretrained(self.source, self.lora, **self.load_options)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer of the trainable parameters, and its schedule."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("the policy has no trainable parameter: give `lora` to train a new adapter")
+        optimizer = self.make_optimizer(parameters)
+        check_precision(optimizer)
+        if self.make_lr_scheduler is None:
+            return optimizer
+        scheduler = self.make_lr_scheduler(optimizer)
+        if isinstance(scheduler, Warmup):
+            updates = self.trainer.estimated_stepping_batches
+            scheduler.plan(int(updates) if math.isfinite(updates) else 0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # One mean over all terms of an update, however they are cut into steps and spread over ranks
+
+    def reduce(
+        self, terms: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], planned: float | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the loss of a training step: a share of the mean of the terms that count.
+
+        The mean is over the whole update: every step that accumulates into it, on every rank. How many terms that will
+        be is not known yet, so the sum is divided by a planned number, and `on_before_optimizer_step` corrects it.
+
+        Args:
+            terms: The loss of each completion, pair or token.
+            mask: True where a term counts.
+            planned: The number of terms of a step, the same for all steps and ranks; by default that of the batch.
+        """
+        self._planned = float(planned or terms.shape[0])
+        count = int(mask.sum())
+        self._counted += count
+        total = terms.masked_fill(~mask, 0.0).sum()
+        self.log("train/loss", total.detach() / max(count, 1), batch_size=1)
+        return total / self._planned
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the planned divisor of the gradients into the counted one; with nothing counted, leave the weights."""
+        counted = self.sum_over_ranks(torch.tensor(float(self._counted), device=self.device))
+        self._counted = 0
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if counted == 0:
+            rank_zero_warn("no completion of this update counts (no reward has an opinion): the update is skipped")
+            optimizer.zero_grad(set_to_none=True)
+            return
+        factor = self._planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / float(counted)
+        for parameter in parameters:
+            if factor != 1:
+                parameter.grad.mul_(factor)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        rate = optimizer.param_groups[0]["lr"]
+        self.log_dict({"train/grad_norm": norm, "train/lr": rate}, batch_size=1)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor of all ranks."""
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    # What is saved
+
+    def export(self, folder: str | Path) -> None:
+        """Write the trained model as a folder that `transformers` or PEFT loads. To be called on all ranks."""
+        if self.trainer.is_global_zero:
+            write_folder(Path(folder), self.save_model)
+        self.trainer.strategy.barrier("export")
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model's files into a folder."""
+        self.policy.save(folder)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what an export needs beside the weights."""
+        return snapshot(self.policy.model, self.policy.tokenizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights, the seed, what an export needs, and what is under way; leave frozen weights out."""
+        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
+        checkpoint["seed"] = self.seed
+        self._snapshot = self._snapshot or self.snapshot()
+        checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
+        checkpoint["ranks"] = self._gather(self.state_under_way(self._steps_done))
+
+    def state_under_way(self, steps_done: int) -> dict[str, Any]:
+        """Return what this rank must keep to go on from here: inside an update, its gradients."""
+        if steps_done % self.trainer.accumulate_grad_batches == 0:
+            return {}
+        gradients = {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
+        return {"gradients": gradients, "counted": self._counted}
+
+    @property
+    def _steps_done(self) -> int:
+        """Training steps of this epoch that are done; the Trainer's own count, which a resume continues."""
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+
+    def _gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.trainer.world_size == 1:
+            return [state]
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, state)
+        return states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what was saved, and mend the place in an epoch that `max_steps` leaves wrong."""
+        self.seed = checkpoint.get("seed", self.seed)
+        self._check_weights(checkpoint["state_dict"])
+        if "loops" in checkpoint:
+            mend_finished_epoch(checkpoint["loops"]["fit_loop"])
+        ranks = checkpoint.get("ranks", [{}])
+        trainer = self._trainer
+        if trainer is None or not any(ranks):
+            return
+        if len(ranks) != trainer.world_size:
+            raise ValueError(
+                f"the checkpoint was saved in the middle of an update by {len(ranks)} processes, and there are "
+                f"{trainer.world_size} now: resume with as many, or from a checkpoint between two updates"
+            )
+        self._resumed = ranks[trainer.global_rank]
+
+    def on_train_start(self) -> None:
+        """Put the gradients of a resumed update back in place."""
+        self._counted = self._resumed.pop("counted", 0)
+        gradients = self._resumed.pop("gradients", {})
+        for name, parameter in self.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device)
+
+    def _check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Raise if the checkpoint lacks a trained weight: it is of another model, or of other LoRA options."""
+        missing = [n for n, p in self.named_parameters() if p.requires_grad and n not in state_dict]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no weights for {missing[0]!r} ({len(missing)} are missing): it was written by "
+                "another method, policy or `lora`; resume with the options of the run that wrote it"
+            )
+
+
+def mend_finished_epoch(fit_loop: dict[str, Any]) -> None:
+    """Make a checkpoint written at the last step of an epoch resume at the next epoch.
+
+    With `max_steps`, Lightning leaves such an epoch begun and not completed, and would go on behind its end.
+    """
+    epochs = fit_loop["epoch_progress"]
+    batches = fit_loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["ready"]:
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+        for progress in (epochs["current"], epochs["total"]):
+            progress["completed"] = progress["processed"]
+
+
+def check_precision(optimizer: Optimizer) -> None:
+    """Refuse weights in bfloat16 that the learning rate cannot move.
+
+    An Adam step changes a weight by about the learning rate; bfloat16 rounds away changes below 1/512 of the weight.
+
+    Raises:
+        ValueError: If most steps would be rounded away.
+    """
+    for group in optimizer.param_groups:
+        coarse = [p.detach().abs().float().median() for p in group["params"] if p.dtype == torch.bfloat16 and p.numel()]
+        if not coarse:
+            continue
+        needed = float(torch.stack(coarse).median()) / 512
+        rate = max(group["lr"], group.get("initial_lr", 0.0))
+        if rate < needed:
+            raise ValueError(
+                f"the trained weights are bfloat16, and a learning rate of {rate:g} is too small to move them (about "
+                f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed, or train `lora`"
+            )

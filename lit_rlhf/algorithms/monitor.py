@@ -1,0 +1,128 @@
+"""What the online loop tells of itself: metrics of a rollout, seconds by phase, failures on every rank at once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.types import Rollout
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.online import Online
+
+
+class Clock:
+    """Adds up the seconds of a rollout by phase; training is all of a step that is not spent on collecting."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what runs inside towards a phase."""
+        started = now()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now() - started
+
+    def begin_step(self, new: bool) -> None:
+        """Start to count a step; with `new` the first of a rollout."""
+        if new:
+            self.seconds = {}
+        self._started = now() - sum(self.seconds.values())
+
+    def end_step(self) -> None:
+        """Count what is left of the step, backward and update included, towards training."""
+        rest = now() - self._started - sum(self.seconds.values())
+        self.seconds["train"] = self.seconds.get("train", 0.0) + rest
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """Return the seconds by phase, and completion tokens per second."""
+        total = max(sum(self.seconds.values()), 1e-9)
+        seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
+        return {**seconds, "throughput/completion_tokens": tokens / total}
+
+
+def now() -> float:
+    """Seconds on a clock that waits for the accelerator."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def all_or_none(module: Online) -> Iterator[None]:
+    """Make a failure on one rank a failure on all, so that they stop and save together instead of waiting."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if module.trainer.world_size > 1:
+        failed = module.sum_over_ranks(torch.tensor(float(error is not None), device=module.device))
+        if failed > 0 and error is None:
+            error = RuntimeError(f"{int(failed)} other process(es) failed while sampling or scoring: see their message")
+    if error is not None:
+        raise error
+
+
+def log_rollout(module: Online, rollout: Rollout) -> None:
+    """Log the means of a rollout over all ranks, as sums over counts."""
+    means = {name: mean for name, mean in reduce_means(module, rollout_sums(rollout)).items()}
+    mean, square = means.pop("advantage"), means.pop("advantage_square")
+    means["advantage_std"] = (square - mean**2).clamp(min=0).sqrt()
+    shown = {"reward", "kl"}
+    for name, value in means.items():
+        module.log(f"train/{name}", value, prog_bar=name in shown, batch_size=1)
+    module.log("train/kl_coef", module.kl_coef, batch_size=1)
+
+
+def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return values and where they count, for each metric of a rollout."""
+    completions, valid = rollout.completions, rollout.valid
+    k1 = F.kl_k1(completions.logprobs, rollout.reference_logprobs)
+    k3 = F.kl_k3(completions.logprobs, rollout.reference_logprobs)
+    everywhere = torch.ones_like(valid)
+    rewards, returns = rollout.rewards, rollout.returns
+    if rollout.token_rewards is not None:
+        immediate = F.masked_sum(rollout.token_rewards, completions.mask)
+        rewards, returns = rewards + immediate, returns + immediate
+    advantages = rollout.advantages
+    assert advantages is not None
+    counted = valid if advantages.ndim == 2 else valid.unsqueeze(-1) & completions.mask
+    alike = (rewards == rewards[:, :1]) | ~valid
+    sums = {
+        "reward": (rewards, valid),
+        "return": (returns, valid),
+        "kl": (F.masked_sum(k1, completions.mask), everywhere),
+        "kl_k3": (F.masked_sum(k3, completions.mask), everywhere),
+        "completion_length": (completions.lengths, everywhere),
+        "finished": (completions.finished, everywhere),
+        "equal_groups": (alike.all(1) & valid.any(1), everywhere[:, 0]),
+        "skipped_groups": (~valid.any(1), everywhere[:, 0]),
+        "advantage": (advantages, counted),
+        "advantage_square": (advantages**2, counted),
+    }
+    if completions.entropy is not None:
+        sums["entropy"] = (completions.entropy, completions.mask)
+    if completions.kept_mass is not None:
+        sums["kept_mass"] = (completions.kept_mass, completions.mask)
+    for name, part in rollout.parts.items():
+        sums[f"reward/{name}"] = (part, ~part.isnan())
+    return sums
+
+
+def reduce_means(module: Online, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each metric over all that counts on all ranks, in one reduction."""
+    rows = [
+        torch.stack([values.double().masked_fill(~where, 0.0).sum(), where.sum().double()])
+        for values, where in sums.values()
+    ]
+    totals = module.sum_over_ranks(torch.stack(rows))
+    return {name: total / count.clamp(min=1) for name, (total, count) in zip(sums, totals, strict=True)}

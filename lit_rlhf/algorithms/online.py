@@ -1,0 +1,367 @@
+"""The loop of every method that samples: collect a rollout, then train on it, slice by slice.
+
+    slice 0:  rollout = collect(prompts)        sample -> score -> reference -> returns
+              rollout = prepare(rollout)        a method's own additions
+              advantages(rollout)               [prompts, samples] or [prompts, samples, tokens]
+    always:   terms, metrics = loss(part)       [prompts, samples] or [prompts, samples, tokens]
+
+A method overrides `advantages` and `loss`, and `prepare` where it needs more than a rollout holds. One rollout lasts
+`repeats` training steps, during which the data module hands over the same prompts; `batch_idx` says which slice is
+due. Nothing else is counted, so a resumed run goes on with the same slice.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
+from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout
+from lit_rlhf.policy import Policy, Reference
+from lit_rlhf.rewards import Scorer
+from lit_rlhf.sampling import Sampling
+from lit_rlhf.types import Completions, Prompts, Rollout
+
+
+class Online(Method):
+    """A method that learns from its own completions.
+
+    Args:
+        policy: See `Method`. As it is at the start, it is also the reference of the KL.
+        rewards: What a completion is worth: callables, bare or `lit_rlhf.rewards.Weighted`.
+        num_samples: Completions of each prompt (k), typically 2 to 8.
+        max_new_tokens: A completion is cut here.
+        temperature: Divides the logits, in sampling, training and the reference alike.
+        kl_coef: Weight of the KL to the reference (beta), subtracted from the reward; typically 0.01 to 0.5.
+        minibatches: Slices of a rollout along its prompts, one training step each. With as much
+            `accumulate_grad_batches` they make one update and only save memory.
+        sample_minibatches: Slices of each group along its samples, likewise.
+        epochs: Passes over a rollout.
+        truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
+            nowhere), or a number that is subtracted from their reward.
+        sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
+            `batch_size`, `greedy`.
+        judge: Decides the win rate in validation: a callable like a reward. The rewards themselves by default.
+        opponent: Whom the win rate is against: `policy`, the reference policy's greedy completions, or the name of a
+            column of completions.
+        **options: See `Method`.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    rollout_type: type[Rollout] = Rollout
+    reference: Reference
+
+    def __init__(
+        self,
+        policy: str | Policy,
+        rewards: list[Callable[..., Any]],
+        num_samples: int = 4,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        kl_coef: float = 0.05,
+        minibatches: int = 1,
+        sample_minibatches: int = 1,
+        epochs: int = 1,
+        truncated: Literal["keep", "leave_out"] | float = "keep",
+        sampling: dict[str, Any] | None = None,
+        judge: Callable[..., Any] | None = None,
+        opponent: str = "policy",
+        **options: Any,
+    ) -> None:
+        super().__init__(policy, **options)
+        counts = {"num_samples": num_samples, "minibatches": minibatches, "epochs": epochs}
+        for name, value in {**counts, "sample_minibatches": sample_minibatches}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if sample_minibatches > num_samples:
+            raise ValueError(f"sample_minibatches={sample_minibatches} is more than num_samples={num_samples}")
+        self.scorer = Scorer(rewards)
+        self.judge = self.scorer if judge is None else Scorer([judge])
+        self.num_samples, self.kl_coef, self.truncated, self.opponent = num_samples, kl_coef, truncated, opponent
+        self.sampling = make_sampling(max_new_tokens, temperature, sampling or {})
+        self.minibatches, self.sample_minibatches, self.epochs = minibatches, sample_minibatches, epochs
+        self.repeats = minibatches * sample_minibatches * epochs
+        self.rollout: Rollout | None = None
+        self.examples: list[dict[str, Any]] = []
+        self.clock = Clock()
+        self.opponent_scores: dict[int, float] = {}
+        self._evaluation: Evaluation | None = None
+        self._mismatch: Tensor | None = None
+
+    # What a method overrides
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """Add to a rollout what the method needs beside it. Called once a rollout, without gradient."""
+        return rollout
+
+    @abstractmethod
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """Return one advantage a completion or one a token, from the whole rollout, without gradient."""
+
+    @abstractmethod
+    def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the terms of a slice, one a completion or one a token, and metrics to log.
+
+        The base takes the mean of the terms that count: over completions for terms `[prompts, samples]`, over tokens
+        for terms `[prompts, samples, tokens]`.
+        """
+
+    def logprobs(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
+        """Log-probabilities of the completions' tokens under the policy as it is now, with gradient."""
+        logprobs = self.policy.logprobs(rollout.prompts, rollout.completions, self.sampling.temperature)
+        mask = rollout.completions.mask
+        self._mismatch = (logprobs.detach() - rollout.completions.logprobs).abs()[mask].mean()
+        return logprobs
+
+    # Collecting
+
+    def sample(self, prompts: Prompts) -> Completions:
+        """Sample `num_samples` completions of each prompt."""
+        return self.policy.sample(prompts, self.num_samples, self.sampling, self.seed, self.current_epoch)
+
+    def collect(self, prompts: Prompts) -> Rollout:
+        """Sample completions, score them, and take the KL to the reference off their rewards."""
+        with self.clock("sample"), all_or_none(self):
+            completions = self.sample(prompts)
+        with self.clock("score"), all_or_none(self):
+            texts = completion_texts(self.tokenizer, prompts, completions)
+            scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
+            reference_logprobs = self.reference.logprobs(prompts, completions, self.sampling.temperature)
+        rewards, valid = scores.rewards, scores.valid
+        if self.truncated == "leave_out":
+            valid = valid & completions.finished
+        elif not isinstance(self.truncated, str):
+            rewards = rewards - self.truncated * (~completions.finished).to(rewards)
+        kl = F.masked_sum(F.kl_k1(completions.logprobs, reference_logprobs), completions.mask)
+        rewards = rewards.masked_fill(~valid, 0.0)
+        return self.rollout_type(
+            prompts=prompts,
+            completions=completions,
+            reference_logprobs=reference_logprobs,
+            rewards=rewards,
+            parts=scores.parts,
+            valid=valid,
+            returns=F.shaped_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
+            token_rewards=scores.token_rewards,
+        )
+
+    @torch.no_grad()
+    def _new_rollout(self, prompts: Prompts) -> Rollout:
+        check_minibatches(self.minibatches, len(prompts))
+        rollout = self.prepare(self.collect(prompts))
+        advantages = self.advantages(rollout)
+        shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
+        if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
+            finite = f"{advantages.isfinite().float().mean():.0%} finite"
+            raise ValueError(
+                f"{type(self).__name__}.advantages must return finite numbers of shape {tuple(shapes[0])} or "
+                f"{tuple(shapes[1])}, not {tuple(advantages.shape)}, {finite}"
+            )
+        rollout = rollout.replace(advantages=advantages)
+        log_rollout(self, rollout)
+        return rollout
+
+    # Training
+
+    def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
+        """Collect a rollout where a new one is due, and return the loss of the slice that is."""
+        step = batch_idx % self.repeats
+        self.clock.begin_step(new=step == 0)
+        if step == 0:
+            self.rollout = self._new_rollout(batch)
+        elif self.rollout is None:  # resumed in the middle of a rollout
+            self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
+        part = self.slice(self.rollout, step)
+        with self.clock("train"):
+            terms, metrics = self.loss(part)
+            mask = part.valid if terms.ndim == 2 else part.valid.unsqueeze(-1) & part.completions.mask
+            planned = self.rollout.rewards.numel() / (self.minibatches * self.sample_minibatches)
+            loss = self.reduce(terms, mask, planned)
+        metrics = {f"train/{name}": value.detach() for name, value in metrics.items()}
+        if step == 0 and self._mismatch is not None:
+            metrics["train/logprob_mismatch"] = self._mismatch
+        self.log_dict(metrics, sync_dist=True, batch_size=1)
+        return loss
+
+    def slice(self, rollout: Rollout, step: int) -> Rollout:
+        """Return the part of a rollout that a training step learns from, cut to its own longest rows."""
+        row, column = divmod(step % (self.minibatches * self.sample_minibatches), self.sample_minibatches)
+        n, k = rollout.rewards.shape
+        rows = slice(row * n // self.minibatches, (row + 1) * n // self.minibatches)
+        part = rollout.rows(rows)
+        if self.sample_minibatches > 1:
+            start, end = (k * i // self.sample_minibatches for i in (column, column + 1))
+            part = part.samples(slice(start, end))
+        return part.trim()
+
+    def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
+        """Log where the seconds of a rollout went, once its last slice is done."""
+        self.clock.end_step()
+        if (batch_idx + 1) % self.repeats == 0 and self.rollout is not None:
+            tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
+            self.log_dict(self.clock.read(int(tokens)), batch_size=1)
+
+    def trainer_state(self) -> Any:
+        """Where training stands, as rewards are told."""
+        from transformers import TrainerState
+
+        trainer = self.trainer
+        return TrainerState(global_step=trainer.global_step, max_steps=trainer.max_steps, epoch=trainer.current_epoch)
+
+    # Start and resume
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked before a model is loaded."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        columns = getattr(data, "columns", None)
+        if columns is not None:
+            self.scorer.check(columns)
+            self.judge.check(columns)
+        if stage == "fit":
+            check_plan(self, getattr(data, "batch_size", None))
+
+    def configure_model(self) -> None:
+        """Load the policy and keep what it is now as the reference."""
+        super().configure_model()
+        if not hasattr(self, "reference"):
+            self.reference = self.policy.reference()
+
+    def _place(self) -> None:
+        self.reference.to(self.device)
+        self.scorer.setup(self.device)
+        self.judge.setup(self.device)
+
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _place
+
+    def on_train_start(self) -> None:
+        """Validate once before the first update, so that every curve starts where the policy did."""
+        super().on_train_start()
+        trainer = self.trainer
+        if trainer.global_step == 0 and self._steps_done == 0 and not trainer.fast_dev_run:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def state_under_way(self, steps_done: int) -> dict[str, Any]:
+        """Return, inside a rollout, the rollout too."""
+        state = super().state_under_way(steps_done)
+        if steps_done % self.repeats != 0 and self.rollout is not None:
+            state["rollout"] = self.rollout.state()
+        return state
+
+    # Validation, test, prediction
+
+    def on_validation_epoch_start(self) -> None:
+        """Start to evaluate."""
+        self._evaluation = Evaluation(self)
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Sample and score completions of held-out prompts."""
+        assert self._evaluation is not None
+        self._evaluation.update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/reward`, `val/win_rate`, `val/kl`, ... (defined in the README)."""
+        self._finish("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start to evaluate."""
+        self._evaluation = Evaluation(self)
+
+    def test_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Sample and score completions of test prompts."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same as in validation, under `test/`."""
+        self._finish("test")
+
+    def _finish(self, prefix: str) -> None:
+        assert self._evaluation is not None
+        metrics = {f"{prefix}/{name}": value for name, value in self._evaluation.metrics().items()}
+        self.log_dict(metrics, batch_size=1)
+        self.examples = self._evaluation.examples
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Sample `num_samples` completions of each prompt (one where greedy) and return them with their scores."""
+        k = 1 if self.sampling.greedy else self.num_samples
+        completions = self.policy.sample(batch, k, self.sampling, self.seed)
+        texts = completion_texts(self.tokenizer, batch, completions)
+        scores = score(self.scorer, batch, completions, texts, self.trainer_state())
+        rewards, parts = scores.totals().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
+        return [
+            {
+                "index": int(batch.index[i]),
+                "sample": j,
+                "prompt": batch.text[i],
+                "completion": texts[i * k + j],
+                "reward": rewards[i][j],
+                "parts": {name: part[i][j] for name, part in parts.items()},
+                "finished": bool(completions.finished[i, j]),
+            }
+            for i in range(len(batch))
+            for j in range(k)
+        ]
+
+
+def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Sampling:
+    """Build the options of sampling, with a sentence for one that does not exist."""
+    try:
+        return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
+    except TypeError as error:
+        raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
+
+
+def check_minibatches(minibatches: int, batch_size: int) -> None:
+    """Raise a ValueError if a rollout has fewer prompts than slices."""
+    if minibatches > batch_size:
+        raise ValueError(
+            f"minibatches={minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
+            "data.batch_size, or cut groups with sample_minibatches"
+        )
+
+
+def check_plan(module: Online, batch_size: int | None) -> None:
+    """Check that slices, accumulation and sampling fit together, and say how many updates a rollout gets.
+
+    Raises:
+        ValueError: If they don't.
+    """
+    repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
+    if module.trainer.overfit_batches:
+        raise ValueError(
+            f"overfit_batches={module.trainer.overfit_batches} is not possible here, since it exchanges the sampler "
+            "that repeats prompts: train on a small data set instead, with data.train and data.batch_size"
+        )
+    if repeats % accumulate and (accumulate % repeats or module.epochs > 1):
+        raise ValueError(
+            f"accumulate_grad_batches={accumulate} does not fit a rollout of {repeats} steps (minibatches x "
+            f"sample_minibatches x epochs): give a divisor of {repeats}, or with epochs=1 a multiple of it"
+        )
+    if batch_size is not None:
+        check_minibatches(module.minibatches, batch_size)
+    if module.sampling.greedy:
+        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
+    updates = max(1, repeats // accumulate)
+    rank_zero_info(f"each rollout is used for {updates} update{'s' * (updates > 1)}")
+    if updates > 2:
+        rank_zero_warn(
+            f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
+            f"accumulate_grad_batches to {repeats} to be exactly on-policy"
+        )
+    if module.sampling.truncates:
+        rank_zero_warn(
+            "top_p, top_k and min_new_tokens bias the gradient, the more the further train/kept_mass is below 1: "
+            "training is best without them"
+        )

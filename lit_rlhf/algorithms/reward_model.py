@@ -1,0 +1,96 @@
+"""Reward modelling: a score for completions, learned from pairs in which people preferred one to the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.base import Method
+from lit_rlhf.export import snapshot
+from lit_rlhf.loading import add_lora, disable_dropout, resolve
+from lit_rlhf.policy import Policy
+from lit_rlhf.text import pad_token_id
+from lit_rlhf.types import Preferences
+
+
+class RewardModeling(Method):
+    """Train a reward model: `-log sigmoid(r(chosen) - r(rejected))`, Bradley and Terry, 1952.
+
+    It starts from a causal language model (usually the SFT policy) with a new head of one output, reads the EOS token
+    at the end of each completion as policies write it, and exports a sequence-classification folder that
+    `lit_rlhf.rewards.RewardModel` and `transformers` load. Back to Basics, appendix C: learning rate 1e-5, one epoch.
+
+    Args:
+        policy: What to start from: a hub id or a folder.
+        **options: See `Method`.
+    """
+
+    reward_model: PreTrainedModel
+    trained = "reward_model."
+
+    def __init__(self, policy: str, **options: Any) -> None:
+        super().__init__(policy, **options)
+        if isinstance(policy, Policy):
+            raise ValueError("RewardModeling starts from a folder or a hub id: save the policy first, with policy.save")
+
+    def configure_model(self) -> None:
+        """Load the trunk of the policy and give it a head of one output, near zero at the start."""
+        if "reward_model" in self._modules:
+            return
+        name = resolve(self.source)
+        options = {"dtype": torch.float32, **self.load_options, "num_labels": 1}
+        model = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        model.config.pad_token_id = pad_token_id(self.tokenizer)
+        self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
+        disable_dropout(self.reward_model)
+
+    def scores(self, batch: Preferences) -> Float[Tensor, "prompts samples"]:
+        """Score both completions of each pair."""
+        n, k, _ = batch.tokens.shape
+        pad = pad_token_id(self.tokenizer)
+        prompts = [ids[mask] for ids, mask in zip(batch.prompts.tokens, batch.prompts.mask, strict=True)]
+        rows = [torch.cat([prompts[i], batch.tokens[i, j][batch.mask[i, j]]]) for i in range(n) for j in range(k)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        logits = self.reward_model(input_ids=ids, attention_mask=mask.long()).logits
+        return F.at_least_float32(logits).view(n, k)
+
+    def training_step(self, batch: Preferences, batch_idx: int) -> Tensor:
+        """Return the Bradley-Terry loss of a batch of pairs."""
+        chosen, rejected = self.scores(batch).unbind(1)
+        accuracy = (chosen > rejected).float().mean()
+        self.log("train/accuracy", accuracy, prog_bar=True, sync_dist=True, batch_size=1)
+        return self.reduce(F.bradley_terry_loss(chosen, rejected), torch.ones_like(chosen, dtype=torch.bool))
+
+    def validation_step(self, batch: Preferences, batch_idx: int) -> None:
+        """Log `val/loss` and `val/accuracy`, the share of pairs in the right order (a tie is half)."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Preferences, batch_idx: int) -> None:
+        """Log the same under `test/`."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, prefix: str, batch: Preferences) -> None:
+        chosen, rejected = self.scores(batch).unbind(1)
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        metrics = {
+            f"{prefix}/loss": F.bradley_terry_loss(chosen, rejected).mean(),
+            f"{prefix}/accuracy": right.mean(),
+        }
+        self.log_dict(metrics, batch_size=len(chosen), sync_dist=True, prog_bar=True)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the sequence-classification folder."""
+        self.reward_model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Method`."""
+        return snapshot(self.reward_model, self.tokenizer)

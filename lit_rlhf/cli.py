@@ -1,0 +1,132 @@
+"""The command line: `lit-rlhf fit | validate | test | predict` on Lightning's, and `lit-rlhf export`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lit_rlhf import callbacks
+from lit_rlhf.algorithms import Method
+from lit_rlhf.data import TextData
+from lit_rlhf.export import export_checkpoint
+
+CONFIGS = Path(__file__).parent / "configs"
+PACKAGE = Path(__file__).parent
+PROGRAM = "lit-rlhf"
+
+
+class RLHFCommandLine(LightningCLI):
+    """LightningCLI with the callbacks that every run has, each with options of its own, and a folder for each run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks."""
+        parser.add_lightning_class_args(callbacks.PolicyCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(callbacks.KLMonitor, "kl_monitor")
+        parser.add_lightning_class_args(callbacks.SampleLogger, "samples")
+        parser.add_lightning_class_args(callbacks.Curves, "curves")
+        parser.add_lightning_class_args(callbacks.PredictionWriter, "predictions")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer; without a logger of the user's it logs to TensorBoard and `metrics.csv` in one folder."""
+        if self._get(self.config_init, "trainer.logger") in (None, True):
+            root = self._get(self.config_init, "trainer.default_root_dir") or "runs"
+            tensorboard = TensorBoardLogger(root, name="")
+            kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments; those of the process where None.
+    """
+    given = expand_configs(list(sys.argv[1:] if args is None else args))
+    sys.path.insert(0, str(Path.cwd()))  # where a user's own methods and rewards are
+    quieten()
+    try:
+        if given[:1] == ["export"]:
+            written = jsonargparse.auto_cli(
+                export_checkpoint, args=given[1:], as_positional=False, prog=f"{PROGRAM} export"
+            )
+            print(f"wrote {written}")
+        else:
+            run(given)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if not ours(error):
+            raise
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run(args: list[str]) -> None:
+    """Run one of Lightning's commands."""
+    defaults = {
+        "default_root_dir": "runs",
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,  # a full validation comes before the first update
+        "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
+    }
+    RLHFCommandLine(
+        Method,
+        TextData,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        trainer_defaults=defaults,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback."},
+        args=args,
+    )
+
+
+def expand_configs(args: list[str]) -> list[str]:
+    """Replace the bare name of a shipped configuration after `--config` by its path."""
+    flags = ("--config", "-c")
+    expanded = []
+    for previous, arg in zip(["", *args], args, strict=False):
+        flag, separator, value = arg.partition("=")
+        if separator and flag in flags:
+            expanded.append(f"{flag}={shipped_config(value)}")
+        else:
+            expanded.append(shipped_config(arg) if previous in flags else arg)
+    return expanded
+
+
+def shipped_config(name: str) -> str:
+    """Return the path of the configuration that ships under this name, or the name itself where it is a file.
+
+    Raises:
+        SystemExit: If it is neither; the message lists what ships.
+    """
+    if Path(name).is_file() or name.lstrip().startswith(("{", "[")):
+        return name
+    path = CONFIGS / f"{Path(name).stem}.yaml"
+    if path.is_file() and Path(name).parent in (Path("."), Path("configs")):
+        return str(path)
+    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
+
+
+def ours(error: BaseException) -> bool:
+    """Whether an error is a sentence of this package, for which a traceback would only bury it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE.resolve())
+
+
+def quieten() -> None:
+    """Drop messages of other packages that users can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "litlogger" not in record.getMessage())

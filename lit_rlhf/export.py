@@ -1,0 +1,111 @@
+"""Folders that `transformers` and PEFT load: written whole or not at all, or rebuilt from a training checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+BASE_CONFIG = "base_config"
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `target`, then put it in its place. What stood there stays until that moment."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        write(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+
+
+def snapshot(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return all that a folder holds beside the weights, as plain data that a checkpoint keeps."""
+    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inner.config.save_pretrained(folder / BASE_CONFIG)
+        if isinstance(model, PeftModel):
+            model.peft_config[model.active_adapter].save_pretrained(folder)
+        elif inner.can_generate():
+            inner.generation_config.save_pretrained(folder / BASE_CONFIG)
+        tokenizer.save_pretrained(folder)
+        files = {
+            str(path.relative_to(folder)): torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    return {"class": type(inner).__name__, "source": inner.config.name_or_path, "files": files}
+
+
+def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False) -> Path:
+    """Write the folder of the model that a training checkpoint holds. Nothing else is read for a model or an adapter.
+
+    Args:
+        ckpt_path: A checkpoint written while training with one of the package's methods.
+        out: The folder to write, replaced if it is there.
+        merge: Merge an adapter into its model, which is loaded for that from where it came.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the checkpoint was written by something else, or lacks weights.
+    """
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    if "export" not in checkpoint:
+        raise ValueError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
+    told = checkpoint["export"]
+    prefix = told["prefix"]
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    write_folder(Path(out), lambda folder: _rebuild(told, weights, folder, merge))
+    return Path(out)
+
+
+def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:
+    for name, content in told["files"].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.numpy().tobytes())
+    architecture = getattr(transformers, told["class"])
+    config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
+    if (folder / "adapter_config.json").is_file():
+        if merge:
+            base = architecture.from_pretrained(told["source"])
+        else:  # the adapter alone is saved, so its model needs no weights
+            with torch.device("meta"):
+                base = architecture(config)
+        model = get_peft_model(base, PeftConfig.from_pretrained(folder))
+        _load(model, weights, complete=False)
+        if merge:
+            (folder / "adapter_config.json").unlink()
+            model = model.merge_and_unload()
+    else:
+        dtype = next(iter(weights.values())).dtype
+        model = architecture(config).to(dtype)
+        _load(model, weights, complete=True, source=told["source"])
+        generation_config = folder / BASE_CONFIG / "generation_config.json"
+        if generation_config.is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
+    shutil.rmtree(folder / BASE_CONFIG)
+    model.save_pretrained(folder)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "") -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=not complete)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or (complete and set(missing) - tied):
+        names = sorted(unexpected or set(missing) - tied)
+        raise ValueError(f"the checkpoint does not fit its model ({source}): {json.dumps(names[:3])} and so on")
