@@ -78,7 +78,7 @@ def drop_duplicates(examples: dict[int, Example]) -> dict[int, Example]:
     first: dict[str, int] = {}
     for number, example in examples.items():
         first.setdefault(json.dumps(example.prompt, sort_keys=True, default=str), number)
-    _report(len(examples) - len(first), len(examples), "prompts stand there already: dropped")
+    _report(len(examples) - len(first), len(examples), "prompts are duplicates: dropped")
     return {number: examples[number] for number in first.values()}
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning
 import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data import batches
@@ -22,6 +23,11 @@ from lit_rlhf.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_NOT_HERE = (
+    ".*does not have many workers",  # rows wait in memory, tokenised, and a batch takes less than a millisecond
+    "Total length of `list` across ranks is zero",  # no validation was asked for
+)
 
 SPLIT_SEED = 0
 """Of the random split, whatever the seed of the run: runs are compared on the same held-out rows."""
@@ -100,9 +106,11 @@ class TextData(lightning.LightningDataModule):
         if stage == "fit" and self.train is None:
             raise ValueError("there is nothing to train on: set data.train to a file, a hub id or a list of rows")
         if stage != "fit" and self.val is None:
-            raise ValueError(f"there is nothing to {stage}: set data.val to a file, a hub id, or a part of data.train")
-        # Advice that does not hold here: the rows are in memory, tokenised, and a batch takes less than a millisecond.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            raise ValueError(
+                f"there is nothing to {TrainerFn(stage).value}: set data.val to a file, a hub id, or a number of rows"
+            )
+        for message in _NOT_HERE:
+            warnings.filterwarnings("ignore", message=message)
         tokenizer = self._tokenizer()
         if tokenizer is not self._encoded_with:
             self.train_set = self.val_set = None
@@ -164,7 +172,7 @@ class TextData(lightning.LightningDataModule):
             if found < sampler.needed:
                 raise ValueError(
                     f"{found} rows to train on are fewer than the {sampler.needed} that one update takes (batch_size "
-                    f"{self.batch_size} x {ranks} devices x {sampler.needed // (self.batch_size * ranks)} blocks): "
+                    f"{self.batch_size} x devices {ranks} x blocks {sampler.needed // (self.batch_size * ranks)}): "
                     "give more rows, or lower data.batch_size or trainer.accumulate_grad_batches"
                 )
         if self.val_set is not None and len(self.val_set) < ranks:
@@ -211,10 +219,11 @@ class TextData(lightning.LightningDataModule):
 
 
 def _check_numbers(data: TextData) -> None:
-    for name in ("batch_size", "eval_batch_size", "max_prompt_tokens", "max_completion_tokens"):
+    least = dict(batch_size=1, eval_batch_size=1, max_prompt_tokens=1, max_completion_tokens=1, num_workers=0)
+    for name, number in least.items():
         value = getattr(data, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: it must be at least 1")
+        if value is not None and value < number:
+            raise ValueError(f"{name}={value}: it must be at least {number}")
     if (isinstance(data.val, float) and not 0 < data.val < 1) or (isinstance(data.val, int) and data.val < 1):
         raise ValueError(f"val={data.val}: give a number of rows, a share between 0 and 1, a source, or nothing")
     for name, allowed in (("split", ("random", "last")), ("too_long", ("drop", "truncate"))):

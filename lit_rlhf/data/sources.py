@@ -23,9 +23,9 @@ def load_rows(source: Any, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
     """Return the rows of a data set.
 
     Args:
-        source: A `Source`: rows themselves (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv or parquet
-            file (compressed or not), a folder of such files, a folder written by `Dataset.save_to_disk`, or a hub id.
-            A hub id may name a configuration after a colon, and anything may name a split after a hash sign:
+        source: A `Source`: rows themselves (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv
+            or parquet file (compressed or not), a folder of such files, a folder written by `Dataset.save_to_disk`, or
+            a hub id. A hub id may name a configuration after a colon, and anything may name a split after a hash sign:
             `"owner/name:config#train[:1000]"`.
         prefer: The splits to take where there are several and the source names none, best first.
 

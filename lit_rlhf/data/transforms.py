@@ -29,7 +29,9 @@ class FirstWords:
             ValueError: If the column does not exist or holds no string.
         """
         if self.column not in row:
-            raise ValueError(f"no column {self.column!r} to take first words of; the data have {', '.join(row)}")
+            raise ValueError(
+                f"no column {self.column!r} to take first words of; the data have {', '.join(map(repr, row))}"
+            )
         if not isinstance(row[self.column], str):
             raise ValueError(f"the column {self.column!r} holds {row[self.column]!r}: first words need a string")
         text = row[self.column].strip()
