@@ -40,6 +40,13 @@ def validated_in_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
+def as_number(value: float | None) -> str:
+    """Write a number for a person: three digits, rounding errors as 0, what is missing as a dash."""
+    if value is None or value != value:
+        return "-"
+    return "0" if abs(value) < 5e-5 else f"{value:.3g}"
+
+
 def scalar_metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
     """The metrics logged so far whose names start with `prefix`."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

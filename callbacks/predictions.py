@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from .samples import jsonable
+from lit_rlhf.callbacks.samples import jsonable
 
 
 class PredictionWriter(Callback):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lit_rlhf.callbacks.common import scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.common import as_number, scalar_metrics, validated_in_fit
 
 VALIDATION = ("reward", "win_rate", "kl", "loss", "accuracy", "length")
 
@@ -74,5 +74,5 @@ class RLHFProgressBar(RichProgressBar):
 
     def _line(self, head: str, metrics: dict[str, Any]) -> None:
         self._printed = time.monotonic()
-        values = [f"{name} {value:.3g}" for name, value in metrics.items() if isinstance(value, int | float)]
+        values = [f"{name} {as_number(value)}" for name, value in metrics.items() if isinstance(value, int | float)]
         print(*[head, *values, f"({self._printed - self._started:.0f} s)"], flush=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.common import completion_kl, is_trial, new_rollout, run_folder
+from lit_rlhf.callbacks.common import as_number, completion_kl, is_trial, new_rollout, run_folder
 from lit_rlhf.types import Rollout
 
 COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", "kl", "length", "finished"]
@@ -70,7 +70,7 @@ class SampleLogger(Callback):
 
     def _log(self, trainer: Trainer, split: str, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "split": split}
-        rows = [{key: _plain({**sample, **place}.get(key)) for key in COLUMNS} for sample in samples]
+        rows = [{key: jsonable({**sample, **place}.get(key)) for key in COLUMNS} for sample in samples]
         for logger in trainer.loggers:
             _to_logger(logger, f"{split}/samples", rows, trainer.global_step)
         if not is_trial(trainer):
@@ -113,11 +113,12 @@ def _prompt(rollout: Rollout, tokenizer: Any, i: int) -> Any:
     return prompts.text[i] if prompts.text else tokenizer.decode(prompts.tokens[i][prompts.mask[i]].tolist())
 
 
-def _plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Turn a value into what JSON can hold: a number that is not finite is null, anything unknown its text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
@@ -130,10 +131,6 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write("".join(line + "\n" for line in lines))
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
 def _short(value: Any, limit: int, end: bool = False) -> Text:
     """Shorten for the terminal; of a prompt the end matters most."""
     text = as_text(value)
@@ -143,8 +140,8 @@ def _short(value: Any, limit: int, end: bool = False) -> Text:
 
 def _reward(row: dict[str, Any]) -> str:
     parts = row["parts"] or {}
-    lines = [f"{name} {_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
-    return "\n".join([_number(row["reward"]), *lines])
+    lines = [f"{name} {as_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
+    return "\n".join([as_number(row["reward"]), *lines])
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
@@ -153,7 +150,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         prompt, completion = _short(row["prompt"], 300, end=True), _short(row["completion"], 600)
-        table.add_row(prompt, completion, Text(_reward(row)), _number(row["kl"]), str(row["length"] or "-"))
+        table.add_row(prompt, completion, Text(_reward(row)), as_number(row["kl"]), str(row["length"] or "-"))
     return table
 
 
@@ -170,6 +167,6 @@ def _cell(value: Any) -> Any:
 
 
 def _markdown(row: dict[str, Any]) -> str:
-    values = f"reward {_number(row['reward'])}, KL {_number(row['kl'])}, {json.dumps(row['parts'])}"
+    values = f"reward {as_number(row['reward'])}, KL {as_number(row['kl'])}, {json.dumps(row['parts'])}"
     quoted = as_text(row["completion"]).replace("\n", "\n> ")
     return f"{as_text(row['prompt'])}\n\n> {quoted}\n\n*{values}*"

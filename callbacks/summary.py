@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
-from lit_rlhf.callbacks.common import run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.common import as_number, run_folder, scalar_metrics, validated_in_fit
 from lit_rlhf.callbacks.samples import as_text
 
 ROWS = {
@@ -93,7 +93,7 @@ def _numbers(first: dict[str, Any], last: dict[str, Any]) -> Table:
         table.add_column(_when(record["step"]), justify="right")
     for name in _rows(last["metrics"]):
         values = [last] if once else [first, last]
-        table.add_row(_label(name), *[_value(record["metrics"].get(name)) for record in values])
+        table.add_row(_label(name), *[as_number(record["metrics"].get(name)) for record in values])
     return table
 
 
@@ -109,10 +109,6 @@ def _label(name: str) -> str:
 
 def _when(step: int) -> str:
     return "before" if step == 0 else f"after {step} updates"
-
-
-def _value(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.3g}"
 
 
 def _examples(console: Console, first: dict[str, Any], last: dict[str, Any]) -> None:
