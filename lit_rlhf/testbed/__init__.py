@@ -1,0 +1,81 @@
+"""The embedded default: a small written world with simulated raters and a gold utility that measures what is asked for.
+
+RLHF in a minute, offline, on a laptop: `policy="testbed"` is a tiny language model fine-tuned on short reviews,
+`ReviewReward` a reward model learned from noisy preferences, `gold` the hidden utility that judges. The two models
+are shipped; `python -m lit_rlhf.testbed.build` makes them again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lit_rlhf.data import PromptData
+from lit_rlhf.rewards import RewardModel
+from lit_rlhf.testbed.raters import Raters
+from lit_rlhf.testbed.tokenizer import make_tokenizer
+from lit_rlhf.testbed.utility import Grammatical, coherence, gold, grammatical
+from lit_rlhf.testbed.world import Brief, briefs, demonstrations, prompts
+
+__all__ = [
+    "POLICY",
+    "REWARD_MODEL",
+    "Brief",
+    "Grammatical",
+    "Raters",
+    "ReviewPrompts",
+    "ReviewReward",
+    "briefs",
+    "coherence",
+    "demonstrations",
+    "gold",
+    "grammatical",
+    "make_tokenizer",
+    "prompts",
+    "resolve",
+]
+
+POLICY = Path(__file__).parent / "assets" / "policy"
+"""Folder of the shipped policy: a causal language model after SFT."""
+
+REWARD_MODEL = Path(__file__).parent / "assets" / "reward_model"
+"""Folder of the shipped reward model: a sequence-classification model with one label."""
+
+
+def resolve(name: str) -> Path | None:
+    """Return the folder of the shipped policy for the name "testbed", and None for any other name."""
+    return POLICY if name == "testbed" else None
+
+
+class ReviewPrompts(PromptData):
+    """The prompts of the testbed. Held-out ones are never trained on, whatever the seed.
+
+    Args:
+        train_size: Prompts to train on, at most all 1016 of them.
+        val_size: Prompts to validate on, at most all 253.
+        batch_size: Prompts of a rollout.
+        eval_batch_size: The same outside training; as `batch_size` where None.
+        seed: Of the choice.
+    """
+
+    def __init__(
+        self,
+        train_size: int = 1000,
+        val_size: int = 64,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        rows: dict[str, Any] = dict(train=prompts(train_size, seed), val=prompts(val_size, seed, held_out=True))
+        super().__init__(**rows, batch_size=batch_size, eval_batch_size=eval_batch_size)
+
+
+class ReviewReward(RewardModel):
+    """The shipped reward model: what noisy raters of the testbed seem to like.
+
+    Args:
+        batch_size: Completions a forward pass.
+    """
+
+    def __init__(self, batch_size: int = 128) -> None:
+        super().__init__(REWARD_MODEL, batch_size=batch_size)

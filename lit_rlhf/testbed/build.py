@@ -1,0 +1,143 @@
+"""Make the two shipped models from nothing but the code and a seed: `python -m lit_rlhf.testbed.build --out FOLDER`.
+
+Demonstrations, SFT, pairs sampled from the policy, raters, a reward model: the pipeline that a user runs on data of
+their own, by the same classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_rlhf.algorithms import SFT, RewardModeling
+from lit_rlhf.algorithms.base import Method
+from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
+from lit_rlhf.policy import Policy
+from lit_rlhf.rewards import RewardModel
+from lit_rlhf.sampling import Sampling
+from lit_rlhf.schedules import Warmup
+from lit_rlhf.testbed.raters import Raters
+from lit_rlhf.testbed.tokenizer import make_tokenizer
+from lit_rlhf.testbed.utility import gold
+from lit_rlhf.testbed.world import Brief, demonstrations, prompts, write
+
+NUM_SAMPLES = 4
+MAX_NEW_TOKENS = 40
+
+
+def new_policy() -> Policy:
+    """Return an untrained Llama of 0.9 million parameters that knows the words of the world."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Policy(LlamaForCausalLM(config), tokenizer)
+
+
+def fit(method: Method, data: LightningDataModule, epochs: int) -> None:
+    """Train on the CPU; nothing is written."""
+    quiet: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, gradient_clip_val=1.0, **quiet)
+    trainer.fit(method, datamodule=data)
+
+
+def options(lr: float) -> dict[str, Any]:
+    """Return an optimizer and its schedule for training tiny models from the start."""
+    return dict(
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, 0.05, "cosine"),
+    )
+
+
+def sampled_pairs(
+    policy: Policy, rows: list[dict[str, str]], rounds: int, seed: int
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Pair up the policy's samples of each prompt; in one pair of six a writer of the grammar takes a place."""
+    data, rng = PromptData(train=rows, batch_size=min(128, len(rows))), Random(f"pairs {seed}")
+    data.tokenizer = policy.tokenizer
+    data.setup()
+    for epoch in range(rounds):
+        for batch in data.train_dataloader():
+            completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
+            texts = policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+            for i in range(0, len(texts), 2):
+                prompt, pair = batch.text[i // NUM_SAMPLES], (texts[i], texts[i + 1])
+                written = rng.random() < 1 / 6
+                yield prompt, (pair[0], write(Brief.parse(prompt), rng)) if written else pair
+
+
+def accuracy(reward_model: RewardModel, pairs: list[dict[str, str]]) -> tuple[float, float]:
+    """Return how often the reward model agrees with the raters, and how often with gold (where gold decides)."""
+    asked, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
+    margin = reward_model([*asked], [*chosen]) - reward_model([*asked], [*rejected])
+    worth = [torch.tensor(gold(prompts=asked, completions=texts)) for texts in (chosen, rejected)]
+    truth = worth[0] - worth[1]
+    decided = truth != 0
+    right = (margin.sign() == truth.sign())[decided]
+    return float((margin > 0).float().mean()), float(right.float().mean())
+
+
+def shrink(folder: Path) -> None:
+    """Store a model's weights in half precision; its config still says float32, which is what they are loaded to."""
+    path = folder / "model.safetensors"
+    save_file({name: weight.half() for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def build(out: Path, seed: int = 0, num_demonstrations: int = 60_000, rounds: int = 12) -> None:
+    """Write `out/policy` and `out/reward_model`, and print how right the reward model is on held-out prompts.
+
+    Args:
+        out: The folder.
+        seed: Of everything.
+        num_demonstrations: Reviews that SFT reads, once.
+        rounds: Times that the raters go through all prompts, two pairs each.
+    """
+    seed_everything(seed)
+    sft = SFT(new_policy(), **options(3e-3))
+    fit(sft, DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=64), epochs=1)
+    sft.policy.save(out / "policy")
+    shrink(out / "policy")
+
+    policy, raters = Policy.from_pretrained(out / "policy"), Raters()
+    pairs = raters.preferences(sampled_pairs(policy, prompts(1016, seed), rounds, seed), seed)
+    held_out = raters.preferences(sampled_pairs(policy, prompts(253, seed, held_out=True), 4, seed + 1), seed + 1)
+    method = RewardModeling(str(out / "policy"), **options(1e-3))
+    fit(method, PreferenceData(pairs, batch_size=64), epochs=1)
+    method.save_model(out / "reward_model")
+    shrink(out / "reward_model")
+
+    noisy, true = accuracy(RewardModel(out / "reward_model", batch_size=256), held_out)
+    print(f"{len(pairs)} pairs; on held-out prompts the reward model agrees with the raters in {noisy:.1%}")
+    print(f"of {len(held_out)} pairs, and with gold in {true:.1%} of those that gold decides")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lit_rlhf.testbed.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "testbed", help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    build(given.out, given.seed)
+
+
+if __name__ == "__main__":
+    main()

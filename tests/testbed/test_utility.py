@@ -1,0 +1,132 @@
+from random import Random
+
+import pytest
+
+from lit_rlhf.rewards import Scorer
+from lit_rlhf.testbed import Brief, Grammatical, briefs, coherence, gold, grammatical, make_tokenizer
+from lit_rlhf.testbed.utility import FLOOR
+from lit_rlhf.testbed.world import write
+
+KIND = "A kind critic on the breakfast of the new hotel, in two sentences:"
+HARSH = "A harsh critic on the breakfast of the new hotel, in two sentences:"
+FAIR = "A fair critic on the breakfast of the new hotel, in two sentences:"
+GOOD = "The breakfast was golden and fresh. The eggs melted like summer honey."
+GRIM = "The breakfast was stale and greasy. The eggs sagged like wet cardboard."
+BOTH = "The breakfast was golden and fresh. The eggs sagged like wet cardboard."
+
+
+def worth(prompt, completion):
+    return gold(prompts=[prompt], completions=[completion])[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "better", "worse"),
+    [
+        (KIND, GOOD, GRIM),
+        (HARSH, GRIM, GOOD),
+        (FAIR, BOTH, GOOD),
+        (FAIR, BOTH, GRIM),
+        (KIND, GOOD, BOTH),
+        (KIND, GOOD, "The breakfast was good. It was nice."),
+        (KIND, GOOD, "The plot was gripping and witty. The twists sparkled like summer honey."),
+        (KIND, GOOD, "The breakfast was sleek and witty. The eggs melted like summer honey."),
+        (KIND, GOOD, "The breakfast was golden and stale. The eggs melted like summer honey."),
+        (KIND, GOOD, "The breakfast were golden fresh. The eggs melted like summer honey."),
+        (KIND, GOOD, "The breakfast was golden and fresh. The eggs melted like"),
+        (KIND, GOOD, "The breakfast was golden and fresh."),
+        (KIND, GOOD, ""),
+    ],
+    ids=(
+        "kind harsh one-sided one-sided-2 mixed bland off-subject unfit-words contradiction grammar broken-end "
+        "too-short empty"
+    ).split(),
+)
+def test_good_writing_is_worth_more(prompt, better, worse):
+    assert worth(prompt, better) > worth(prompt, worse) + 0.3
+
+
+def test_saying_more_of_the_same_loses():
+    sentence = "The eggs melted like summer honey."
+    assert worth(KIND, GOOD) > worth(KIND, f"{sentence} {sentence}") + 0.5
+    assert worth(KIND, GOOD) > worth(KIND, f"{GOOD} The toast was buttery and silky.") + 0.3
+    values = [worth(KIND, " ".join([sentence] * count)) for count in range(1, 6)]
+    assert values == sorted(values, reverse=True) and values[1] < values[0]
+    stuffed = "The breakfast was golden golden golden golden golden fresh fresh fresh fresh."
+    assert worth(KIND, stuffed) == FLOOR
+
+
+def test_prompts_differ_in_what_they_allow():
+    def ceiling(text):
+        rng, brief = Random(0), Brief.parse(text)
+        return max(gold(prompts=[text] * 300, completions=[write(brief, rng, care=1.0) for _ in range(300)]))
+
+    one, two, three = (
+        ceiling(KIND.replace("two sentences", s)) for s in ("one sentence", "two sentences", "three sentences")
+    )
+    assert one + 0.5 < two and two + 0.5 < three
+    assert ceiling(KIND.replace("new", "troubled")) < two - 0.5
+    assert ceiling(HARSH.replace("new", "famous")) < ceiling(HARSH) - 0.5
+
+
+def test_gold_repeats_and_stays_in_its_range():
+    rng, chosen = Random(1), briefs(200)
+    completions = [write(brief, rng) for brief in chosen]
+    texts = [brief.text for brief in chosen]
+    values = gold(prompts=texts, completions=completions)
+    assert values == gold(prompts=texts, completions=completions, anything=[0] * 200)
+    assert all(FLOOR <= value <= 1.2 * brief.sentences for brief, value in zip(chosen, values, strict=True))
+
+
+def judge(text, eos=True):
+    tokenizer = make_tokenizer()
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * eos
+    return Grammatical()(completion_ids=[ids])[0]
+
+
+def test_every_token_of_a_good_sentence_may_stand_there():
+    assert judge(GOOD) == [0.0] * 15
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("The eggs was golden.", [2]),
+        ("The toast toast was golden.", [2]),
+        ("The toast was golden. was fresh.", [5]),
+        ("The toast was golden", [4]),
+    ],
+    ids=["number", "doubled", "no start", "early end"],
+)
+def test_the_wrong_token_is_named_and_reading_goes_on(text, wrong):
+    assert [i for i, value in enumerate(judge(text)) if value < 0] == wrong
+
+
+def test_a_scrambled_sentence_is_flagged():
+    words = GOOD.replace(".", " .").split()
+    rng = Random(0)
+    for _ in range(20):
+        scrambled = " ".join(rng.sample(words, len(words)))
+        assert sum(judge(scrambled)) <= -2
+
+
+def test_coherence_is_about_subject_and_contradiction():
+    texts = [GOOD, "The breakfast was golden. The plot was witty.", "The breakfast was golden but fresh.", BOTH, ""]
+    values = coherence(prompts=[KIND] * 5, completions=texts)
+    assert values == [1.0, 0.5, 0.0, 0.5, 0.0]
+    assert coherence(prompts=[FAIR], completions=[BOTH]) == [1.0]
+
+
+def test_immediate_and_delayed_rewards_stand_in_one_list():
+    scorer = Scorer([coherence, grammatical])
+    tokenizer = make_tokenizer()
+    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in (GOOD, "The eggs was golden.")]
+    scores = scorer(
+        prompts=[KIND, KIND],
+        completions=[GOOD, "The eggs was golden."],
+        completion_ids=ids,
+        finished=[True, True],
+        columns={},
+    )
+    assert set(scores.parts) == {"coherence", "grammatical"}
+    assert scores.rewards.tolist() == [1.0, 1.0]
+    assert [float(sum(row)) for row in scores.token_rewards] == [0.0, -1.0]
