@@ -8,7 +8,7 @@ import datasets
 import lightning
 import pytest
 import torch
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 from jsonargparse import ArgumentParser
 
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData

@@ -91,10 +91,9 @@ class Blocks(list):
 class Recorder(lightning.LightningModule):
     """Writes down the rows of each step; does what a method's checkpoint hook does at the end of an epoch."""
 
-    repeats, seed = 2, 7
-
-    def __init__(self, folder):
+    def __init__(self, folder, seed):
         super().__init__()
+        self.seed = seed
         self.folder = folder
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen = []
@@ -121,7 +120,7 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, rows, workers=0, resume=None, **flags):
+def fit(folder, rows, workers=0, resume=None, seed=7, **flags):
     """Train 11 updates; a straight run saves after each of them, one that resumes goes on after update `resume`."""
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -133,7 +132,7 @@ def fit(folder, rows, workers=0, resume=None, **flags):
         default_root_dir=folder,
         **flags,
     )
-    module = Recorder(None if resume else folder)
+    module = Recorder(None if resume else folder, seed)
     sampler = BlockSampler(rows, 3, repeats=2, accumulate=trainer.accumulate_grad_batches)
     loader = ResumableLoader(Blocks(rows), sampler, trainer, collate_fn=list, num_workers=workers)
     trainer.fit(module, loader, ckpt_path=folder / f"step={resume}.ckpt" if resume else None)
@@ -141,16 +140,21 @@ def fit(folder, rows, workers=0, resume=None, **flags):
 
 
 @pytest.mark.parametrize(
-    ("workers", "flags"), [(0, {}), (0, {"accumulate_grad_batches": 2}), (0, {"limit_train_batches": 2}), (2, {})]
+    ("workers", "flags"), [(0, {}), (0, {"accumulate_grad_batches": 2}), (0, {"limit_train_batches": 4}), (2, {})]
 )
 def test_a_resumed_run_sees_the_rows_of_the_run_that_never_stopped(tmp_path, workers, flags):
-    rows = list(range(100, 107))  # two blocks, so four steps an epoch, and a row too many
+    rows = list(range(100, 110))  # three blocks, so six steps an epoch, and a row too many
     steps = flags.get("accumulate_grad_batches", 1)
     straight = fit(tmp_path, rows, workers, **flags)
     assert len(straight) == 11 * steps
     assert len({str(seen) for seen in straight}) == len(straight)
-    for stop in (3, 4, 7, 8) if workers else range(1, 11):
+    for stop in (3, 6, 7, 10) if workers else range(1, 11):
         assert fit(tmp_path, rows, workers, stop, **flags) == straight[stop * steps :], f"resumed after {stop} updates"
+
+
+def test_the_order_is_that_of_the_seed_of_the_module(tmp_path):
+    rows = list(range(40))
+    assert fit(tmp_path, rows) == fit(tmp_path, rows) != fit(tmp_path, rows, seed=8)
 
 
 def test_without_a_trainer_a_loader_begins_at_the_start():
