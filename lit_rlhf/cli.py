@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_rlhf import callbacks
+from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.algorithms import Method
 from lit_rlhf.data import TextData
 from lit_rlhf.export import export_checkpoint
@@ -34,7 +35,7 @@ class RLHFCommandLine(LightningCLI):
         parser.add_lightning_class_args(callbacks.KLMonitor, "kl_monitor")
         parser.add_lightning_class_args(callbacks.SampleLogger, "samples")
         parser.add_lightning_class_args(callbacks.Curves, "curves")
-        parser.add_lightning_class_args(callbacks.PredictionWriter, "predictions")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer; without a logger of the user's it logs to TensorBoard and `metrics.csv` in one folder."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lit_rlhf.policy import Policy

@@ -68,6 +68,8 @@ def all_or_none(module: Online) -> Iterator[None]:
         failed = module.sum_over_ranks(torch.tensor(float(error is not None), device=module.device))
         if failed > 0 and error is None:
             error = RuntimeError(f"{int(failed)} other process(es) failed while sampling or scoring: see their message")
+        if error is not None:
+            error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
     if error is not None:
         raise error
 

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from tiny import make_llama, make_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,

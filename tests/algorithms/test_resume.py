@@ -1,0 +1,89 @@
+"""A run that was stopped and resumed ends bitwise where the run that was never stopped does."""
+
+import pytest
+import torch
+from runs import METHODS, ONLINE, make_data, make_module, make_trainer
+from lightning.pytorch import Callback
+
+import lit_rlhf
+
+
+class SaveEverywhere(Callback):
+    """Saves at the end of every training batch, in the middle of updates too."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx:02d}.ckpt")
+
+
+def state_of(trainer) -> dict:
+    """All that training goes on from."""
+    optimizer = trainer.optimizers[0].state_dict()["state"]
+    moments = {f"{i}.{name}": torch.as_tensor(v) for i, state in optimizer.items() for name, v in state.items()}
+    schedule = [torch.tensor(c.scheduler.get_last_lr()) for c in trainer.lr_scheduler_configs]
+    weights = {n: v.clone() for n, v in trainer.lightning_module.state_dict().items()}
+    return {**weights, **moments, "steps": torch.tensor(trainer.global_step), "lr": torch.cat(schedule)}
+
+
+def run(name, folder, root, ckpt_path=None, callbacks=(), data=None, trainer=None, **options):
+    options.setdefault("lr_scheduler", lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4, decay="cosine"))
+    runner = make_trainer(root, callbacks=list(callbacks), max_epochs=2, gradient_clip_val=0.5, **(trainer or {}))
+    torch.manual_seed(0)  # the reward model's head
+    runner.fit(make_module(name, folder, **options), make_data(name, **(data or {})), ckpt_path=ckpt_path)
+    return state_of(runner)
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+CASES = {
+    "plain": {},
+    "mid-rollout": {"minibatches": 2, "trainer": {}},
+    "two updates a rollout": {"minibatches": 4, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4}},
+    "two rollouts an update": {"data": {"rows": 16}, "trainer": {"accumulate_grad_batches": 2}},
+    "two epochs a rollout": {"minibatches": 2, "sample_minibatches": 3, "epochs": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:12 updates a rollout")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tiny, tmp_path):
+    options = dict(CASES[case])
+    if name not in ONLINE:
+        if case in ("mid-rollout", "two epochs a rollout"):
+            pytest.skip("only a rollout is cut into slices")
+        options.pop("minibatches", None)
+    straight = run(name, tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    places = saved if name == "RLOO" and case == "two updates a rollout" else saved[:: max(1, len(saved) // 4)]
+    for path in places:
+        assert not differing(straight, run(name, tiny, tmp_path, ckpt_path=path, **options)), path.name
+
+
+def test_training_depends_on_the_seed_alone(tiny, tmp_path, monkeypatch):
+    first, again = (run("RLOO", tiny, tmp_path) for _ in range(2))
+    assert not differing(first, again)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    assert differing(first, run("RLOO", tiny, tmp_path))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
+def test_max_steps_then_more(stop, tiny, tmp_path):
+    """Stopped by `max_steps`, in the middle or at the end of an epoch, and then allowed more."""
+    def train(max_steps, ckpt_path=None):
+        runner = make_trainer(tmp_path, max_steps=max_steps, accumulate_grad_batches=2)
+        runner.fit(make_module("RLOO", tiny, minibatches=2), make_data("RLOO"), ckpt_path=ckpt_path)
+        return runner
+
+    path = tmp_path / "stopped.ckpt"
+    train(stop).save_checkpoint(path)
+    resumed = train(12, path)
+    straight = train(12)
+    weights = resumed.lightning_module.state_dict()
+    assert resumed.global_step == straight.global_step == 12
+    assert all(torch.equal(v, weights[n]) for n, v in straight.lightning_module.state_dict().items())

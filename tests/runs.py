@@ -1,0 +1,52 @@
+"""Runs of every method on a tiny model, the same every time."""
+
+from pathlib import Path
+
+import torch
+from tiny import make_llama, make_tokenizer
+from lightning.pytorch import Trainer
+
+import lit_rlhf
+from lit_rlhf import algorithms
+
+METHODS = [n for n in algorithms.__all__ if not getattr(getattr(algorithms, n), "__abstractmethods__", None)]
+METHODS.remove("Method")
+ONLINE = [n for n in METHODS if issubclass(getattr(algorithms, n), lit_rlhf.Online)]
+
+
+def vowels(completions, **kwargs):
+    return [sum(c in "aeiou" for c in text) / 4 for text in completions]
+
+
+def make_module(name: str, folder: Path, lr: float = 1e-2, **options) -> lit_rlhf.Method:
+    if name in ONLINE:
+        defaults = dict(rewards=[vowels], num_samples=3, max_new_tokens=6, kl_coef=0.05)
+        options = {**defaults, **options}
+    options.setdefault("optimizer", lambda params: torch.optim.AdamW(params, lr=lr))
+    return getattr(algorithms, name)(str(folder), **options)
+
+
+def make_data(name: str, rows: int = 12, **options):
+    texts = [f"{word} {i}" for i in range(rows // 4) for word in ("film", "book", "play", "song")]
+    options = {"batch_size": 4, "val": 3, "split": "last", **options}
+    if name in ONLINE:
+        return lit_rlhf.PromptData(train=[{"prompt": t} for t in [*texts, "one", "two", "six"]], **options)
+    pairs = [{"prompt": t, "chosen": f"good {i}", "rejected": f"bad {-i}"} for i, t in enumerate([*texts, "a", "b", "c"])]
+    if name == "RewardModeling":
+        return lit_rlhf.PreferenceData(train=pairs, **options)
+    demonstrations = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    return lit_rlhf.DemonstrationData(train=demonstrations, **options)
+
+
+def make_trainer(root: Path, **options) -> Trainer:
+    defaults = dict(
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    return Trainer(**{**defaults, **options})
