@@ -110,7 +110,7 @@ def reinforce_loss(
     """
     if advantages.ndim == 2:
         advantages = advantages.unsqueeze(-1)
-    return -masked_sum(advantages * logprobs, mask)
+    return -masked_sum(advantages * logprobs.masked_fill(~mask, 0.0), mask)
 
 
 def bradley_terry_loss(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
