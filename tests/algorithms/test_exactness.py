@@ -1,0 +1,311 @@
+"""Unbiased, by enumeration: every group of completions goes through the real collect, advantages, loss and step.
+
+Each group is weighted with its exact probability, so the mean gradient is an expectation without noise, to be compared
+with the gradient of `E[r] - beta KL` differentiated directly.
+"""
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts, plain_logprobs
+from runs import make_trainer
+from torch.utils.data import DataLoader
+
+import lit_rlhf
+from lit_rlhf import functional as F
+from lit_rlhf.types import Rollout
+
+VOCABULARY, LENGTH, BETA = 3, 2, 0.3
+PROMPT = [1, 2, 1]
+ALL = every_completion(VOCABULARY, LENGTH)
+
+DELAYED = {y: (-1) ** i * (i + 1) / 4 for i, y in enumerate(ALL)}  # in eighths: exact in float32 too
+PREFIXES = sorted({y[: t + 1] for y in ALL for t in range(len(y))})
+IMMEDIATE = {prefix: (i * 3 % 7 - 3) / 4 for i, prefix in enumerate(PREFIXES)}  # of what is written so far, only
+
+
+def delayed(completion_ids, **kwargs):
+    return [DELAYED[tuple(ids)] for ids in completion_ids]
+
+
+def immediate(completion_ids, **kwargs):
+    return [[IMMEDIATE[tuple(ids[: t + 1])] for t in range(len(ids))] for ids in completion_ids]
+
+
+immediate.token_level = True
+
+
+def finished_only(completion_ids, **kwargs):
+    return [DELAYED[tuple(ids)] if ids[-1] == EOS else None for ids in completion_ids]
+
+
+def make_module(method=lit_rlhf.RLOO, rewards=(delayed,), moved: float = 0.4, kl_coef: float = BETA, **options):
+    """A method on the enumerable policy, its weights moved away from the reference, its trainer a stub."""
+    policy = make_policy(VOCABULARY)
+    module = method(policy, rewards=list(rewards), max_new_tokens=LENGTH, kl_coef=kl_coef, **options)
+    module.configure_model()
+    vars(module)["initial"] = copy.deepcopy(policy.causal_lm)  # hidden from `parameters`
+    torch.manual_seed(1)
+    for parameter in policy.parameters():
+        parameter.data += moved * torch.randn_like(parameter)
+    module._trainer = SimpleNamespace(
+        world_size=1, accumulate_grad_batches=1, global_step=0, max_steps=-1, current_epoch=0
+    )
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    return module
+
+
+def flat_gradient(module) -> torch.Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()])
+
+
+def step_gradient(module, group) -> torch.Tensor:
+    """The gradient that the optimizer would be given for one rollout, of this group alone."""
+    prompts = make_prompts(PROMPT)
+    module.sample = lambda prompts: make_completions(module.policy, prompts, [list(group)])
+    module.zero_grad()
+    module.training_step(prompts, 0).backward()
+    module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
+    return flat_gradient(module)
+
+
+def sequence_logprobs(model) -> torch.Tensor:
+    return torch.stack([plain_logprobs(model, PROMPT, y).sum() for y in ALL])
+
+
+def expected_gradient(module) -> torch.Tensor:
+    """Minus the mean of `step_gradient` over all groups: what the weights climb along."""
+    probabilities = dict(zip(ALL, sequence_logprobs(module.policy.causal_lm).exp().tolist(), strict=True))
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    mean = torch.zeros(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
+    for group in itertools.product(ALL, repeat=module.num_samples):
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])  # every group comes after the same past
+        mean -= math.prod(probabilities[y] for y in group) * step_gradient(module, group)
+    return mean
+
+
+def true_gradient(module, rewards: torch.Tensor) -> torch.Tensor:
+    """Gradient of `E[r] - beta KL(pi || ref)`."""
+    logprobs = sequence_logprobs(module.policy.causal_lm)
+    with torch.no_grad():
+        reference = sequence_logprobs(module.initial)
+    module.zero_grad()
+    (logprobs.exp() * (rewards - module.kl_coef * (logprobs - reference))).sum().backward()
+    return flat_gradient(module)
+
+
+def totals(rewards) -> torch.Tensor:
+    """The whole reward of every completion."""
+    parts = [torch.tensor(reward(completion_ids=ALL), dtype=torch.float64) for reward in rewards if reward is delayed]
+    parts += [torch.tensor([sum(row) for row in immediate(ALL)], dtype=torch.float64)] * (immediate in rewards)
+    return sum(parts)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.abs().max() > 1e-2  # else nothing is shown
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
+
+
+REWARDS = {"delayed": (delayed,), "token-level": (immediate,), "both": (delayed, immediate)}
+
+
+@pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
+def test_rloo_of_two_is_unbiased(rewards):
+    module = make_module(rewards=rewards, num_samples=2)
+    assert_same(expected_gradient(module), true_gradient(module, totals(rewards)))
+
+
+@pytest.mark.slow
+def test_rloo_of_three_is_unbiased():
+    module = make_module(rewards=(delayed, immediate), num_samples=3)
+    assert_same(expected_gradient(module), true_gradient(module, totals((delayed, immediate))))
+
+
+@pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize("baseline", ["none", "mean", "exponential"])
+def test_reinforce_is_unbiased(baseline, rewards):
+    module = make_module(lit_rlhf.Reinforce, rewards, num_samples=1, baseline=baseline)
+    for earlier in (ALL[3:4], ALL[5:6]):
+        step_gradient(module, earlier)
+    assert (module.baseline_value() != 0) == (baseline != "none")
+    assert_same(expected_gradient(module), true_gradient(module, totals(rewards)))
+
+
+def test_slices_along_the_samples_are_unbiased_together():
+    """One update of two steps: each step's gradient is of half a group, its advantages are of the whole."""
+    module = make_module(num_samples=2, sample_minibatches=2)
+    module._trainer.accumulate_grad_batches = 2
+
+    def two_steps(group):
+        prompts = make_prompts(PROMPT)
+        module.sample = lambda prompts: make_completions(module.policy, prompts, [list(group)])
+        module.zero_grad()
+        for batch_idx in range(2):
+            (module.training_step(prompts, batch_idx) / 2).backward()  # the Trainer divides by the accumulation
+        module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
+        return flat_gradient(module)
+
+    whole = make_module(num_samples=2)
+    for group in itertools.product(ALL[::2], repeat=2):
+        torch.testing.assert_close(two_steps(group), step_gradient(whole, group), atol=1e-12, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:no completion of this update counts")
+@pytest.mark.parametrize(
+    "options", [{"truncated": "leave_out"}, {"rewards": (finished_only,)}], ids=["left out", "no opinion"]
+)
+def test_what_is_left_out_leaves_the_gradient_of_the_rest(options):
+    """Where two completions count, RLOO estimates the gradient of their expected return given that they count."""
+    module = make_module(num_samples=2, **options)
+    estimate = expected_gradient(module)
+    logprobs = sequence_logprobs(module.policy.causal_lm)
+    with torch.no_grad():
+        log_ratio = logprobs - sequence_logprobs(module.initial)
+    counts = torch.tensor([y[-1] == EOS for y in ALL])
+    returns = (totals((delayed,)) - BETA * log_ratio)[counts]
+    probabilities = logprobs.exp()[counts]
+    share = probabilities.sum()
+    module.zero_grad()
+    (returns * probabilities / share).sum().backward()
+    assert_same(estimate / share.detach() ** 2, flat_gradient(module))
+
+
+def test_a_penalty_for_truncated_completions_is_a_reward():
+    module = make_module(num_samples=2, truncated=0.75)
+    penalty = torch.tensor([0.75 * (y[-1] != EOS) for y in ALL], dtype=torch.float64)
+    assert_same(expected_gradient(module), true_gradient(module, totals((delayed,)) - penalty))
+
+
+# The enumeration can tell a biased estimator
+
+
+class Centred(lit_rlhf.RLOO):
+    def advantages(self, rollout):
+        return rollout.returns - rollout.returns.mean(1, keepdim=True)
+
+
+class Scaled(lit_rlhf.RLOO):
+    def advantages(self, rollout):
+        return super().advantages(rollout) / (rollout.returns.std(1, keepdim=True) + 1e-8)
+
+
+class AliveSiblings(lit_rlhf.RLOO):
+    """Compares a token with the siblings that are as long, and not at all where there are none."""
+
+    def advantages(self, rollout):
+        mask = rollout.completions.mask
+        to_go = F.reward_to_go(rollout.token_rewards, mask)
+        by_token = [F.rloo_advantages(to_go[..., t], mask[..., t]) for t in range(mask.shape[-1])]
+        return F.rloo_advantages(rollout.returns).unsqueeze(-1) + torch.stack(by_token, -1)
+
+
+def test_a_baseline_that_includes_the_sample_scales_the_gradient():
+    module = make_module(Centred, num_samples=2)
+    assert_same(expected_gradient(module), true_gradient(module, totals((delayed,))) * (1 - 1 / 2))
+
+
+def test_dividing_by_the_standard_deviation_changes_the_direction():
+    module = make_module(Scaled, num_samples=2)
+    estimate, truth = expected_gradient(module), true_gradient(module, totals((delayed,)))
+    assert torch.cosine_similarity(estimate, truth, dim=0) < 0.999
+
+
+def test_averaging_over_siblings_that_are_still_alive_is_biased():
+    module = make_module(AliveSiblings, (immediate,), num_samples=2)
+    assert (expected_gradient(module) - true_gradient(module, totals((immediate,)))).abs().max() > 1e-3
+
+
+# Variance, exactly, with the real advantages
+
+
+def total_variance(module, level: float) -> torch.Tensor:
+    """Variance of the gradient estimate of one prompt, summed over the weights, at four samples of it.
+
+    `level` is added to every reward of the prompt.
+    """
+    k = module.num_samples
+    logprobs = sequence_logprobs(module.policy.causal_lm)
+    scores = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(logprob, list(module.parameters()), retain_graph=True)])
+            for logprob in logprobs
+        ]
+    )
+    groups = torch.tensor(list(itertools.product(range(len(ALL)), repeat=k)))
+    rewards = (totals((delayed,)) / 16 + level)[groups]
+    blank = torch.zeros(*groups.shape, 1, dtype=torch.float64)
+    mask = torch.ones(*groups.shape, 1, dtype=torch.bool)
+    completions = lit_rlhf.types.Completions(blank.long(), mask, blank, mask[..., 0])
+    prompts = make_prompts(*[PROMPT] * len(groups))
+    rollout = Rollout(prompts, completions, blank, rewards, {}, mask[..., 0], returns=rewards)
+    estimates = (module.advantages(rollout).unsqueeze(-1) * scores[groups]).mean(1)
+    weights = logprobs.detach()[groups].sum(1).exp().unsqueeze(-1)
+    mean = (weights * estimates).sum(0)
+    return (weights * (estimates - mean) ** 2).sum() / (4 / k)
+
+
+def variance_of_rloo(k: int, levels: list[float]) -> float:
+    return sum(float(total_variance(make_module(num_samples=k), level)) for level in levels)
+
+
+def variance_of_converged_moving_average(levels: list[float]) -> float:
+    result = 0.0
+    for level in levels:
+        module = make_module(lit_rlhf.Reinforce, num_samples=1)
+        probabilities = sequence_logprobs(module.policy.causal_lm).exp().detach()
+        module.baseline_weight.fill_(1.0)
+        module.baseline_total.copy_((probabilities * totals((delayed,)) / 16).sum() + sum(levels) / len(levels))
+        result += float(total_variance(module, level))
+    return result
+
+
+@pytest.mark.parametrize("levels", [[0.0], [0.0, 10.0]])
+def test_four_samples_in_one_group_vary_less_than_in_two(levels):
+    assert variance_of_rloo(4, levels) < variance_of_rloo(2, levels)
+
+
+def test_rloo_varies_less_than_a_moving_average_where_prompts_differ_in_level():
+    assert variance_of_rloo(4, [-2.0, 2.0]) < variance_of_converged_moving_average([-2.0, 2.0])
+
+
+def test_a_moving_average_varies_less_than_rloo_where_prompts_are_alike():
+    assert variance_of_converged_moving_average([4.0, 4.01]) < variance_of_rloo(4, [4.0, 4.01])
+
+
+# The Trainer
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+@pytest.mark.parametrize("name", ["RLOO", "Reinforce"])
+def test_an_update_of_a_real_trainer_is_the_rate_times_the_gradient(name, tmp_path):
+    prompts = make_prompts([1, 2, 1], [2], [1, 1])
+    rate, k = 0.5, 4
+    policy = make_policy(VOCABULARY)
+    module = getattr(lit_rlhf, name)(
+        policy,
+        rewards=[delayed],
+        num_samples=k,
+        max_new_tokens=LENGTH,
+        kl_coef=BETA,
+        optimizer=lambda params: torch.optim.SGD(params, lr=rate),
+    )
+    before = copy.deepcopy(policy.causal_lm)
+    make_trainer(tmp_path, max_steps=1).fit(module, DataLoader([prompts], batch_size=None))
+    completions = module.rollout.completions
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        drawn = [tuple(completions.tokens[i, j][completions.mask[i, j]].tolist()) for j in range(k)]
+        rewards = torch.tensor([DELAYED[y] for y in drawn], dtype=torch.float64)
+        advantages = F.rloo_advantages(rewards.unsqueeze(0))[0] if name == "RLOO" else rewards
+        prompt = prompts.tokens[i][prompts.mask[i]].tolist()
+        logprobs = torch.stack([plain_logprobs(before, prompt, y).sum() for y in drawn])
+        loss = loss - (advantages * logprobs).sum() / (3 * k)
+    loss.backward()
+    for old, new in zip(before.parameters(), policy.causal_lm.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), (old - rate * old.grad).detach(), atol=1e-9, rtol=0)
+    assert any((p.grad != 0).any() for p in before.parameters())
