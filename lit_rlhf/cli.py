@@ -16,8 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_rlhf import callbacks
-from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.algorithms import Method
+from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.data import TextData
 from lit_rlhf.export import export_checkpoint
 

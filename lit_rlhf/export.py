@@ -31,14 +31,14 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new.rename(target)
 
 
-def snapshot(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return all that a folder holds beside the weights, as plain data that a checkpoint keeps."""
-    inner: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inner.config.save_pretrained(folder / BASE_CONFIG)
         if isinstance(model, PeftModel):
-            model.peft_config[model.active_adapter].save_pretrained(folder)
+            model.peft_config[model.active_adapter].save_pretrained(name)
         elif inner.can_generate():
             inner.generation_config.save_pretrained(folder / BASE_CONFIG)
         tokenizer.save_pretrained(folder)
@@ -79,6 +79,7 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.numpy().tobytes())
+    model: Any
     architecture = getattr(transformers, told["class"])
     config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
     if (folder / "adapter_config.json").is_file():
@@ -87,7 +88,7 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
         else:  # the adapter alone is saved, so its model needs no weights
             with torch.device("meta"):
                 base = architecture(config)
-        model = get_peft_model(base, PeftConfig.from_pretrained(folder))
+        model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
         _load(model, weights, complete=False)
         if merge:
             (folder / "adapter_config.json").unlink()
@@ -100,7 +101,7 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
         if generation_config.is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
     shutil.rmtree(folder / BASE_CONFIG)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "") -> None:

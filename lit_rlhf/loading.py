@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
@@ -54,17 +54,23 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
     """
     if isinstance(model, PeftModel):
         raise ValueError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
-    return get_peft_model(model, lora_config(LoraConfig, lora))
+    return cast(PeftModel, get_peft_model(model, lora_config(lora)))
 
 
-def lora_config(config: type[Any], options: dict[str, Any], task_type: str = "CAUSAL_LM") -> Any:
+def lora_config(options: dict[str, Any]) -> LoraConfig:
     """Build a `peft.LoraConfig`, with a sentence for an option that it does not have."""
     try:
-        return config(**{"task_type": task_type, **options})
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
     except TypeError as error:
         raise ValueError(
             f"lora: {error}; the options are those of peft.LoraConfig, such as r and lora_alpha"
         ) from error
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many token ids a model embeds."""
+    embeddings: Any = cast(Any, model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -73,7 +79,7 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
     Raises:
         ValueError: If the tokenizer has ids that the model does not know.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but the model embeds {rows}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -55,6 +56,6 @@ class Warmup(LRScheduler):
         course = min(1.0, (step - warmup) / (total - warmup))
         return 1 - course if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * course))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The rate of each parameter group at this update."""
-        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+        return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]

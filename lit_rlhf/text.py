@@ -28,7 +28,7 @@ def encode_prompt(
         while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
             ids.pop()  # some tokenizers close every text; a prompt is open
     else:
-        text = _template(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
+        text = _open_prompt(tokenizer, prompt, template_kwargs)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids:
         return ids
@@ -71,11 +71,18 @@ def _continuation(
 ) -> str:
     if isinstance(prompt, str):
         return "".join(message["content"] for message in completion)
-    before = _template(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
+    before = _open_prompt(tokenizer, prompt, template_kwargs)
     after = _template(tokenizer, [*prompt, *completion], template_kwargs, add_generation_prompt=False)
     if after.startswith(before):
         return after[len(before) :]
     return "".join(message["content"] for message in completion)  # a template that rewrites earlier turns
+
+
+def _open_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], kwargs: dict[str, Any] | None) -> str:
+    """A conversation up to where the assistant's next words follow; a last turn of its own is left open."""
+    if prompt and prompt[-1]["role"] == "assistant":
+        return _template(tokenizer, prompt, kwargs, continue_final_message=True)
+    return _template(tokenizer, prompt, kwargs, add_generation_prompt=True)
 
 
 def _template(

@@ -44,9 +44,13 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
     return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
-    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too."""
+    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too.
+
+    Treat records as constants: `replace` makes a changed one. They are not frozen because Lightning, which casts a batch
+    in the precisions `bf16-true` and `64-true`, refuses frozen dataclasses.
+    """
 
     def map(self: R, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> R:
         """Apply `on_tensor` to every tensor and `on_list` to every list, in nested records and dicts too."""
@@ -66,7 +70,7 @@ class Record:
         return dataclasses.replace(self, **changes)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompts(Record):
     """A batch of prompts.
 
@@ -93,7 +97,7 @@ class Prompts(Record):
         return self.replace(tokens=self.tokens[:, start:], mask=self.mask[:, start:])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completions(Record):
     """What a policy sampled.
 
@@ -124,7 +128,7 @@ class Completions(Record):
         return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollout(Record):
     """Completions of a batch of prompts with all that a method needs to learn from them. Nothing here carries gradient.
 
@@ -152,7 +156,8 @@ class Rollout(Record):
 
     def samples(self: RolloutT, index: slice) -> RolloutT:
         """Return the samples of each prompt that `index` selects; only for what no longer looks across a group."""
-        return self.map(lambda tensor: tensor[:, index]).replace(prompts=self.prompts)
+        cut = self.map(lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor)
+        return cut.replace(prompts=self.prompts)
 
     def trim(self: RolloutT) -> RolloutT:
         """Cut the padding that all prompts and the padding that all completions share."""
@@ -177,7 +182,7 @@ def _plain(record: Record, skip: set[str]) -> dict[str, Any]:
     return {name: _plain(value, set()) if isinstance(value, Record) else value for name, value in values.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Demonstrations(Record):
     """Completions that the data give: k = 1, what a policy should write.
 
@@ -192,6 +197,6 @@ class Demonstrations(Record):
     mask: Bool[Tensor, "prompts samples tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preferences(Demonstrations):
     """Pairs of completions of one prompt: k = 2, the chosen one first, the rejected one second."""

@@ -10,7 +10,6 @@ import lit_rlhf
 from lit_rlhf import algorithms
 
 METHODS = [n for n in algorithms.__all__ if not getattr(getattr(algorithms, n), "__abstractmethods__", None)]
-METHODS.remove("Method")
 ONLINE = [n for n in METHODS if issubclass(getattr(algorithms, n), lit_rlhf.Online)]
 
 

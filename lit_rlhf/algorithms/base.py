@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +24,7 @@ from lit_rlhf.policy import Policy
 from lit_rlhf.schedules import Warmup
 
 
-class Method(LightningModule):
+class Method(LightningModule, ABC):
     """A method that trains a language model.
 
     Args:
@@ -80,6 +81,10 @@ class Method(LightningModule):
         """Load the policy, once the data have been found fit for use."""
         if "policy" not in self._modules:
             self.policy = Policy.from_pretrained(self.source, self.lora, **self.load_options)
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, made by `reduce`."""
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
@@ -176,7 +181,7 @@ class Method(LightningModule):
     @property
     def _steps_done(self) -> int:
         """Training steps of this epoch that are done; the Trainer's own count, which a resume continues."""
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.processed)
+        return int(cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress.current).processed)
 
     def _gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         if self.trainer.world_size == 1:
@@ -186,11 +191,11 @@ class Method(LightningModule):
         return states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what was saved, and mend the place in an epoch that `max_steps` leaves wrong."""
+        """Take back what was saved, and mend the place to go on from."""
         self.seed = checkpoint.get("seed", self.seed)
         self._check_weights(checkpoint["state_dict"])
         if "loops" in checkpoint:
-            mend_finished_epoch(checkpoint["loops"]["fit_loop"])
+            mend_progress(checkpoint["loops"]["fit_loop"])
         ranks = checkpoint.get("ranks", [{}])
         trainer = self._trainer
         if trainer is None or not any(ranks):
@@ -220,18 +225,22 @@ class Method(LightningModule):
             )
 
 
-def mend_finished_epoch(fit_loop: dict[str, Any]) -> None:
-    """Make a checkpoint written at the last step of an epoch resume at the next epoch.
+def mend_progress(fit_loop: dict[str, Any]) -> None:
+    """Make a checkpoint resume at the very next batch where `max_steps` or a stop has ended the run.
 
-    With `max_steps`, Lightning leaves such an epoch begun and not completed, and would go on behind its end.
+    Lightning then counts the epoch as done when it was cut short, and as begun when its last batch was the last step.
     """
-    epochs = fit_loop["epoch_progress"]
-    batches = fit_loop["epoch_loop.batch_progress"]
-    if batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["ready"]:
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if epochs["current"]["processed"] != epochs["current"]["ready"]:
+        return
+    if batches["is_last_batch"]:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+    else:
         for progress in (epochs["current"], epochs["total"]):
-            progress["completed"] = progress["processed"]
+            progress["processed"] -= 1
+    for progress in (epochs["current"], epochs["total"]):
+        progress["completed"] = progress["processed"]
 
 
 def check_precision(optimizer: Optimizer) -> None:

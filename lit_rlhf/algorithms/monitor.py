@@ -51,7 +51,7 @@ class Clock:
 
 def now() -> float:
     """Seconds on a clock that waits for the accelerator."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 

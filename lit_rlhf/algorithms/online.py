@@ -248,7 +248,8 @@ class Online(Method):
         """Validate once before the first update, so that every curve starts where the policy did."""
         super().on_train_start()
         trainer = self.trainer
-        if trainer.global_step == 0 and self._steps_done == 0 and not trainer.fast_dev_run:
+        at_start = trainer.global_step == 0 and self._steps_done == 0
+        if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
@@ -339,9 +340,10 @@ def check_plan(module: Online, batch_size: int | None) -> None:
         ValueError: If they don't.
     """
     repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
-    if module.trainer.overfit_batches:
+    overfit_batches = getattr(module.trainer, "overfit_batches", 0)
+    if overfit_batches:
         raise ValueError(
-            f"overfit_batches={module.trainer.overfit_batches} is not possible here, since it exchanges the sampler "
+            f"overfit_batches={overfit_batches} is not possible here, since it exchanges the sampler "
             "that repeats prompts: train on a small data set instead, with data.train and data.batch_size"
         )
     if repeats % accumulate and (accumulate % repeats or module.epochs > 1):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -31,7 +32,7 @@ class RewardModeling(Method):
         **options: See `Method`.
     """
 
-    reward_model: PreTrainedModel
+    reward_model: PreTrainedModel | PeftModel
     trained = "reward_model."
 
     def __init__(self, policy: str, **options: Any) -> None:
@@ -49,6 +50,7 @@ class RewardModeling(Method):
         model.config.pad_token_id = pad_token_id(self.tokenizer)
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
         disable_dropout(self.reward_model)
+        self.reward_model.train()
 
     def scores(self, batch: Preferences) -> Float[Tensor, "prompts samples"]:
         """Score both completions of each pair."""
@@ -88,7 +90,7 @@ class RewardModeling(Method):
 
     def save_model(self, folder: Path) -> None:
         """Write the sequence-classification folder."""
-        self.reward_model.save_pretrained(folder)
+        self.reward_model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
 
     def snapshot(self) -> dict[str, Any]:

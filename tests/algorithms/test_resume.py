@@ -49,20 +49,32 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:12 updates a rollout")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tiny, tmp_path):
+def check_resumes(name, case, tiny, root, places) -> None:
     options = dict(CASES[case])
     if name not in ONLINE:
         if case in ("mid-rollout", "two epochs a rollout"):
             pytest.skip("only a rollout is cut into slices")
-        options.pop("minibatches", None)
-    straight = run(name, tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
-    saved = sorted(tmp_path.glob("*.ckpt"))
-    places = saved if name == "RLOO" and case == "two updates a rollout" else saved[:: max(1, len(saved) // 4)]
-    for path in places:
-        assert not differing(straight, run(name, tiny, tmp_path, ckpt_path=path, **options)), path.name
+        if options.pop("minibatches", None):
+            options["trainer"] = {"accumulate_grad_batches": 3, "val_check_interval": 2}
+    straight = run(name, tiny, root, callbacks=[SaveEverywhere(root)], **options)
+    for path in sorted(root.glob("*.ckpt"))[places]:
+        assert not differing(straight, run(name, tiny, root, ckpt_path=path, **options)), path.name
+
+
+@pytest.mark.filterwarnings("ignore:12 updates a rollout")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tiny, tmp_path):
+    """Stopped early (in the middle of an update where there is one) and late in the first epoch, or in the second."""
+    check_resumes(name, case, tiny, tmp_path, slice(0, None, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:12 updates a rollout")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_can_be_resumed_from_every_step(name, case, tiny, tmp_path):
+    check_resumes(name, case, tiny, tmp_path, slice(None))
 
 
 def test_training_depends_on_the_seed_alone(tiny, tmp_path, monkeypatch):

@@ -6,11 +6,9 @@ from lit_rlhf.testbed import Raters, briefs, gold
 from lit_rlhf.testbed.world import write
 
 
-def written_pairs(n=3000):
-    rng, pairs = Random(0), []
-    for brief in (b for _ in range(10) for b in briefs(300)):
-        pairs.append((brief.text, (write(brief, rng), write(brief, rng))))
-    return pairs[:n]
+def written_pairs(n=1000):
+    rng = Random(0)
+    return [(brief.text, (write(brief, rng), write(brief, rng))) for brief in briefs(n)]
 
 
 def values(rows):
