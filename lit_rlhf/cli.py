@@ -128,6 +128,7 @@ def ours(error: BaseException) -> bool:
 def quieten() -> None:
     """Drop messages of other packages that users can do nothing about."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists")  # TensorBoard's, just made
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "litlogger" not in record.getMessage())
