@@ -93,7 +93,8 @@ def rloo_advantages(
     if valid is None:
         valid = torch.ones(rewards.shape[:2], dtype=torch.bool, device=rewards.device)
     valid = valid.reshape(*valid.shape, *[1] * (rewards.ndim - 2)).expand_as(rewards)
-    kept = rewards.masked_fill(~valid, 0.0)
+    level = rewards.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    kept = (rewards - level).masked_fill(~valid, 0.0)  # so that equal rewards give exactly 0, not a rounding error
     siblings = valid.sum(1, keepdim=True) - 1
     baseline = (kept.sum(1, keepdim=True) - kept) / siblings.clamp(min=1)
     return (kept - baseline).masked_fill(~valid | (siblings < 1), 0.0)

@@ -136,10 +136,8 @@ class Policy(nn.Module):
         self.model.eval()  # no cache is kept in training mode under gradient checkpointing
         try:
             size = sampling.batch_size or len(prompts)
-            parts = [
-                self._sample(prompts.rows(slice(start, start + size)).trim(), num_samples, sampling, seed, epoch)
-                for start in range(0, len(prompts), size)
-            ]
+            blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
+            parts = [self._sample(defined(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
         finally:
             self.model.train(was_training)
         return parts[0] if len(parts) == 1 else _join(parts)
@@ -173,7 +171,8 @@ class Policy(nn.Module):
         """
         self.probe()
         n, k, t = completions.tokens.shape
-        tokens, mask = completions.tokens.flatten(0, 1), completions.mask.flatten(0, 1)
+        prompts, mask = defined(prompts), completions.mask.flatten(0, 1)
+        tokens = completions.tokens.flatten(0, 1).where(mask, prompts.tokens[:, -1:].repeat_interleave(k, 0))
         shared = self.shares_prompt and not self._checkpoints_activations
         features = self._shared_features if shared else self._plain_features
         chosen = features(prompts, tokens, k)[mask]
@@ -344,6 +343,11 @@ class Reference:
         """See `Policy.sample`."""
         with self._frozen():
             return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
+
+
+def defined(prompts: Prompts) -> Prompts:
+    """Pad with each prompt's own last token: the embedding of a padding id, which nothing trains, can hold anything."""
+    return prompts.replace(tokens=prompts.tokens.where(prompts.mask, prompts.tokens[:, -1:]))
 
 
 def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
