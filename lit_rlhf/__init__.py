@@ -1,9 +1,11 @@
 """Align language models with human feedback, as PyTorch Lightning modules."""
 
+from lit_rlhf import callbacks, functional, rewards
 from lit_rlhf.algorithms import RLOO, SFT, Method, Online, Reinforce, RewardModeling
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel, Weighted
+from lit_rlhf.sampling import Sampling
 from lit_rlhf.schedules import Warmup
 from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Rollout
 
@@ -26,6 +28,10 @@ __all__ = [
     "RewardModel",
     "RewardModeling",
     "Rollout",
+    "Sampling",
     "Warmup",
     "Weighted",
+    "callbacks",
+    "functional",
+    "rewards",
 ]

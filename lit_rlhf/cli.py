@@ -62,16 +62,18 @@ def main(args: Sequence[str] | None = None) -> None:
             )
             print(f"wrote {written}")
         else:
-            run(given)
+            sys.argv[1:] = given  # where LightningCLI, and the processes that DDP starts, look
+            run()
     except (ValueError, TypeError, FileNotFoundError) as error:
-        if not ours(error):
+        sentence = own_sentence(error)
+        if sentence is None:
             raise
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 
-def run(args: list[str]) -> None:
-    """Run one of Lightning's commands."""
+def run() -> None:
+    """Run one of Lightning's commands, with the arguments of the process."""
     defaults = {
         "default_root_dir": "runs",
         "log_every_n_steps": 1,
@@ -83,11 +85,11 @@ def run(args: list[str]) -> None:
         TextData,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        seed_everything_default=1,
         auto_configure_optimizers=False,
         trainer_defaults=defaults,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback."},
-        args=args,
     )
 
 
@@ -119,10 +121,14 @@ def shipped_config(name: str) -> str:
     sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
 
 
-def ours(error: BaseException) -> bool:
-    """Whether an error is a sentence of this package, for which a traceback would only bury it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE.resolve())
+def own_sentence(error: BaseException | None) -> str | None:
+    """Return what this package says in an error or in what led to it; a traceback would only bury that."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE.resolve()):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def quieten() -> None:

@@ -82,6 +82,7 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
     model: Any
     architecture = getattr(transformers, told["class"])
     config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
+    config.name_or_path = told["source"]
     if (folder / "adapter_config.json").is_file():
         if merge:
             base = architecture.from_pretrained(told["source"])

@@ -48,8 +48,8 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
 class Record:
     """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too.
 
-    Treat records as constants: `replace` makes a changed one. They are not frozen because Lightning, which casts a batch
-    in the precisions `bf16-true` and `64-true`, refuses frozen dataclasses.
+    Treat records as constants: `replace` makes a changed one. They are not frozen because Lightning refuses frozen
+    dataclasses where it casts a batch (the precisions `bf16-true` and `64-true`).
     """
 
     def map(self: R, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> R:

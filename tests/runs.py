@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from tiny import make_llama, make_tokenizer
 from lightning.pytorch import Trainer
 
 import lit_rlhf
@@ -30,7 +29,8 @@ def make_data(name: str, rows: int = 12, **options):
     options = {"batch_size": 4, "val": 3, "split": "last", **options}
     if name in ONLINE:
         return lit_rlhf.PromptData(train=[{"prompt": t} for t in [*texts, "one", "two", "six"]], **options)
-    pairs = [{"prompt": t, "chosen": f"good {i}", "rejected": f"bad {-i}"} for i, t in enumerate([*texts, "a", "b", "c"])]
+    texts = [*texts, "a", "b", "c"]
+    pairs = [{"prompt": t, "chosen": f"good {i}", "rejected": f"bad {-i}"} for i, t in enumerate(texts)]
     if name == "RewardModeling":
         return lit_rlhf.PreferenceData(train=pairs, **options)
     demonstrations = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]

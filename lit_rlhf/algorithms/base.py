@@ -59,7 +59,8 @@ class Method(LightningModule, ABC):
         self.strict_loading = False  # frozen weights are in no checkpoint
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
-        self._counted, self._planned = 0, 1.0  # terms of this update so far; what a step's sum was divided by
+        self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
+        self._planned = 1.0  # what a step's sum was divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
@@ -117,28 +118,28 @@ class Method(LightningModule, ABC):
             planned: The number of terms of a step, the same for all steps and ranks; by default that of the batch.
         """
         self._planned = float(planned or terms.shape[0])
-        count = int(mask.sum())
-        self._counted += count
         total = terms.masked_fill(~mask, 0.0).sum()
-        self.log("train/loss", total.detach() / max(count, 1), batch_size=1)
+        self._total += float(total.detach())
+        self._counted += int(mask.sum())
         return total / self._planned
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the planned divisor of the gradients into the counted one; with nothing counted, leave the weights."""
-        counted = self.sum_over_ranks(torch.tensor(float(self._counted), device=self.device))
-        self._counted = 0
+        sums = torch.tensor([self._total, self._counted], dtype=torch.float32, device=self.device)
+        total, counted = self.sum_over_ranks(sums).tolist()
+        self._total, self._counted = 0.0, 0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if counted == 0:
             rank_zero_warn("no completion of this update counts (no reward has an opinion): the update is skipped")
             optimizer.zero_grad(set_to_none=True)
             return
-        factor = self._planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / float(counted)
+        factor = self._planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / counted
         for parameter in parameters:
             if factor != 1:
                 parameter.grad.mul_(factor)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         rate = optimizer.param_groups[0]["lr"]
-        self.log_dict({"train/grad_norm": norm, "train/lr": rate}, batch_size=1)
+        self.log_dict({"train/loss": total / counted, "train/grad_norm": norm, "train/lr": rate}, batch_size=1)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Add up a tensor of all ranks."""
@@ -176,7 +177,7 @@ class Method(LightningModule, ABC):
         if steps_done % self.trainer.accumulate_grad_batches == 0:
             return {}
         gradients = {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
-        return {"gradients": gradients, "counted": self._counted}
+        return {"gradients": gradients, "total": self._total, "counted": self._counted}
 
     @property
     def _steps_done(self) -> int:
@@ -209,7 +210,7 @@ class Method(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Put the gradients of a resumed update back in place."""
-        self._counted = self._resumed.pop("counted", 0)
+        self._total, self._counted = self._resumed.pop("total", 0.0), self._resumed.pop("counted", 0)
         gradients = self._resumed.pop("gradients", {})
         for name, parameter in self.named_parameters():
             if name in gradients:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import METHODS, ONLINE, make_data, make_module, make_trainer
 from lightning.pytorch import Callback
+from runs import METHODS, ONLINE, make_data, make_module, make_trainer
 
 import lit_rlhf
 

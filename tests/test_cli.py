@@ -1,0 +1,204 @@
+"""What users type, run as they would type it, with tiny stand-ins for models and data."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_llama, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_rlhf.cli import CONFIGS, main
+
+MINE = """
+import lit_rlhf
+
+class OPO(lit_rlhf.RLOO):
+    def advantages(self, rollout):
+        lengths = rollout.completions.mask.sum(-1)
+        return rollout.returns - (rollout.returns * lengths).sum(1, keepdim=True) / lengths.sum(1, keepdim=True)
+
+def words(completions, **kwargs):
+    return [float(len(text.split())) for text in completions]
+"""
+
+FAST = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+SHORT = ["--model.max_new_tokens=4", "--data.batch_size=4"]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder with a tiny model, data of every kind, and the user's own module."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setitem(sys.modules, "mine", None)
+    sys.modules.pop("mine")
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    texts = [f"the {word} number {i} was long" for i in range(8) for word in ("film", "book", "play", "song")]
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": text, "answer": text[4:8]} for text in texts])
+    write_rows(tmp_path / "demonstrations.jsonl", [{"prompt": text, "completion": " and good"} for text in texts])
+    pairs = [{"prompt": text, "chosen": f" good {i}", "rejected": f" bad {-i}"} for i, text in enumerate(texts)]
+    write_rows(tmp_path / "preferences.jsonl", pairs)
+    write_rows(tmp_path / "reviews.jsonl", [{"text": f"{text} and rather nice to see"} for text in texts])
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path
+
+
+STAND_INS = {
+    "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.max_new_tokens=4"],
+    "rloo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "reinforce": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "reviews": ["--data.train=reviews.jsonl", "--data.val=4", *SHORT],
+    "sft": ["--data.train=demonstrations.jsonl", "--data.batch_size=4"],
+    "reward_modeling": ["--data.train=preferences.jsonl", "--data.batch_size=4"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_configuration_that_ships_runs(name, place):
+    policy = [] if name == "quickstart" else ["--model.policy=tiny"]
+    main(["fit", "--config", name, *policy, *STAND_INS[name], *FAST, "--trainer.default_root_dir=here"])
+    assert list(place.glob("here/policy/last/*.safetensors"))
+    assert list(place.glob("here/version_0/metrics.csv"))
+    assert {path.name for path in place.iterdir()} - {"here", "__pycache__"} == {
+        "tiny", "mine.py", "prompts.jsonl", "demonstrations.jsonl", "preferences.jsonl", "reviews.jsonl"
+    }  # fmt: skip
+
+
+def fit(*args: str) -> None:
+    common = ["--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=4", "--trainer.default_root_dir=here"]
+    main(["fit", "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, *FAST, *args])
+
+
+def test_two_runs_into_one_folder_leave_both(place):
+    fit()
+    fit()
+    assert len(list(place.glob("here/version_*/metrics.csv"))) == 2
+    assert len(list(place.glob("here/version_*/samples.jsonl"))) == 2
+    assert len(list(place.glob("here/version_*/events*"))) == 2
+
+
+def test_a_method_and_a_reward_of_ones_own(place, capsys):
+    fit("--model=mine.OPO")
+    header = next(place.glob("here/version_0/metrics.csv")).read_text().splitlines()[0]
+    assert "train/reward/words" in header and "train/kl" in header
+    assert "class_path: mine.OPO" in next(place.glob("here/version_0/config.yaml")).read_text()
+
+
+@pytest.mark.parametrize("lora", ["null", "{r: 2}"])
+def test_a_checkpoint_alone_exports_what_fit_exported(lora, place, capsys):
+    fit(f"--model.lora={lora}")
+    ckpt = next(place.glob("here/version_0/checkpoints/last.ckpt"))
+    main(["export", "--ckpt_path", str(ckpt), "--out", "exported"])
+    names = {path.name for path in Path("exported").iterdir()}
+    assert names == {path.name for path in Path("here/policy/last").iterdir()} - {"README.md"} | (names & {"README.md"})
+    weights = [load_weights(Path(folder)) for folder in ("exported", "here/policy/last")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert AutoTokenizer.from_pretrained("exported").chat_template
+
+
+def load_weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_an_adapter_is_merged_on_demand(place):
+    fit("--model.lora={r: 2, init_lora_weights: false}")
+    ckpt = next(place.glob("here/version_0/checkpoints/last.ckpt"))
+    main(["export", "--ckpt_path", str(ckpt), "--out", "merged", "--merge=true"])
+    from peft import AutoPeftModelForCausalLM
+
+    ids = torch.arange(8, 20).unsqueeze(0)
+    merged = AutoModelForCausalLM.from_pretrained("merged").eval()(ids).logits
+    adapted = AutoPeftModelForCausalLM.from_pretrained("here/policy/last").eval()(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_predict_writes_completions_and_scores(place):
+    common = ["--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=6", "--trainer.default_root_dir=here"]
+    main(["predict", "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, "--trainer.accelerator=cpu"])
+    rows = [json.loads(line) for line in Path("here/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * 4
+    assert all(row["reward"] == len(row["completion"].split()) for row in rows)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_policy_is_scored_without_training(command, place, capsys):
+    common = ["--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=6", "--trainer.default_root_dir=here"]
+    main([command, "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, "--trainer.accelerator=cpu"])
+    prefix = {"validate": "val", "test": "test"}[command]
+    assert f"{prefix}/win_rate" in capsys.readouterr().out
+
+
+def test_the_pipeline_on_ones_own_data(place):
+    """SFT, then a reward model, then RLOO, then export: each takes what the one before it wrote."""
+    small = [*FAST, "--data.batch_size=4", "--trainer.enable_model_summary=false"]
+    main(["fit", "--config=sft", "--model.policy=tiny", "--data.train=demonstrations.jsonl", *small])
+    sft = "runs/sft/policy/last"
+    main(["fit", "--config=reward_modeling", f"--model.policy={sft}", "--data.train=preferences.jsonl", *small])
+    reward_model = "runs/reward_model/policy/last"
+    assert AutoModelForSequenceClassification.from_pretrained(reward_model).config.num_labels == 1
+    rewards = ["--model.rewards+=lit_rlhf.RewardModel", f"--model.rewards.model={reward_model}"]
+    prompts = ["--data.train=prompts.jsonl", "--data.val=4", "--model.max_new_tokens=4"]
+    main(["fit", "--config=rloo", f"--model.policy={sft}", *rewards, *prompts, *small])
+    ckpt = next(Path("runs/rloo").glob("version_0/checkpoints/last.ckpt"))
+    main(["export", "--ckpt_path", str(ckpt), "--out", "my-model", "--merge=true"])
+    AutoModelForCausalLM.from_pretrained("my-model").generate(torch.tensor([[1, 9, 9]]), max_new_tokens=2)
+
+
+WRONG = {
+    "a misspelt method": (["--model=RLO"], "RLO"),
+    "a misspelt option": (["--model.num_sample=4"], "num_sample"),
+    "a misspelt reward": (["--model.rewards=[mine.wordz]"], "wordz"),
+    "one sample": (["--model.num_samples=1"], "num_samples=1 must be at least 2"),
+    "no rewards": (["--model.rewards=[]"], "rewards is empty"),
+    "a policy that is not there": (["--model.policy=./nowhere"], "there is no such folder"),
+    "a file that is not there": (["--data.train=nothing.jsonl"], "nothing.jsonl"),
+    "more slices than prompts": (["--model.minibatches=8"], "minibatches=8 is more than the 4 prompts"),
+    "an accumulation that does not fit": (
+        ["--model.minibatches=4", "--trainer.accumulate_grad_batches=3"],
+        "accumulate_grad_batches=3 does not fit a rollout of 4 steps",
+    ),
+    "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
+    "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
+    "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
+    "a column that is not there": (["--data.prompt_column=question"], "question"),
+    "an opponent that is no column": (["--model.opponent=gpt"], "opponent='gpt' is no column"),
+    "too few prompts": (["--data.batch_size=64"], "64"),
+    "weights that cannot move": (
+        ["--model.load.dtype=bfloat16", "--model.lora=null", "--model.optimizer.lr=1e-7"],
+        "too small to move",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_bad_input_gets_a_sentence(wrong, place, capsys):
+    args, sentence = WRONG[wrong]
+    with pytest.raises(SystemExit) as stopped:
+        fit(*args)
+    assert stopped.value.code not in (0, None)
+    assert sentence in capsys.readouterr().err
+    assert not Path("here/policy").exists()
+
+
+def test_a_reward_that_raises_is_named_and_its_traceback_kept(place):
+    (place / "broken.py").write_text("def broken(completions, **kwargs):\n    return completions[0] / 2\n")
+    with pytest.raises(RuntimeError, match="the reward 'broken' raised TypeError"):
+        fit("--model.rewards+=broken.broken")
+
+
+def test_an_unknown_configuration_lists_those_that_ship(place):
+    with pytest.raises(SystemExit, match="quickstart"):
+        main(["fit", "--config", "quikstart"])

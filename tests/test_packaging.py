@@ -1,0 +1,24 @@
+"""What setuptools is told is what there is: a forgotten package works from the checkout, not from the wheel."""
+
+import tomllib
+from pathlib import Path
+
+import lit_rlhf
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_is_listed():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [ROOT / "lit_rlhf", *(path for path in (ROOT / "lit_rlhf").rglob("*") if path.is_dir())]
+    found = {".".join(path.relative_to(ROOT).parts) for path in folders if (path / "__init__.py").is_file()}
+    assert found | {"lit_rlhf.callbacks", "lit_rlhf.configs"} == set(told)
+
+
+def test_callbacks_and_configs_are_those_at_the_top_level():
+    for name in ("callbacks", "configs"):
+        assert (ROOT / "lit_rlhf" / name).resolve() == ROOT / name
+
+
+def test_the_version_stands_in_one_way():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == lit_rlhf.__version__
