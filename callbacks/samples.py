@@ -58,7 +58,8 @@ class SampleLogger(Callback):
         count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "repeats", 1)
         if rollout is None or count % self.every_n_rollouts or not trainer.is_global_zero:
             return
-        rows = self._log(trainer, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples))
+        extra = getattr(pl_module, "extra", {})
+        rows = self._log(trainer, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extra))
         if self.to_terminal:
             get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
 
@@ -70,7 +71,7 @@ class SampleLogger(Callback):
 
     def _log(self, trainer: Trainer, split: str, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "split": split}
-        rows = [{key: jsonable({**sample, **place}.get(key)) for key in COLUMNS} for sample in samples]
+        rows = [jsonable({**dict.fromkeys(COLUMNS), **sample, **place}) for sample in samples]
         for logger in trainer.loggers:
             _to_logger(logger, f"{split}/samples", rows, trainer.global_step)
         if not is_trial(trainer):
@@ -78,7 +79,9 @@ class SampleLogger(Callback):
         return rows
 
 
-def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+def rollout_samples(
+    rollout: Rollout, tokenizer: Any, count: int, extra: dict[str, list[Any]] | None = None
+) -> list[dict[str, Any]]:
     """Describe `count` completions of a rollout: the first sample of each prompt, then the second, and so on."""
     n, k = rollout.rewards.shape
     places = [(i, j) for j in range(k) for i in range(n)][:count]
@@ -96,6 +99,7 @@ def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[s
             "kl": float(kl[i, j]),
             "length": int(lengths[i, j]),
             "finished": bool(rollout.completions.finished[i, j]),
+            **{name: column[i * k + j] for name, column in (extra or {}).items()},
         }
         for (i, j), text in zip(places, texts, strict=True)
     ]

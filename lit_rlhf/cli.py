@@ -14,6 +14,7 @@ import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import callbacks
 from lit_rlhf.algorithms import Method
@@ -136,5 +137,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists")  # TensorBoard's, just made
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading and writing weights
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "litlogger" not in record.getMessage())

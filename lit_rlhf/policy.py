@@ -73,6 +73,10 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         check_vocabulary(model, tokenizer)
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{model.active_peft_config.peft_type.value} trains prompts, not layers: use LoRA or the like"
+            )
         self.new_adapter = lora is not None
         self.model = model if lora is None else add_lora(model, lora)
         self.tokenizer = tokenizer

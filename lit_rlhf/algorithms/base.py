@@ -170,7 +170,7 @@ class Method(LightningModule, ABC):
         checkpoint["seed"] = self.seed
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
-        checkpoint["ranks"] = self._gather(self.state_under_way(self._steps_done))
+        checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))
 
     def state_under_way(self, steps_done: int) -> dict[str, Any]:
         """Return what this rank must keep to go on from here: inside an update, its gradients."""
@@ -184,7 +184,8 @@ class Method(LightningModule, ABC):
         """Training steps of this epoch that are done; the Trainer's own count, which a resume continues."""
         return int(cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress.current).processed)
 
-    def _gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+    def gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the states of all ranks, by rank."""
         if self.trainer.world_size == 1:
             return [state]
         states: list[Any] = [None] * self.trainer.world_size

@@ -36,12 +36,14 @@ def completion_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, compl
 
 @dataclass(frozen=True)
 class GroupScores:
-    """What the rewards say, by prompt and sample; the fields are those of `lit_rlhf.types.Rollout`."""
+    """What the rewards say, by prompt and sample: fields of `lit_rlhf.types.Rollout`, and what they reported."""
 
     rewards: Float[Tensor, "prompts samples"]
     parts: dict[str, Float[Tensor, "prompts samples"]]
     valid: Bool[Tensor, "prompts samples"]
     token_rewards: Float[Tensor, "prompts samples tokens"] | None
+    metrics: dict[str, float]
+    extra: dict[str, list[Any]]
 
     def totals(self) -> Float[Tensor, "prompts samples"]:
         """Rewards of the whole completion and of its tokens."""
@@ -73,6 +75,8 @@ def score(
         parts={name: part.view(n, k).to(device) for name, part in scores.parts.items()},
         valid=scores.valid.view(n, k).to(device),
         token_rewards=token_rewards,
+        metrics=scores.metrics,
+        extra=scores.extra,
     )
 
 
@@ -153,7 +157,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The means over all ranks."""
-        gathered = self.module._gather({"sums": self.sums, "ids": self.ids})
+        gathered = self.module.gather({"sums": self.sums, "ids": self.ids})
         names = dict.fromkeys(name for rank in gathered for name in rank["sums"])
         totals = {n: [sum(r["sums"].get(n, (0.0, 0.0))[i] for r in gathered) for i in (0, 1)] for n in names}
         means = {name: total / count for name, (total, count) in totals.items() if count}

@@ -92,7 +92,8 @@ class Online(Method):
         self.minibatches, self.sample_minibatches, self.epochs = minibatches, sample_minibatches, epochs
         self.repeats = minibatches * sample_minibatches * epochs
         self.rollout: Rollout | None = None
-        self.examples: list[dict[str, Any]] = []
+        self.examples: list[dict[str, Any]] = []  # greedy completions of the first held-out prompts
+        self.extra: dict[str, list[Any]] = {}  # what rewards told of each completion with `log_extra`
         self.clock = Clock()
         self.opponent_scores: dict[int, float] = {}
         self._evaluation: Evaluation | None = None
@@ -137,6 +138,8 @@ class Online(Method):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
             reference_logprobs = self.reference.logprobs(prompts, completions, self.sampling.temperature)
+        self.log_dict({f"train/{name}": value for name, value in scores.metrics.items()}, sync_dist=True, batch_size=1)
+        self.extra = scores.extra
         rewards, valid = scores.rewards, scores.valid
         if self.truncated == "leave_out":
             valid = valid & completions.finished
@@ -167,6 +170,8 @@ class Online(Method):
                 f"{type(self).__name__}.advantages must return finite numbers of shape {tuple(shapes[0])} or "
                 f"{tuple(shapes[1])}, not {tuple(advantages.shape)}, {finite}"
             )
+        if not bool(rollout.valid.any(1).all()):
+            rank_zero_warn("a prompt none of whose completions has a reward is skipped: see train/skipped_groups")
         rollout = rollout.replace(advantages=advantages)
         log_rollout(self, rollout)
         return rollout
@@ -238,6 +243,7 @@ class Online(Method):
             self.reference = self.policy.reference()
 
     def _place(self) -> None:
+        self.policy.probe()
         self.reference.to(self.device)
         self.scorer.setup(self.device)
         self.judge.setup(self.device)
