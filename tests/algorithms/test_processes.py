@@ -1,0 +1,72 @@
+"""Two processes do what one with twice the prompts does: the same samples, the same update, the same metrics."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from tiny import make_llama, make_tokenizer
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a policy that ends many of its completions by itself."""
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer))
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def ended(folder, root) -> subprocess.CompletedProcess:
+    """The script, started as a user would: one command, and the Trainer starts the other process.
+
+    All its runs are in one start. The last is the one that fails.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": str(processes.SEED)}
+    command = [sys.executable, processes.__file__, str(folder), str(root)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=root)
+
+
+def result(name: str, root: Path, ended: subprocess.CompletedProcess) -> dict:
+    path = root / f"{name}.pt"
+    assert path.exists(), ended.stderr[-5000:]
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", processes.CASES)
+def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, folder, tmp_path):
+    expected, actual = processes.run_case(case, folder, tmp_path, devices=1), result(case, root, ended)
+    moved = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
+    assert moved > 1e-2
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(actual["weights"][name], weight, atol=2e-5 * moved, rtol=0, msg=name)
+    for ours, theirs in zip(actual["metrics"], expected["metrics"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
+    if case == "invalid on one rank":
+        assert expected["metrics"][0]["train/skipped_groups"] == 0.5
+
+
+def test_a_run_of_two_processes_resumes_bitwise_in_the_middle_of_a_rollout(ended, root):
+    differing = result("resumed", root, ended)
+    assert len(differing) == 3
+    assert not any(differing.values()), differing
+
+
+def test_a_reward_that_raises_on_one_rank_stops_both_with_its_message(ended, root):
+    assert ended.returncode != 0
+    assert "the disk of the judge is full" in ended.stderr
+    assert "1 other process(es) failed while sampling or scoring" in ended.stderr
