@@ -155,7 +155,7 @@ def test_slices_along_the_samples_are_unbiased_together():
         torch.testing.assert_close(two_steps(group), step_gradient(whole, group), atol=1e-12, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:no completion of this update counts")
+@pytest.mark.filterwarnings("ignore:no completion of this update counts", "ignore:a prompt none of whose")
 @pytest.mark.parametrize(
     "options", [{"truncated": "leave_out"}, {"rewards": (finished_only,)}], ids=["left out", "no opinion"]
 )

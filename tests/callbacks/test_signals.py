@@ -123,7 +123,7 @@ open(f"{sys.argv[1]}/steps-{trainer.global_rank}", "w").write(str(trainer.global
 def test_two_processes_save_together_whichever_is_signalled(tmp_path, rank):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), str(rank)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,8 +8,8 @@ import datasets
 import lightning
 import pytest
 import torch
-from tiny import make_tokenizer
 from jsonargparse import ArgumentParser
+from tiny import make_tokenizer
 
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.types import Demonstrations, Preferences, Prompts
