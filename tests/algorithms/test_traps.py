@@ -358,6 +358,27 @@ def test_truncated_sampling_warns_and_logs_the_kept_mass(ending, tmp_path):
     assert 0.01 < recorder.metrics[0]["train/kept_mass"] < 0.99
 
 
+# 5. The end of a completion, for a reward model
+
+
+def test_a_reward_model_reads_in_use_what_it_read_in_training(ending, tmp_path):
+    """The EOS token behind a completion that ended by itself included, which it can tell from one that was cut."""
+    module = make_module("RewardModeling", ending, optimizer=sgd)
+    train("RewardModeling", ending, tmp_path, module=module)
+    module.save_model(tmp_path / "model")
+    data = make_data("RewardModeling")
+    data.tokenizer = module.tokenizer
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    trained = module.scores(batch).detach()
+    reward = lit_rlhf.rewards.RewardModel(tmp_path / "model")
+    for column, text in enumerate(("good {}", "bad -{}")):
+        completions = [text.format(i).replace("-0", "0") for i in batch.prompts.index.tolist()]
+        torch.testing.assert_close(reward(batch.prompts.text, completions), trained[:, column], atol=1e-4, rtol=1e-4)
+        cut = reward(batch.prompts.text, completions, finished=[False] * len(completions))
+        assert ((cut - trained[:, column]).abs() > 1e-3).any()
+
+
 # 3. Log-softmax in at least float32
 
 
