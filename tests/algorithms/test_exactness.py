@@ -175,6 +175,17 @@ def test_what_is_left_out_leaves_the_gradient_of_the_rest(options):
     assert_same(estimate / share.detach() ** 2, flat_gradient(module))
 
 
+@pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
+def test_a_group_with_a_completion_left_out_is_the_group_without_it(rewards):
+    three = make_module(rewards=rewards, num_samples=3, truncated="leave_out")
+    two = make_module(rewards=rewards, num_samples=2)
+    ended, cut = ([y for y in ALL if (y[-1] == EOS) == end] for end in (True, False))
+    for first, second in itertools.permutations(ended, 2):
+        group = [first, second]
+        group.insert(len(first), cut[1])
+        assert_same(step_gradient(three, group), step_gradient(two, [first, second]))
+
+
 def test_a_penalty_for_truncated_completions_is_a_reward():
     module = make_module(num_samples=2, truncated=0.75)
     penalty = torch.tensor([0.75 * (y[-1] != EOS) for y in ALL], dtype=torch.float64)
