@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from lit_rlhf import functional as F
+from lit_rlhf.decoding import CachedDecoder, PlainDecoder, prompt_positions
 from lit_rlhf.loading import (
     add_lora,
     check_vocabulary,
@@ -147,7 +148,7 @@ class Policy(nn.Module):
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
-        decoder = _CachedDecoder(self, prompts, k) if self.shares_prompt else _PlainDecoder(self, prompts, k)
+        decoder = CachedDecoder(self, prompts, k) if self.shares_prompt else PlainDecoder(self, prompts, k)
         noise = None
         if not sampling.greedy:
             noise = addressed_noise(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
@@ -354,11 +355,6 @@ def defined(prompts: Prompts) -> Prompts:
     return prompts.replace(tokens=prompts.tokens.where(prompts.mask, prompts.tokens[:, -1:]))
 
 
-def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
-    """Position of each token among those that are not padding."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
 def padded(prompts: Prompts, columns: int = 3) -> Prompts:
     """The same prompts behind more padding, which changes a model's output by its rounding only."""
     pad = (columns, 0)
@@ -370,56 +366,6 @@ def padded(prompts: Prompts, columns: int = 3) -> Prompts:
 def rms(tensor: Tensor) -> float:
     """Root mean square."""
     return float(tensor.float().square().mean().sqrt())
-
-
-class _CachedDecoder:
-    """Rows that keep their keys and values; the prompt's are computed once for its k rows."""
-
-    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
-        self.policy, self.prompts, self.k = policy, prompts, k
-        self.cache = DynamicCache(config=policy.causal_lm.config)
-        self.mask = prompts.mask.repeat_interleave(k, 0)
-        self.positions = self.mask.sum(1, keepdim=True)
-
-    def start(self) -> Tensor:
-        prompts = self.prompts
-        positions = prompt_positions(prompts.mask)
-        features = self.policy.forward_features(prompts.tokens, prompts.mask, positions, self.cache, keep=1)
-        if self.k > 1:
-            self.cache.batch_repeat_interleave(self.k)
-        return self.policy.project(features[:, -1]).repeat_interleave(self.k, 0)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        features = self.policy.forward_features(tokens.unsqueeze(1), self.mask, self.positions, self.cache, keep=1)
-        self.positions = self.positions + 1
-        return self.policy.project(features[:, -1])
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-
-
-class _PlainDecoder:
-    """Rows computed anew at every token, for a model without a cache."""
-
-    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
-        self.policy = policy
-        self.ids = prompts.tokens.repeat_interleave(k, 0)
-        self.mask = prompts.mask.repeat_interleave(k, 0)
-
-    def start(self) -> Tensor:
-        positions = prompt_positions(self.mask)
-        features = self.policy.forward_features(self.ids, self.mask, positions, None, keep=1)
-        return self.policy.project(features[:, -1])
-
-    def step(self, tokens: Tensor) -> Tensor:
-        self.ids = torch.cat([self.ids, tokens.unsqueeze(1)], 1)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        return self.start()
-
-    def keep(self, rows: Tensor) -> None:
-        self.ids, self.mask = self.ids[rows], self.mask[rows]
 
 
 def _join(parts: list[Completions]) -> Completions:
