@@ -60,7 +60,7 @@ class Method(LightningModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
-        self._planned = 1.0  # what a step's sum was divided by
+        self._planned = 0.0  # what the sum of each step of this update is divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
@@ -115,9 +115,9 @@ class Method(LightningModule, ABC):
         Args:
             terms: The loss of each completion, pair or token.
             mask: True where a term counts.
-            planned: The number of terms of a step, the same for all steps and ranks; by default that of the batch.
+            planned: About how many terms a step has, the same on all ranks; by default those of the batch.
         """
-        self._planned = float(planned or terms.shape[0])
+        self._planned = self._planned or float(planned or terms.shape[0])
         total = terms.masked_fill(~mask, 0.0).sum()
         self._total += float(total.detach())
         self._counted += int(mask.sum())
@@ -127,13 +127,13 @@ class Method(LightningModule, ABC):
         """Turn the planned divisor of the gradients into the counted one; with nothing counted, leave the weights."""
         sums = torch.tensor([self._total, self._counted], dtype=torch.float32, device=self.device)
         total, counted = self.sum_over_ranks(sums).tolist()
-        self._total, self._counted = 0.0, 0
+        planned, self._planned, self._total, self._counted = self._planned, 0.0, 0.0, 0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if counted == 0:
             rank_zero_warn("no completion of this update counts (no reward has an opinion): the update is skipped")
             optimizer.zero_grad(set_to_none=True)
             return
-        factor = self._planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / counted
+        factor = planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / counted
         for parameter in parameters:
             if factor != 1:
                 parameter.grad.mul_(factor)
@@ -177,7 +177,7 @@ class Method(LightningModule, ABC):
         if steps_done % self.trainer.accumulate_grad_batches == 0:
             return {}
         gradients = {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
-        return {"gradients": gradients, "total": self._total, "counted": self._counted}
+        return {"gradients": gradients, "total": self._total, "counted": self._counted, "planned": self._planned}
 
     @property
     def _steps_done(self) -> int:
@@ -212,6 +212,7 @@ class Method(LightningModule, ABC):
     def on_train_start(self) -> None:
         """Put the gradients of a resumed update back in place."""
         self._total, self._counted = self._resumed.pop("total", 0.0), self._resumed.pop("counted", 0)
+        self._planned = self._resumed.pop("planned", 0.0)
         gradients = self._resumed.pop("gradients", {})
         for name, parameter in self.named_parameters():
             if name in gradients:

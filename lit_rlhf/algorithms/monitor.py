@@ -128,3 +128,10 @@ def reduce_means(module: Online, sums: dict[str, tuple[Tensor, Tensor]]) -> dict
     ]
     totals = module.sum_over_ranks(torch.stack(rows))
     return {name: total / count.clamp(min=1) for name, (total, count) in zip(sums, totals, strict=True)}
+
+
+def mean_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of what rewards reported, over the ranks on which they did."""
+    names = dict.fromkeys(name for metrics in ranks for name in metrics)
+    values = {name: [metrics[name] for metrics in ranks if name in metrics] for name in names}
+    return {f"train/{name}": sum(found) / len(found) for name, found in values.items()}

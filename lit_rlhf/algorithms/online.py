@@ -24,7 +24,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
-from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout
+from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout, mean_metrics
 from lit_rlhf.policy import Policy, Reference
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.sampling import Sampling
@@ -138,7 +138,7 @@ class Online(Method):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
             reference_logprobs = self.reference.logprobs(prompts, completions, self.sampling.temperature)
-        self.log_dict({f"train/{name}": value for name, value in scores.metrics.items()}, sync_dist=True, batch_size=1)
+        self.log_dict(mean_metrics(self.gather(scores.metrics)), batch_size=1)
         self.extra = scores.extra
         rewards, valid = scores.rewards, scores.valid
         if self.truncated == "leave_out":
@@ -297,7 +297,7 @@ class Online(Method):
     def _finish(self, prefix: str) -> None:
         assert self._evaluation is not None
         metrics = {f"{prefix}/{name}": value for name, value in self._evaluation.metrics().items()}
-        self.log_dict(metrics, batch_size=1)
+        self.log_dict(metrics, batch_size=1, sync_dist=True)
         self.examples = self._evaluation.examples
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
