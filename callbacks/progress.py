@@ -38,6 +38,10 @@ class RLHFProgressBar(RichProgressBar):
             self.disable()
         self._started = time.monotonic()
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        endless = self.trainer.max_epochs in (None, -1)  # a number of steps was given instead
+        return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
