@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import sys
 import traceback
@@ -54,6 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments; those of the process where None.
     """
     given = expand_configs(list(sys.argv[1:] if args is None else args))
+    check_class_names(given)
     sys.path.insert(0, str(Path.cwd()))  # where a user's own methods and rewards are
     quieten()
     try:
@@ -81,6 +84,8 @@ def run() -> None:
         "num_sanity_val_steps": 0,  # a full validation comes before the first update
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
+    options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
+    usage = {name: {"usage": f"{PROGRAM} {name} {options}"} for name in ("fit", "validate", "test", "predict")}
     RLHFCommandLine(
         Method,
         TextData,
@@ -90,7 +95,7 @@ def run() -> None:
         auto_configure_optimizers=False,
         trainer_defaults=defaults,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback."},
+        parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback.", **usage},
     )
 
 
@@ -120,6 +125,30 @@ def shipped_config(name: str) -> str:
         return str(path)
     known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
     sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
+
+
+def check_class_names(args: list[str]) -> None:
+    """Check bare class names after `--model` and `--data`, where the parser would only say that they are no path.
+
+    Raises:
+        SystemExit: If there is no such class.
+    """
+    for previous, arg in zip(["", *args], args, strict=False):
+        flag, separator, value = arg.partition("=")
+        flag, value = (flag, value) if separator else (previous, arg)
+        bases: dict[str, type] = {"--model": Method, "--data": TextData}
+        if flag not in bases or not value.isidentifier():
+            continue
+        known = sorted(kind.__name__ for kind in subclasses(bases[flag]) if not inspect.isabstract(kind))
+        if value not in known:
+            close = difflib.get_close_matches(value, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "one of your own needs its module: mine.Name"
+            sys.exit(f"{PROGRAM}: {flag} {value!r} is none of {', '.join(known)}: {hint}")
+
+
+def subclasses(base: type) -> set[type]:
+    """All classes below a class that have been imported."""
+    return {kind for child in base.__subclasses__() for kind in {child} | subclasses(child)}
 
 
 def own_sentence(error: BaseException | None) -> str | None:

@@ -158,7 +158,7 @@ def test_the_pipeline_on_ones_own_data(place):
 
 
 WRONG = {
-    "a misspelt method": (["--model=RLO"], "RLO"),
+    "a misspelt method": (["--model=RLO"], "did you mean RLOO?"),
     "a misspelt option": (["--model.num_sample=4"], "num_sample"),
     "a misspelt reward": (["--model.rewards=[mine.wordz]"], "wordz"),
     "one sample": (["--model.num_samples=1"], "num_samples=1 must be at least 2"),
@@ -189,7 +189,7 @@ def test_bad_input_gets_a_sentence(wrong, place, capsys):
     with pytest.raises(SystemExit) as stopped:
         fit(*args)
     assert stopped.value.code not in (0, None)
-    assert sentence in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err + str(stopped.value.code)
     assert not Path("here/policy").exists()
 
 
