@@ -148,7 +148,8 @@ def check_class_names(args: list[str]) -> None:
 
 def subclasses(base: type) -> set[type]:
     """All classes below a class that have been imported."""
-    return {kind for child in base.__subclasses__() for kind in {child} | subclasses(child)}
+    children: list[type] = base.__subclasses__()
+    return {kind for child in children for kind in {child} | subclasses(child)}
 
 
 def own_sentence(error: BaseException | None) -> str | None:
