@@ -74,8 +74,9 @@ class ReviewReward(RewardModel):
     """The shipped reward model: what noisy raters of the testbed seem to like.
 
     Args:
+        model: Another folder, such as one that the build command wrote.
         batch_size: Completions a forward pass.
     """
 
-    def __init__(self, batch_size: int = 128) -> None:
-        super().__init__(REWARD_MODEL, batch_size=batch_size)
+    def __init__(self, model: str | Path = REWARD_MODEL, batch_size: int = 128) -> None:
+        super().__init__(model, batch_size=batch_size)

@@ -72,7 +72,7 @@ def sampled_pairs(
     policy: Policy, rows: list[dict[str, str]], rounds: int, seed: int
 ) -> Iterator[tuple[str, tuple[str, str]]]:
     """Pair up the policy's samples of each prompt; in one pair of six a writer of the grammar takes a place."""
-    data, rng = PromptData(train=rows, batch_size=min(128, len(rows))), Random(f"pairs {seed}")
+    data, rng = PromptData(train=rows, batch_size=min(127, len(rows))), Random(f"pairs {seed}")
     data.tokenizer = policy.tokenizer
     data.setup()
     for epoch in range(rounds):
@@ -102,26 +102,31 @@ def shrink(folder: Path) -> None:
     save_file({name: weight.half() for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
-def build(out: Path, seed: int = 0, num_demonstrations: int = 60_000, rounds: int = 12) -> None:
+def build(
+    out: Path, seed: int = 0, num_demonstrations: int = 40_000, num_prompts: int = 1016, rounds: int = 16
+) -> None:
     """Write `out/policy` and `out/reward_model`, and print how right the reward model is on held-out prompts.
 
     Args:
         out: The folder.
         seed: Of everything.
         num_demonstrations: Reviews that SFT reads, once.
-        rounds: Times that the raters go through all prompts, two pairs each.
+        num_prompts: Training prompts that the policy is sampled on.
+        rounds: Times that raters go through these prompts, two pairs each.
     """
     seed_everything(seed)
-    sft = SFT(new_policy(), **options(3e-3))
-    fit(sft, DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=64), epochs=1)
+    sft = SFT(new_policy(), **options(2e-3))
+    fit(sft, DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=32), epochs=1)
     sft.policy.save(out / "policy")
     shrink(out / "policy")
 
     policy, raters = Policy.from_pretrained(out / "policy"), Raters()
-    pairs = raters.preferences(sampled_pairs(policy, prompts(1016, seed), rounds, seed), seed)
-    held_out = raters.preferences(sampled_pairs(policy, prompts(253, seed, held_out=True), 4, seed + 1), seed + 1)
-    method = RewardModeling(str(out / "policy"), **options(1e-3))
-    fit(method, PreferenceData(pairs, batch_size=64), epochs=1)
+    pairs = raters.preferences(sampled_pairs(policy, prompts(num_prompts, seed), rounds, seed), seed)
+    held_out = raters.preferences(
+        sampled_pairs(policy, prompts(min(253, num_prompts), seed, held_out=True), 4, seed + 1), seed + 1
+    )
+    method = RewardModeling(str(out / "policy"), **options(7e-4))
+    fit(method, PreferenceData(pairs, batch_size=32), epochs=1)
     method.save_model(out / "reward_model")
     shrink(out / "reward_model")
 

@@ -94,15 +94,15 @@ def utility(prompt: str, completion: str) -> float:
     """What one completion is worth for one prompt; see `gold`."""
     brief, words = Brief.parse(prompt), words_of(completion)
     read = [_Sentence.read(sentence, brief.aspect) for sentence in grammar.sentences(words)]
-    known = False
-    total = 0.0
-    for sentence in read[: brief.sentences]:
-        total += _merit(brief, sentence, known)
+    known, total = False, 0.0
+    for i, sentence in enumerate(read[: brief.sentences]):
+        said_before = sentence in read[:i]
+        total += -0.5 if said_before else _merit(brief, sentence, known)
         known = known or sentence.topic(brief, known) == 1.0
     if brief.tone == "fair" and not (any(s.praise for s in read) and any(s.blame for s in read)):
         total = min(total, 0.0) - 0.3
     shapes = Counter(" ".join(word for word in s.words if word in _COMMON - set(w.SUBJECTS)) for s in read)
-    total -= 0.5 * max(0, len(read) - brief.sentences)
+    total -= 0.5 * abs(len(read) - brief.sentences)
     total -= 0.4 * _repeats(words) + 0.15 * (len(read) - len(shapes))
     total -= 0.5 * (grammar.well_placed(words).count(False) + (not grammar.complete(words)))
     return max(FLOOR, total)
@@ -112,8 +112,9 @@ def gold(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) 
     """The hidden utility of each completion: a reward, though nothing should be trained on it.
 
     Each sentence up to the length asked for earns up to 1.2 by being on the aspect, in the tone and vivid, all three
-    at once; off the subject or against the tone it costs. Repeated words, sentences beyond the length, ungrammatical
-    words and a broken end cost too, and a fair review needs both praise and blame. Nothing is below `FLOOR`.
+    at once; off the subject, against the tone or said before it costs. Repeated words, a sentence more or less than
+    asked for, ungrammatical words and a broken end cost too, and a fair review needs both praise and blame. Nothing
+    is below `FLOOR`.
 
     Raises:
         ValueError: If a prompt is none of the testbed's.

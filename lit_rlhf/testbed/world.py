@@ -115,7 +115,7 @@ def write(brief: Brief, rng: Random, care: float | None = None) -> str:
         count = rng.randint(1, 4)
     lines: list[str] = []
     for i in range(count):
-        lines.append(lines[-1] if lines and not writer.careful(0.08) else writer.sentence(i))
+        lines.append(lines[-1] if lines and not writer.careful(0.4) else writer.sentence(i))
     return " ".join(lines)
 
 
