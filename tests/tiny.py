@@ -54,5 +54,3 @@ def make_llama(vocab_size: int, hidden: int = 32, layers: int = 2, seed: int = 0
         initializer_range=0.2,
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
-
-

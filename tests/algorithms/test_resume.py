@@ -87,6 +87,7 @@ def test_training_depends_on_the_seed_alone(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
 def test_max_steps_then_more(stop, tiny, tmp_path):
     """Stopped by `max_steps`, in the middle or at the end of an epoch, and then allowed more."""
+
     def train(max_steps, ckpt_path=None):
         runner = make_trainer(tmp_path, max_steps=max_steps, accumulate_grad_batches=2)
         runner.fit(make_module("RLOO", tiny, minibatches=2), make_data("RLOO"), ckpt_path=ckpt_path)
