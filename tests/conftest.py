@@ -1,4 +1,5 @@
 import pytest
+
 from tiny import make_llama, make_tokenizer
 
 

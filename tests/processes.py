@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+
 from runs import make_data, make_module, make_trainer
 
 SEED, ROWS, BATCH = 7, 24, 8

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_rlhf.cli import CONFIGS, main
+from tiny import make_llama, make_tokenizer
 
 MINE = """
 import lit_rlhf

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
+from tiny import make_tokenizer
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {

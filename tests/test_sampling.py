@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts
-from tiny import make_llama, make_tokenizer
 
+from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts
 from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling, addressed_noise, inverse_cdf
 from lit_rlhf.types import Prompts
+from tiny import make_llama, make_tokenizer
 
 DRAWS = 100_000
 

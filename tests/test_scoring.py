@@ -4,15 +4,15 @@ import logging
 
 import pytest
 import torch
-from enumerable import make_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import make_llama, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from enumerable import make_prompts
 from lit_rlhf import policy as policy_module
 from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
+from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from tiny import make_llama, make_tokenizer
 
 

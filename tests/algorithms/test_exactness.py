@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts, plain_logprobs
-from runs import make_trainer
 from torch.utils.data import DataLoader
 
 import lit_rlhf
+from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts, plain_logprobs
 from lit_rlhf import functional as F
 from lit_rlhf.types import Rollout
+from runs import make_trainer
 
 VOCABULARY, LENGTH, BETA = 3, 2, 0.3
 PROMPT = [1, 2, 1]

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import processes
 import pytest
 import torch
+
+import processes
 from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.timeout(600)

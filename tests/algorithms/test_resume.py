@@ -3,9 +3,9 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from runs import METHODS, ONLINE, make_data, make_module, make_trainer
 
 import lit_rlhf
+from runs import METHODS, ONLINE, make_data, make_module, make_trainer
 
 
 class SaveEverywhere(Callback):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from enumerable import make_prompts
 from lightning.pytorch import Callback
-from runs import make_data, make_trainer
-from runs import make_module as make_any_module
-from tiny import make_llama, make_tokenizer
 from torch.utils.data import DataLoader
 
 import lit_rlhf
+from enumerable import make_prompts
 from lit_rlhf import functional as F
 from lit_rlhf.policy import Policy
+from runs import make_data, make_trainer
+from runs import make_module as make_any_module
+from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
 

@@ -2,9 +2,9 @@ import warnings
 
 import pytest
 import torch
-from fake_method import Online, Plain
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from fake_method import Online, Plain
 from lit_rlhf.callbacks import PolicyCheckpoint
 
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import rich
 import torch
-from fake_method import Online, Plain
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from fake_method import Online, Plain
 from lit_rlhf import callbacks
 from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fake_method import Bytes, Online, Plain, make_rollout
 
+from fake_method import Bytes, Online, Plain, make_rollout
 from lit_rlhf.callbacks import KLMonitor
 from lit_rlhf.callbacks.common import completion_kl
 

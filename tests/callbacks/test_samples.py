@@ -3,10 +3,10 @@ import re
 
 import pytest
 import torch
-from fake_method import Bytes, Online, Plain, make_rollout
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from fake_method import Bytes, Online, Plain, make_rollout
 from lit_rlhf.callbacks import SampleLogger
 from lit_rlhf.callbacks.samples import COLUMNS, rollout_samples
 

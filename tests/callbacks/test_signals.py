@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_method import Online, Plain
 from lightning.pytorch.callbacks import Callback
 
+from fake_method import Online, Plain
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
 HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]

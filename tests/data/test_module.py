@@ -9,10 +9,10 @@ import lightning
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from tiny import make_tokenizer
 
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.types import Demonstrations, Preferences, Prompts
+from tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's, under a newer torch
 

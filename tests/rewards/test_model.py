@@ -3,7 +3,6 @@ import pickle
 
 import pytest
 import torch
-from tiny import make_llama, make_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -13,6 +12,7 @@ from transformers import (
 
 from lit_rlhf.rewards import RewardModel, Scorer, Weighted
 from lit_rlhf.text import encode_completion, encode_prompt
+from tiny import make_llama, make_tokenizer
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {
