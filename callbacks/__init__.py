@@ -3,9 +3,19 @@
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
 from lit_rlhf.callbacks.curves import Curves
 from lit_rlhf.callbacks.kl_monitor import KLMonitor
+from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.callbacks.progress import RLHFProgressBar
 from lit_rlhf.callbacks.samples import SampleLogger
 from lit_rlhf.callbacks.signals import SaveOnSignal
 from lit_rlhf.callbacks.summary import Summary
 
-__all__ = ["Curves", "KLMonitor", "PolicyCheckpoint", "RLHFProgressBar", "SampleLogger", "SaveOnSignal", "Summary"]
+__all__ = [
+    "Curves",
+    "KLMonitor",
+    "PolicyCheckpoint",
+    "PredictionWriter",
+    "RLHFProgressBar",
+    "SampleLogger",
+    "SaveOnSignal",
+    "Summary",
+]

@@ -20,7 +20,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import callbacks
 from lit_rlhf.algorithms import Method
-from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.data import TextData
 from lit_rlhf.export import export_checkpoint
 
@@ -38,7 +37,7 @@ class RLHFCommandLine(LightningCLI):
         parser.add_lightning_class_args(callbacks.KLMonitor, "kl_monitor")
         parser.add_lightning_class_args(callbacks.SampleLogger, "samples")
         parser.add_lightning_class_args(callbacks.Curves, "curves")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(callbacks.PredictionWriter, "predictions")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer; without a logger of the user's it logs to TensorBoard and `metrics.csv` in one folder."""

@@ -178,6 +178,7 @@ def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
         warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def choose(logits: Tensor, t: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pick token `t` of every row by the noise, or the most likely one without noise."""
         allowed = logits
         if t < sampling.min_new_tokens:
             allowed = allowed.index_fill(-1, eos, -torch.inf)

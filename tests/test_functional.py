@@ -7,7 +7,7 @@ import torch
 
 from lit_rlhf import functional as F
 
-torch_close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 def double(*values) -> torch.Tensor:
@@ -33,27 +33,27 @@ def loop_leave_one_out(rewards: torch.Tensor, valid: torch.Tensor) -> torch.Tens
 
 def test_rloo_of_four_rewards():
     advantages = F.rloo_advantages(double([2, 0.5, 1.5, -0.5]))
-    torch_close(advantages, double([1.5, -0.5, 2.5 / 3, -5.5 / 3]), atol=1e-12, rtol=0)
+    assert_close(advantages, double([1.5, -0.5, 2.5 / 3, -5.5 / 3]), atol=1e-12, rtol=0)
 
 
 def test_rloo_of_eight_with_three_right():
     right = double([1, 0, 0, 1, 0, 1, 0, 0])
-    torch_close(F.rloo_advantages(right), right * 5 / 7 - (1 - right) * 3 / 7, atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(right), right * 5 / 7 - (1 - right) * 3 / 7, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_rloo_is_the_centred_reward_times_k_over_k_minus_1(k):
     rewards = rewards_of(k=k)
     centred = rewards - rewards.mean(1, keepdim=True)
-    torch_close(F.rloo_advantages(rewards), k / (k - 1) * centred, atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(rewards), k / (k - 1) * centred, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
 def test_rloo_sums_to_zero_in_each_group_and_ignores_its_level(k):
     rewards, level = rewards_of(k=k), double([0.0], [-7.0], [1e3])
     advantages = F.rloo_advantages(rewards)
-    torch_close(advantages.sum(1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch_close(F.rloo_advantages(rewards + level), advantages, atol=1e-11, rtol=0)
+    assert_close(advantages.sum(1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(rewards + level), advantages, atol=1e-11, rtol=0)
 
 
 def test_rloo_of_two_is_half_the_difference_times_the_difference_of_log_probabilities():
@@ -62,7 +62,7 @@ def test_rloo_of_two_is_half_the_difference_times_the_difference_of_log_probabil
     terms = F.reinforce_loss(logprobs.unsqueeze(-1), F.rloo_advantages(rewards), mask)
     first, second = rewards.unbind(1)
     pair = (first - second) / 2 * (-logprobs[:, 0] + logprobs[:, 1])
-    torch_close(terms.mean(1), pair, atol=1e-12, rtol=0)
+    assert_close(terms.mean(1), pair, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -80,7 +80,7 @@ def test_a_missing_completion_is_missing_everywhere(trial):
     generator = torch.Generator().manual_seed(trial)
     valid = torch.rand(6, 4, generator=generator) < 0.6
     rewards = rewards_of(6, 4, trial).where(valid, torch.nan)
-    torch_close(F.rloo_advantages(rewards, valid), loop_leave_one_out(rewards, valid), atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(rewards, valid), loop_leave_one_out(rewards, valid), atol=1e-12, rtol=0)
 
 
 def test_a_completion_without_valid_siblings_has_no_advantage():
@@ -91,14 +91,14 @@ def test_a_completion_without_valid_siblings_has_no_advantage():
 def test_the_token_level_baseline_is_of_the_same_place_and_counts_ended_siblings_as_zero():
     to_go = double([[3, 1, 0], [2, 0, 0], [6, 5, 4]])
     expected = double([[3 - 4, 1 - 2.5, -2], [2 - 4.5, -3, -2], [6 - 2.5, 5 - 0.5, 4]])
-    torch_close(F.rloo_advantages(to_go), expected, atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(to_go), expected, atol=1e-12, rtol=0)
 
 
 def test_the_token_level_baseline_leaves_a_missing_completion_out_at_every_token():
     to_go = rewards_of(2, 12).view(2, 4, 3)
     valid = torch.tensor([[True, True, False, True], [False, True, False, False]])
     expected = torch.stack([loop_leave_one_out(to_go[..., t], valid) for t in range(3)], -1)
-    torch_close(F.rloo_advantages(to_go, valid), expected, atol=1e-12, rtol=0)
+    assert_close(F.rloo_advantages(to_go, valid), expected, atol=1e-12, rtol=0)
 
 
 # Sums over tokens
@@ -165,7 +165,7 @@ def near_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("estimator", [F.kl_k1, F.kl_k3])
 def test_the_kl_estimators_are_unbiased(estimator):
     logprobs, reference, kl = near_pair()
-    torch_close((logprobs.exp() * estimator(logprobs, reference)).sum(), kl, atol=1e-12, rtol=0)
+    assert_close((logprobs.exp() * estimator(logprobs, reference)).sum(), kl, atol=1e-12, rtol=0)
 
 
 def test_k3_is_never_negative_and_varies_less():
@@ -184,25 +184,25 @@ def test_the_gradient_of_the_kl_is_that_of_k1_in_the_reward():
     (exact_gradient,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits, retain_graph=True)
     k1 = F.kl_k1(logprobs, reference).detach()
     (estimated,) = torch.autograd.grad((logprobs.exp().detach() * k1 * logprobs).sum(), logits)
-    torch_close(estimated, exact_gradient, atol=1e-12, rtol=0)
+    assert_close(estimated, exact_gradient, atol=1e-12, rtol=0)
 
 
 def test_the_kl_is_subtracted():
     returns = F.shaped_return(double([1, 2]), double([10, -20]), 0.1)
-    torch_close(returns, double([0, 4]), atol=1e-12, rtol=0)
+    assert_close(returns, double([0, 4]), atol=1e-12, rtol=0)
 
 
 def test_token_logprobs_and_entropy():
     logits = rewards_of(3, 5)
     tokens = torch.tensor([4, 0, 2])
     logprobs = logits.log_softmax(-1)
-    torch_close(F.token_logprobs(logits, tokens), logprobs[torch.arange(3), tokens], atol=1e-12, rtol=0)
-    torch_close(F.entropy(logits), -(logprobs.exp() * logprobs).sum(-1), atol=1e-12, rtol=0)
+    assert_close(F.token_logprobs(logits, tokens), logprobs[torch.arange(3), tokens], atol=1e-12, rtol=0)
+    assert_close(F.entropy(logits), -(logprobs.exp() * logprobs).sum(-1), atol=1e-12, rtol=0)
 
 
 def test_entropy_of_few_tokens_out_of_many():
     logits = double([0, 0, -math.inf, -math.inf])
-    torch_close(F.entropy(logits), double([math.log(2)])[0], atol=1e-12, rtol=0)
+    assert_close(F.entropy(logits), double([math.log(2)])[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -218,12 +218,12 @@ def test_log_softmax_is_at_least_float32_and_otherwise_in_the_dtype_given(dtype)
 def test_bradley_terry():
     chosen, rejected = double([0, 2, -1]), double([0, 0, 1])
     expected = double([math.log(2), math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))])
-    torch_close(F.bradley_terry_loss(chosen, rejected), expected, atol=1e-12, rtol=0)
+    assert_close(F.bradley_terry_loss(chosen, rejected), expected, atol=1e-12, rtol=0)
 
 
 def test_bradley_terry_sees_the_difference_only_and_does_not_overflow():
     chosen, rejected = double([1, 2, 3]), double([3, 2, 1])
     loss = F.bradley_terry_loss(chosen, rejected)
-    torch_close(F.bradley_terry_loss(chosen + 50, rejected + 50), loss, atol=1e-12, rtol=0)
-    torch_close(loss - F.bradley_terry_loss(rejected, chosen), rejected - chosen, atol=1e-12, rtol=0)
-    torch_close(F.bradley_terry_loss(double([-1e4]), double([1e4])), double([2e4]), atol=1e-9, rtol=0)
+    assert_close(F.bradley_terry_loss(chosen + 50, rejected + 50), loss, atol=1e-12, rtol=0)
+    assert_close(loss - F.bradley_terry_loss(rejected, chosen), rejected - chosen, atol=1e-12, rtol=0)
+    assert_close(F.bradley_terry_loss(double([-1e4]), double([1e4])), double([2e4]), atol=1e-9, rtol=0)

@@ -208,7 +208,7 @@ def test_a_stop_string_ends_a_completion_where_it_first_appears(policy):
 # The same whatever the batch
 
 
-def alike(a, b) -> None:
+def assert_alike(a, b) -> None:
     assert a.ids() == b.ids()
     length = min(a.tokens.shape[-1], b.tokens.shape[-1])
     torch.testing.assert_close(a.logprobs[..., :length], b.logprobs[..., :length], atol=1e-5, rtol=0)
@@ -233,14 +233,14 @@ def test_completions_do_not_depend_on_the_batch(ending_policy):
     assert together.lengths.unique().numel() > 3
     for i in range(5):
         alone = ending_policy.sample(prompts.rows(slice(i, i + 1)).trim(), 3, SAMPLING, seed=5, epoch=2)
-        alike(alone, together.rows(slice(i, i + 1)))
+        assert_alike(alone, together.rows(slice(i, i + 1)))
 
 
 def test_completions_do_not_depend_on_the_order(ending_policy):
     prompts, order = prompts_of(3, 9, 1, 6), torch.tensor([2, 0, 3, 1])
     together = ending_policy.sample(prompts, 3, SAMPLING)
     shuffled = ending_policy.sample(prompts.map(lambda t: t[order]), 3, SAMPLING)
-    alike(shuffled, together.map(lambda t: t[order]))
+    assert_alike(shuffled, together.map(lambda t: t[order]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -249,7 +249,7 @@ def test_completions_do_not_depend_on_how_many_are_decoded_at_a_time(ending_poli
     in_parts = Sampling(**{**vars(SAMPLING), "batch_size": size, "top_k": 150})
     at_once = Sampling(**{**vars(SAMPLING), "top_k": 150})
     expected, parts = (ending_policy.sample(prompts, 3, sampling) for sampling in (at_once, in_parts))
-    alike(parts, expected)
+    assert_alike(parts, expected)
     torch.testing.assert_close(parts.kept_mass, expected.kept_mass, atol=1e-5, rtol=0)
 
 

@@ -125,7 +125,7 @@ def build(
     held_out = raters.preferences(
         sampled_pairs(policy, prompts(min(253, num_prompts), seed, held_out=True), 4, seed + 1), seed + 1
     )
-    method = RewardModeling(str(out / "policy"), **options(7e-4))
+    method = RewardModeling(str(out / "policy"), **options(4e-4))
     fit(method, PreferenceData(pairs, batch_size=32), epochs=1)
     method.save_model(out / "reward_model")
     shrink(out / "reward_model")

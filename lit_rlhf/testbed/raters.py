@@ -19,7 +19,7 @@ class Raters:
         lapse: How often a rater does not look and tosses a coin.
     """
 
-    temperature: float = 0.3
+    temperature: float = 0.2
     lapse: float = 0.05
 
     def probability(self, gold_a: float, gold_b: float) -> float:

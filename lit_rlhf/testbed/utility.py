@@ -36,6 +36,7 @@ class _Sentence:
 
     @classmethod
     def read(cls, words: list[str], aspect: str) -> _Sentence:
+        """Read the words of a sentence in a review of this aspect."""
         nouns = [word for word in words if word in w.NOUN_FAMILY]
         simile = [word for word in words if word in w.SIMILE]
         praise = sum(word in w.PRAISE for word in words if word not in simile) + any(s in w.PRAISE for s in simile)

@@ -130,6 +130,7 @@ class _Writer:
         return self.rng.random() >= slip * (1 - self.care)
 
     def sentence(self, place: int) -> str:
+        """Write the next sentence; `place` counts from 0."""
         praise = self._tone(place)
         shapes = (self._was, self._was, self._was, self._verb, self._felt, self._pair, self._it, self._closing)
         weights = (3, 2, 2, 3, 2, 2, 2 if place else 0.3, 2 if place else 0.3)

@@ -176,7 +176,8 @@ def test_rows_are_encoded_once_for_each_tokenizer():
 
 
 def test_prompts_may_be_empty_where_completions_are_given():
-    fit(DemonstrationData([{"text": "A whole text."}] * 4, batch_size=2))
+    module = fit(DemonstrationData([{"text": "A whole text."}] * 4, batch_size=2))
+    assert [batch.mask.sum(-1).unique().item() > 1 for batch in module.batches["train"]] == [True] * 4
 
 
 @pytest.mark.parametrize(
