@@ -18,7 +18,7 @@ History = dict[str, list[tuple[int, float]]]
 
 PANELS = {
     "reward": ["reward", "judge"],
-    "win rate": ["win_rate", "judge_win_rate"],
+    "win rate": ["win_rate"],
     "KL to the reference (nats a completion)": ["kl"],
     "completion length (tokens)": ["completion_length", "length"],
     "entropy (nats a token)": ["entropy"],

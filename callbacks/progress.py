@@ -12,6 +12,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from lit_rlhf.callbacks.common import as_number, scalar_metrics, validated_in_fit
 
+RATES = {
+    "throughput/completion_tokens": "tokens/s",
+    "time/sample": "sample s",
+    "time/score": "score s",
+    "time/train": "train s",
+}
 VALIDATION = ("reward", "win_rate", "kl", "loss", "accuracy", "length")
 
 
@@ -45,11 +51,13 @@ class RLHFProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what to show: no version number, and no `train/` before each name."""
+        """Return what to show: reward and KL, tokens a second and the seconds of a rollout by phase."""
         metrics = super().get_metrics(trainer, pl_module)
         if "train/reward" not in metrics and "train/loss" in trainer.callback_metrics:
             metrics["train/loss"] = float(trainer.callback_metrics["train/loss"])
-        return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+        shown = {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+        logged = trainer.callback_metrics
+        return shown | {label: float(logged[name]) for name, label in RATES.items() if name in logged}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

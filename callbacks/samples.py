@@ -22,8 +22,8 @@ COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", 
 class SampleLogger(Callback):
     """Shows prompts and completions with their reward, its parts, and the KL in nats.
 
-    They go to the terminal, to each logger with `log_table` or `log_text` (Weights & Biases) or a TensorBoard
-    `add_text`, and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of `COLUMNS`; a number
+    They go to the terminal, to the loggers that take tables or text (Weights & Biases, TensorBoard, MLflow, Comet, and
+    any with a `log_table`), and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of `COLUMNS`; a number
     that is missing or not finite is null. `split` is "train" for sampled completions and "val" for the greedy ones on
     held-out prompts, which every validation adds to the file and the loggers. The first rank writes what it sampled.
 
@@ -160,10 +160,16 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def _to_logger(logger: Any, key: str, rows: list[dict[str, Any]], step: int) -> None:
     write = getattr(logger, "log_table", None) or getattr(logger, "log_text", None)
-    if write is not None:
+    if write is not None:  # Weights & Biases
         write(key=key, columns=COLUMNS, data=[[_cell(row[column]) for column in COLUMNS] for row in rows])
-    elif hasattr(getattr(logger, "experiment", None), "add_text"):
-        logger.experiment.add_text(key, "\n\n---\n\n".join(_markdown(row) for row in rows), step)
+        return
+    experiment, text = getattr(logger, "experiment", None), "\n\n---\n\n".join(_markdown(row) for row in rows)
+    if hasattr(experiment, "add_text"):  # TensorBoard
+        experiment.add_text(key, text, step)
+    elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):  # MLflow
+        experiment.log_text(logger.run_id, text, f"{key}/{step}.md")
+    elif hasattr(experiment, "log_text"):  # Comet
+        experiment.log_text(text, step=step)
 
 
 def _cell(value: Any) -> Any:

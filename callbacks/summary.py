@@ -17,9 +17,8 @@ from lit_rlhf.callbacks.samples import as_text
 
 ROWS = {
     "val/reward": "reward",
-    "val/judge": "gold reward",
+    "val/judge": "judge",
     "val/win_rate": "win rate",
-    "val/judge_win_rate": "gold win rate",
     "val/kl": "KL (nats a completion)",
     "val/length": "length (tokens)",
     "val/distinct_2": "distinct bigrams",
@@ -54,7 +53,8 @@ class Summary(Callback):
                 for example in getattr(pl_module, "examples", [])[: self.num_examples]
             ]
             metrics = scalar_metrics(trainer, "val/")
-            self.last = {"step": trainer.global_step, "metrics": metrics, "examples": examples}
+            judge = " ".join(pl_module.judge.names) if "val/judge" in metrics else ""  # type: ignore[union-attr,operator]
+            self.last = {"step": trainer.global_step, "metrics": metrics, "examples": examples, "judge": judge}
             self.first = self.first or copy.deepcopy(self.last)
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _numbers(first: dict[str, Any], last: dict[str, Any]) -> Table:
         table.add_column(_when(record["step"]), justify="right")
     for name in _rows(last["metrics"]):
         values = [last] if once else [first, last]
-        table.add_row(_label(name), *[as_number(record["metrics"].get(name)) for record in values])
+        table.add_row(_label(name, last["judge"]), *[as_number(record["metrics"].get(name)) for record in values])
     return table
 
 
@@ -103,7 +103,9 @@ def _rows(metrics: dict[str, float]) -> list[str]:
     return [name for row in known for name in ([row, *parts] if row == "val/reward" else [row])]
 
 
-def _label(name: str) -> str:
+def _label(name: str, judge: str) -> str:
+    if judge and name in ("val/judge", "val/win_rate"):
+        return f"{judge} {'reward' if name == 'val/judge' else 'win rate'}"
     return ROWS.get(name, "  " + name.removeprefix("val/reward/"))
 
 

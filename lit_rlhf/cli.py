@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import logging
 import sys
@@ -55,8 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments; those of the process where None.
     """
     given = expand_configs(list(sys.argv[1:] if args is None else args))
-    check_class_names(given)
     sys.path.insert(0, str(Path.cwd()))  # where a user's own methods and rewards are
+    check_class_names(given)
     quieten()
     try:
         if given[:1] == ["export"]:
@@ -127,22 +128,54 @@ def shipped_config(name: str) -> str:
 
 
 def check_class_names(args: list[str]) -> None:
-    """Check bare class names after `--model` and `--data`, where the parser would only say that they are no path.
+    """Check names of classes and functions, where the parser would list all it tried.
 
     Raises:
-        SystemExit: If there is no such class.
+        SystemExit: If there is nothing of that name.
     """
+    bases: dict[str, type | None] = {"--model": Method, "--data": TextData}
+    bases |= dict.fromkeys(("--model.rewards+", "--model.rewards", "--model.judge"))
     for previous, arg in zip(["", *args], args, strict=False):
         flag, separator, value = arg.partition("=")
         flag, value = (flag, value) if separator else (previous, arg)
-        bases: dict[str, type] = {"--model": Method, "--data": TextData}
-        if flag not in bases or not value.isidentifier():
+        if flag not in bases or not all(part.isidentifier() for part in value.split(".")):
             continue
-        known = sorted(kind.__name__ for kind in subclasses(bases[flag]) if not inspect.isabstract(kind))
-        if value not in known:
-            close = difflib.get_close_matches(value, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "one of your own needs its module: mine.Name"
-            sys.exit(f"{PROGRAM}: {flag} {value!r} is none of {', '.join(known)}: {hint}")
+        base = bases[flag]
+        if "." in value:
+            check_path(flag, value)
+        elif base is not None:
+            check_subclass(flag, value, base)
+
+
+def check_subclass(flag: str, name: str, base: type) -> None:
+    """Check a bare class name."""
+    known = sorted(kind.__name__ for kind in subclasses(base) if not inspect.isabstract(kind))
+    if name not in known:
+        hint = suggestion(name, known) or "one of your own needs its module: mine.Name"
+        sys.exit(f"{PROGRAM}: {flag} {name!r} is none of {', '.join(known)}: {hint}")
+
+
+def check_path(flag: str, path: str) -> None:
+    """Check `module.name`; what the import of a module raises comes through."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not module_name.startswith(error.name or module_name):
+            raise
+        sys.exit(
+            f"{PROGRAM}: {flag} {path!r}: there is no module {error.name!r}, looked for in {str(Path.cwd())!r} too"
+        )
+    if not hasattr(module, name):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        hint = suggestion(name, public) or f"it has {', '.join(sorted(public)[:20])}"
+        sys.exit(f"{PROGRAM}: {flag} {path!r}: the module {module_name!r} has no {name!r}: {hint}")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Guess what was meant, or return nothing."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def subclasses(base: type) -> set[type]:
@@ -153,9 +186,10 @@ def subclasses(base: type) -> set[type]:
 
 def own_sentence(error: BaseException | None) -> str | None:
     """Return what this package says in an error or in what led to it; a traceback would only bury that."""
+    folders = [PACKAGE.resolve(), (PACKAGE / "callbacks").resolve()]
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if frames and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE.resolve()):
+        if frames and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in folders):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

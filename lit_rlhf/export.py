@@ -47,7 +47,8 @@ def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    return {"class": type(inner).__name__, "source": inner.config.name_or_path, "files": files}
+    dtype = str(next(inner.parameters()).dtype).removeprefix("torch.")
+    return {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
 
 
 def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False) -> Path:
@@ -85,7 +86,9 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
     config.name_or_path = told["source"]
     if (folder / "adapter_config.json").is_file():
         if merge:
-            base = architecture.from_pretrained(told["source"])
+            if not told["source"]:
+                raise ValueError("the adapter's model came in memory: export without --merge, and merge with PEFT")
+            base = architecture.from_pretrained(told["source"], config=config, dtype=told["dtype"])
         else:  # the adapter alone is saved, so its model needs no weights
             with torch.device("meta"):
                 base = architecture(config)

@@ -30,6 +30,11 @@ def resolve(source: str | Path) -> str:
     return str(Path(text).expanduser()) if Path(text).expanduser().is_dir() else text
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id holds a PEFT adapter."""
+    return find_adapter_config_file(name) is not None
+
+
 def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used."""
     kept = {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
@@ -41,7 +46,7 @@ def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel 
     name = resolve(source)
     options = {"dtype": torch.float32, **options}
     tokenizer = load_tokenizer(name, **options)
-    if find_adapter_config_file(name) is not None:
+    if is_adapter(name):
         return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), tokenizer
     return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 

@@ -331,10 +331,11 @@ class Reference:
             with cast(PeftModel, self._policy.model).disable_adapter():
                 yield
 
-    def to(self, device: torch.device | str) -> Reference:
-        """Move a copy's weights to the device; with an adapter switched off there is nothing to move."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Reference:
+        """Move a copy's weights, to where and what the policy's are; with an adapter switched off there are none."""
         if not self._adapter_off:
-            self._policy.to(device)
+            own = next(self._policy.parameters()).dtype
+            self._policy.to(device, None if own == dtype else dtype)
         return self
 
     def logprobs(self, prompts: Prompts, completions: Given, temperature: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,7 +23,7 @@ class Warmup(LRScheduler):
         total_steps: All updates; taken from the Trainer where not given.
 
     Raises:
-        ValueError: If `warmup` is negative.
+        ValueError: If `warmup` is negative, or `decay` is none of the three.
     """
 
     def __init__(
@@ -33,17 +33,33 @@ class Warmup(LRScheduler):
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total_steps: int | None = None,
     ) -> None:
-        if warmup < 0:
+        if not warmup >= 0:
             raise ValueError(f"warmup={warmup} must not be negative: a number of updates, or their share of all")
+        if decay not in (known := ("constant", "linear", "cosine")):
+            raise ValueError(f"decay={decay!r} must be one of {', '.join(known)}")
         self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
+        self._planned = total_steps is None
         super().__init__(optimizer)
 
     def plan(self, total_steps: int) -> None:
         """Set the number of all updates, unless it was given."""
-        if self.total_steps is None:
+        if self._planned:
             self.total_steps = total_steps
-            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-                group["lr"] = rate
+            self._set_rates()
+
+    def _set_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule stands; a planned number of updates is left out, for a resumed run plans anew."""
+        state: dict[str, Any] = super().state_dict()
+        return {name: value for name, value in state.items() if not (name == "total_steps" and self._planned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where the schedule stood."""
+        super().load_state_dict(state_dict)
+        self._set_rates()
 
     def factor(self, step: int) -> float:
         """Share of the full rate at an update, counted from 0."""

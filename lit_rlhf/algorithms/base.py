@@ -64,6 +64,8 @@ class Method(LightningModule, ABC):
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
+            if lora is not None or load:
+                raise ValueError("`lora` and `load` are for a policy that is loaded here: give them to lit_rlhf.Policy")
             self.policy = policy
             self._tokenizer = policy.tokenizer
 

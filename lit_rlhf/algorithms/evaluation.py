@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,10 @@ class GroupScores:
     token_rewards: Float[Tensor, "prompts samples tokens"] | None
     metrics: dict[str, float]
     extra: dict[str, list[Any]]
+
+    def judged(self) -> Float[Tensor, "prompts samples"]:
+        """The same, NaN where no reward had an opinion."""
+        return self.totals().where(self.valid, torch.nan)
 
     def totals(self) -> Float[Tensor, "prompts samples"]:
         """Rewards of the whole completion and of its tokens."""
@@ -103,7 +108,7 @@ class Evaluation:
         sampled = module.policy.sample(prompts, 1, module.sampling, module.seed, VALIDATION_EPOCH)
         reference = module.reference.logprobs(prompts, sampled, module.sampling.temperature)
         kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0]
-        totals, valid = scores.totals()[:, 0], scores.valid[:, 0]
+        totals, valid = scores.judged()[:, 0], scores.valid[:, 0]
         self.add("reward", totals[valid])
         for name, part in scores.parts.items():
             self.add(f"reward/{name}", part[~part.isnan()])
@@ -111,7 +116,7 @@ class Evaluation:
         self.add("length", greedy.lengths[:, 0])
         self.add("finished", greedy.finished[:, 0])
         self.ids.extend(greedy.ids())
-        self.compare(prompts, greedy, texts, totals.where(valid, torch.nan))
+        self.compare(prompts, greedy, texts, totals)
         for i in range(min(len(prompts), NUM_EXAMPLES - len(self.examples))):
             self.examples.append(
                 {
@@ -135,8 +140,8 @@ class Evaluation:
         module = self.module
         own = totals.tolist()
         if module.judge is not module.scorer:
-            own = score(module.judge, prompts, greedy, texts).totals()[:, 0].tolist()
-            self.add("judge", torch.tensor(own))
+            own = score(module.judge, prompts, greedy, texts).judged()[:, 0].tolist()
+            self.add("judge", torch.tensor([value for value in own if value == value]))
         index = prompts.index.tolist()
         if any(i not in module.opponent_scores for i in index):
             module.opponent_scores.update(zip(index, self.opponent_scores(prompts), strict=True))
@@ -152,8 +157,8 @@ class Evaluation:
             texts = completion_texts(module.tokenizer, prompts, theirs)
         else:
             texts, theirs = column_completions(module.tokenizer, prompts, module.opponent)
-        scores = score(module.judge, prompts, theirs, texts)
-        return scores.totals().where(scores.valid, torch.nan)[:, 0].tolist()
+        judged = score(module.judge, prompts, theirs, texts).judged()[:, 0]
+        return judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist()
 
     def metrics(self) -> dict[str, float]:
         """The means over all ranks."""
@@ -164,24 +169,37 @@ class Evaluation:
         return {**means, "distinct_2": distinct_n([ids for rank in gathered for ids in rank["ids"]], 2)}
 
 
+def as_completion(prompt: Text, completion: Text | None) -> Text:
+    """A completion as rewards see it: a message where the prompt is a conversation; empty where there is none."""
+    completion = "" if completion is None else completion
+    chat = isinstance(prompt, list) and isinstance(completion, str)
+    return [{"role": "assistant", "content": completion}] if chat else completion
+
+
+def check_opponent(opponent: str, columns: Iterable[str]) -> None:
+    """Raise a ValueError if the opponent of the win rate is neither the policy nor a column of the data."""
+    if opponent != "policy" and opponent not in columns:
+        raise ValueError(
+            f"opponent={opponent!r} is no column of the data (there are {sorted(columns)}): name one that holds "
+            "completions, or `policy` for the reference policy's own"
+        )
+
+
 def column_completions(
     tokenizer: PreTrainedTokenizerBase, prompts: Prompts, column: str
 ) -> tuple[list[Text], Completions]:
-    """Return the completions that a column of the data holds, as if they had been sampled.
+    """Return the completions that a column of the data holds, as if they had been sampled; without a token where none.
 
     Raises:
         ValueError: If there is no such column.
     """
-    if column not in prompts.columns:
-        raise ValueError(
-            f"opponent={column!r} is no column of the data (there are {sorted(prompts.columns)}): name one that holds "
-            "completions, or `policy` for the reference policy's own"
-        )
-    texts: list[Text] = ["" if text is None else text for text in prompts.columns[column]]
+    check_opponent(column, prompts.columns)
+    given = prompts.columns[column]
+    texts = [as_completion(prompt, text) for prompt, text in zip(prompts.text, given, strict=True)]
     pairs = zip(prompts.text, texts, strict=True)
     ids = [encode_completion(tokenizer, prompt, text) or [0] for prompt, text in pairs]
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-    lengths = torch.tensor([len(row) for row in ids])
+    lengths = torch.tensor([0 if text is None else len(row) for text, row in zip(given, ids, strict=True)])
     mask = torch.arange(rows.shape[1]) < lengths.unsqueeze(1)
     device = prompts.tokens.device
     finished = torch.ones(len(ids), 1, dtype=torch.bool)

@@ -98,7 +98,8 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     advantages = rollout.advantages
     assert advantages is not None
     counted = valid if advantages.ndim == 2 else valid.unsqueeze(-1) & completions.mask
-    alike = (rewards == rewards[:, :1]) | ~valid
+    highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
     sums = {
         "reward": (rewards, valid),
         "return": (returns, valid),
@@ -106,11 +107,12 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
         "kl_k3": (F.masked_sum(k3, completions.mask), everywhere),
         "completion_length": (completions.lengths, everywhere),
         "finished": (completions.finished, everywhere),
-        "equal_groups": (alike.all(1) & valid.any(1), everywhere[:, 0]),
         "skipped_groups": (~valid.any(1), everywhere[:, 0]),
         "advantage": (advantages, counted),
         "advantage_square": (advantages**2, counted),
     }
+    if valid.shape[1] > 1:
+        sums["equal_groups"] = (highest == lowest, everywhere[:, 0])
     if completions.entropy is not None:
         sums["entropy"] = (completions.entropy, completions.mask)
     if completions.kept_mass is not None:

@@ -12,22 +12,23 @@ due. Nothing else is counted, so a resumed run goes on with the same slice.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
+from lit_rlhf.algorithms.evaluation import Evaluation, check_opponent, completion_texts, score
 from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout, mean_metrics
+from lit_rlhf.algorithms.plan import check_loader, check_minibatches, check_plan, check_positions, make_sampling
 from lit_rlhf.policy import Policy, Reference
 from lit_rlhf.rewards import Scorer
-from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts, Rollout
 
 
@@ -42,9 +43,10 @@ class Online(Method):
         temperature: Divides the logits, in sampling, training and the reference alike.
         kl_coef: Weight of the KL to the reference (beta), subtracted from the reward; typically 0.01 to 0.5.
         minibatches: Slices of a rollout along its prompts, one training step each. With as much
-            `accumulate_grad_batches` they make one update and only save memory.
+            `accumulate_grad_batches` they make one update and only save memory; with less there are several updates a
+            rollout, as the paper's two, and all but the first are off-policy, which is not corrected.
         sample_minibatches: Slices of each group along its samples, likewise.
-        epochs: Passes over a rollout.
+        epochs: Passes over a rollout, each of which is another update at least.
         truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
             nowhere), or a number that is subtracted from their reward.
         sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
@@ -85,6 +87,10 @@ class Online(Method):
                 raise ValueError(f"{name}={value} must be at least 1")
         if sample_minibatches > num_samples:
             raise ValueError(f"sample_minibatches={sample_minibatches} is more than num_samples={num_samples}")
+        if not (kl_coef >= 0 and math.isfinite(kl_coef)):
+            raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
+        if isinstance(truncated, str) and truncated not in ("keep", "leave_out"):
+            raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number to subtract")
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if judge is None else Scorer([judge])
         self.num_samples, self.kl_coef, self.truncated, self.opponent = num_samples, kl_coef, truncated, opponent
@@ -98,6 +104,7 @@ class Online(Method):
         self.opponent_scores: dict[int, float] = {}
         self._evaluation: Evaluation | None = None
         self._mismatch: Tensor | None = None
+        self._validated_at = -1
 
     # What a method overrides
 
@@ -228,11 +235,13 @@ class Online(Method):
     def setup(self, stage: str) -> None:
         """Check what can be checked before a model is loaded."""
         super().setup(stage)
+        self.opponent_scores = {}
         data = getattr(self.trainer, "datamodule", None)
         columns = getattr(data, "columns", None)
         if columns is not None:
             self.scorer.check(columns)
             self.judge.check(columns)
+            check_opponent(self.opponent, columns)
         if stage == "fit":
             check_plan(self, getattr(data, "batch_size", None))
 
@@ -244,9 +253,10 @@ class Online(Method):
 
     def _place(self) -> None:
         self.policy.probe()
-        self.reference.to(self.device)
+        self.reference.to(self.device, next(self.policy.parameters()).dtype)
         self.scorer.setup(self.device)
         self.judge.setup(self.device)
+        check_positions(self)
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _place
 
@@ -254,11 +264,22 @@ class Online(Method):
         """Validate once before the first update, so that every curve starts where the policy did."""
         super().on_train_start()
         trainer = self.trainer
+        check_loader(self)
         at_start = trainer.global_step == 0 and self._steps_done == 0
         if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            self._validate()
+
+    def on_train_end(self) -> None:
+        """Validate what came out, unless that has just been done or the run was told to stop."""
+        trainer = self.trainer
+        if trainer.enable_validation and not trainer.should_stop and self._validated_at != trainer.global_step:
+            self._validate()
+
+    def _validate(self) -> None:
+        trainer = self.trainer
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
     def state_under_way(self, steps_done: int) -> dict[str, Any]:
         """Return, inside a rollout, the rollout too."""
@@ -281,6 +302,7 @@ class Online(Method):
     def on_validation_epoch_end(self) -> None:
         """Log `val/reward`, `val/win_rate`, `val/kl`, ... (defined in the README)."""
         self._finish("val")
+        self._validated_at = self.trainer.global_step
 
     def on_test_epoch_start(self) -> None:
         """Start to evaluate."""
@@ -306,7 +328,7 @@ class Online(Method):
         completions = self.policy.sample(batch, k, self.sampling, self.seed)
         texts = completion_texts(self.tokenizer, batch, completions)
         scores = score(self.scorer, batch, completions, texts, self.trainer_state())
-        rewards, parts = scores.totals().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
+        rewards, parts = scores.judged().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
         return [
             {
                 "index": int(batch.index[i]),
@@ -320,56 +342,3 @@ class Online(Method):
             for i in range(len(batch))
             for j in range(k)
         ]
-
-
-def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Sampling:
-    """Build the options of sampling, with a sentence for one that does not exist."""
-    try:
-        return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
-    except TypeError as error:
-        raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
-
-
-def check_minibatches(minibatches: int, batch_size: int) -> None:
-    """Raise a ValueError if a rollout has fewer prompts than slices."""
-    if minibatches > batch_size:
-        raise ValueError(
-            f"minibatches={minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
-            "data.batch_size, or cut groups with sample_minibatches"
-        )
-
-
-def check_plan(module: Online, batch_size: int | None) -> None:
-    """Check that slices, accumulation and sampling fit together, and say how many updates a rollout gets.
-
-    Raises:
-        ValueError: If they don't.
-    """
-    repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
-    overfit_batches = getattr(module.trainer, "overfit_batches", 0)
-    if overfit_batches:
-        raise ValueError(
-            f"overfit_batches={overfit_batches} is not possible here, since it exchanges the sampler "
-            "that repeats prompts: train on a small data set instead, with data.train and data.batch_size"
-        )
-    if repeats % accumulate and (accumulate % repeats or module.epochs > 1):
-        raise ValueError(
-            f"accumulate_grad_batches={accumulate} does not fit a rollout of {repeats} steps (minibatches x "
-            f"sample_minibatches x epochs): give a divisor of {repeats}, or with epochs=1 a multiple of it"
-        )
-    if batch_size is not None:
-        check_minibatches(module.minibatches, batch_size)
-    if module.sampling.greedy:
-        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
-    updates = max(1, repeats // accumulate)
-    rank_zero_info(f"each rollout is used for {updates} update{'s' * (updates > 1)}")
-    if updates > 2:
-        rank_zero_warn(
-            f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
-            f"accumulate_grad_batches to {repeats} to be exactly on-policy"
-        )
-    if module.sampling.truncates:
-        rank_zero_warn(
-            "top_p, top_k and min_new_tokens bias the gradient, the more the further train/kept_mass is below 1: "
-            "training is best without them"
-        )

@@ -37,6 +37,8 @@ class Reinforce(Online):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if baseline not in (known := ("none", "mean", "exponential")):
+            raise ValueError(f"baseline={baseline!r} must be one of {', '.join(known)}")
         if not 0 <= baseline_decay < 1:
             raise ValueError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
         self.baseline, self.baseline_decay = baseline, baseline_decay

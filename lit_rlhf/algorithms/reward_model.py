@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.export import snapshot
-from lit_rlhf.loading import add_lora, disable_dropout, resolve
+from lit_rlhf.loading import add_lora, check_vocabulary, disable_dropout, is_adapter, resolve
 from lit_rlhf.policy import Policy
 from lit_rlhf.text import pad_token_id
 from lit_rlhf.types import Preferences
@@ -40,6 +41,15 @@ class RewardModeling(Method):
         if isinstance(policy, Policy):
             raise ValueError("RewardModeling starts from a folder or a hub id: save the policy first, with policy.save")
 
+    def setup(self, stage: str) -> None:
+        """Refuse what can't be started from, before it is loaded."""
+        super().setup(stage)
+        if is_adapter(name := resolve(self.source)):
+            raise ValueError(
+                f"{name!r} is an adapter, and a reward model starts from a whole model: merge it first, with "
+                "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
+            )
+
     def configure_model(self) -> None:
         """Load the trunk of the policy and give it a head of one output, near zero at the start."""
         if "reward_model" in self._modules:
@@ -48,6 +58,7 @@ class RewardModeling(Method):
         options = {"dtype": torch.float32, **self.load_options, "num_labels": 1}
         model = AutoModelForSequenceClassification.from_pretrained(name, **options)
         model.config.pad_token_id = pad_token_id(self.tokenizer)
+        check_vocabulary(model, self.tokenizer)
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
         disable_dropout(self.reward_model)
         self.reward_model.train()
@@ -67,8 +78,7 @@ class RewardModeling(Method):
     def training_step(self, batch: Preferences, batch_idx: int) -> Tensor:
         """Return the Bradley-Terry loss of a batch of pairs."""
         chosen, rejected = self.scores(batch).unbind(1)
-        accuracy = (chosen > rejected).float().mean()
-        self.log("train/accuracy", accuracy, prog_bar=True, sync_dist=True, batch_size=1)
+        self.log("train/accuracy", share_right(chosen, rejected), prog_bar=True, sync_dist=True, batch_size=1)
         return self.reduce(F.bradley_terry_loss(chosen, rejected), torch.ones_like(chosen, dtype=torch.bool))
 
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:
@@ -81,18 +91,33 @@ class RewardModeling(Method):
 
     def _evaluate(self, prefix: str, batch: Preferences) -> None:
         chosen, rejected = self.scores(batch).unbind(1)
-        right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         metrics = {
             f"{prefix}/loss": F.bradley_terry_loss(chosen, rejected).mean(),
-            f"{prefix}/accuracy": right.mean(),
+            f"{prefix}/accuracy": share_right(chosen, rejected),
         }
         self.log_dict(metrics, batch_size=len(chosen), sync_dist=True, prog_bar=True)
 
+    def predict_step(self, batch: Preferences, batch_idx: int) -> list[dict[str, Any]]:
+        """Score both completions of each pair."""
+        scores, prompts = self.scores(batch).tolist(), batch.prompts
+        return [
+            {"index": int(prompts.index[i]), "prompt": prompts.text[i], "chosen": pair[0], "rejected": pair[1]}
+            for i, pair in enumerate(scores)
+        ]
+
     def save_model(self, folder: Path) -> None:
-        """Write the sequence-classification folder."""
-        self.reward_model.save_pretrained(str(folder))
+        """Write the sequence-classification folder, an adapter merged into its model."""
+        model = self.reward_model
+        if isinstance(model, PeftModel):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
 
     def snapshot(self) -> dict[str, Any]:
         """See `Method`."""
         return snapshot(self.reward_model, self.tokenizer)
+
+
+def share_right(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
+    """Share of the pairs whose chosen completion scores higher; a tie is half."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean()

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.evaluation import completion_texts
+from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Demonstrations
 
 
@@ -33,6 +35,23 @@ class SFT(Method):
     def test_step(self, batch: Demonstrations, batch_idx: int) -> None:
         """Log `test/loss`, in nats a token."""
         self._log_likelihood("test/loss", batch)
+
+    def predict_step(self, batch: Demonstrations, batch_idx: int) -> list[dict[str, Any]]:
+        """Write what the policy would, greedily and no longer than the demonstrations; their loss in nats a token."""
+        sampling = Sampling(max_new_tokens=batch.tokens.shape[-1], greedy=True)
+        greedy = self.policy.sample(batch.prompts, 1, sampling)
+        texts = completion_texts(self.tokenizer, batch.prompts, greedy)
+        losses = -self.policy.logprobs(batch.prompts, batch).sum(-1) / batch.mask.sum(-1)
+        return [
+            {
+                "index": int(batch.prompts.index[i]),
+                "prompt": batch.prompts.text[i],
+                "completion": texts[i],
+                "loss": float(losses[i, 0]),
+                "finished": bool(greedy.finished[i, 0]),
+            }
+            for i in range(len(texts))
+        ]
 
     def _log_likelihood(self, name: str, batch: Demonstrations) -> None:
         logprobs = self.policy.logprobs(batch.prompts, batch)[batch.mask]

@@ -89,6 +89,18 @@ class TextData(lightning.LightningDataModule):
         self._encoded_with: PreTrainedTokenizerBase | None = None
         _check_numbers(self)
 
+    @property
+    def columns(self) -> list[str] | None:
+        """Names of the columns that the rewards get, or None before `setup`."""
+        rows = self.train_set or self.val_set
+        return list(rows[0].example.columns) if rows else None
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, 0 before `setup`."""
+        rows = (row for part in (self.train_set, self.val_set) for row in part or ())
+        return max((len(row.prompt) for row in rows), default=0)
+
     @abstractmethod
     def read(self, row: Row) -> Example:
         """Read one row."""

@@ -111,6 +111,8 @@ def _read(builder: str, split: str | None, name: str, **arguments: Any) -> Any:
             return datasets.load_dataset(builder, split=split, cache_dir=cache, keep_in_memory=True, **arguments)
         except Exception as error:  # datasets raises whatever its readers raise
             cause = error.__cause__ or error
+            if "corresponds to no data" in str(cause):
+                raise ValueError(f"{name!r} is empty: give a data set with at least one row") from error
             raise ValueError(f"{name!r} could not be read: {type(cause).__name__}: {cause}") from error
 
 

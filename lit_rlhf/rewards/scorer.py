@@ -66,6 +66,11 @@ class Scorer:
         for reward in rewards:
             self._entries.append(Entry.of(reward, taken={entry.name for entry in self._entries}))
 
+    @property
+    def names(self) -> list[str]:
+        """The names by which the rewards are logged."""
+        return [entry.name for entry in self._entries]
+
     def check(self, columns: Iterable[str]) -> None:
         """Raise a ValueError if a reward asks for a column that the data don't have; needs no model."""
         names = {*columns, *GIVEN}

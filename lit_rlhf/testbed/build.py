@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -69,20 +69,30 @@ def options(lr: float) -> dict[str, Any]:
 
 
 def sampled_pairs(
-    policy: Policy, rows: list[dict[str, str]], rounds: int, seed: int
+    policies: Sequence[Policy], rows: list[dict[str, str]], rounds: int, seed: int
 ) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Pair up the policy's samples of each prompt; in one pair of six a writer of the grammar takes a place."""
-    data, rng = PromptData(train=rows, batch_size=min(127, len(rows))), Random(f"pairs {seed}")
-    data.tokenizer = policy.tokenizer
-    data.setup()
+    """Pair up samples of each prompt, from two policies at random; in one pair of six a writer of the grammar joins."""
+    rng = Random(f"pairs {seed}")
     for epoch in range(rounds):
-        for batch in data.train_dataloader():
-            completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
-            texts = policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
-            for i in range(0, len(texts), 2):
-                prompt, pair = batch.text[i // NUM_SAMPLES], (texts[i], texts[i + 1])
-                written = rng.random() < 1 / 6
-                yield prompt, (pair[0], write(Brief.parse(prompt), rng)) if written else pair
+        drawn = [samples(policy, rows, seed, epoch) for policy in policies]
+        for i, row in enumerate(rows):
+            for j in range(0, NUM_SAMPLES, 2):
+                first, second = rng.choice(drawn)[i][j], rng.choice(drawn)[i][j + 1]
+                if rng.random() < 1 / 6:
+                    second = write(Brief.parse(row["prompt"]), rng)
+                yield row["prompt"], (first, second)
+
+
+def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -> list[list[str]]:
+    """Return `NUM_SAMPLES` completions of each prompt."""
+    data = PromptData(val=rows, eval_batch_size=127)
+    data.tokenizer = policy.tokenizer
+    data.setup("validate")
+    texts: list[str] = []
+    for batch in data.val_dataloader():
+        completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
+        texts += policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+    return [texts[i : i + NUM_SAMPLES] for i in range(0, len(texts), NUM_SAMPLES)]
 
 
 def accuracy(reward_model: RewardModel, pairs: list[dict[str, str]]) -> tuple[float, float]:
@@ -121,9 +131,9 @@ def build(
     shrink(out / "policy")
 
     policy, raters = Policy.from_pretrained(out / "policy"), Raters()
-    pairs = raters.preferences(sampled_pairs(policy, prompts(num_prompts, seed), rounds, seed), seed)
+    pairs = raters.preferences(sampled_pairs([policy], prompts(num_prompts, seed), rounds, seed), seed)
     held_out = raters.preferences(
-        sampled_pairs(policy, prompts(min(253, num_prompts), seed, held_out=True), 4, seed + 1), seed + 1
+        sampled_pairs([policy], prompts(min(253, num_prompts), seed, held_out=True), 4, seed + 1), seed + 1
     )
     method = RewardModeling(str(out / "policy"), **options(4e-4))
     fit(method, PreferenceData(pairs, batch_size=32), epochs=1)

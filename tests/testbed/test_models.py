@@ -68,7 +68,7 @@ def test_the_policy_leaves_room_and_its_samples_vary(policy, reviews):
 
 def test_the_reward_model_is_mostly_right_and_sometimes_wrong(policy):
     rows = prompts(96, held_out=True)
-    asked = Raters().preferences(sampled_pairs(policy, rows, rounds=1, seed=1), seed=1)
+    asked = Raters().preferences(sampled_pairs([policy], rows, rounds=1, seed=1), seed=1)
     noisy, true = accuracy(ReviewReward(), asked)
     assert 0.58 < noisy < 0.80
     assert 0.65 < true < 0.92

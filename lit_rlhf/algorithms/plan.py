@@ -1,0 +1,87 @@
+"""Whether the options of a run fit together, found out before its first step, with a sentence where they don't."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lit_rlhf.data.sampler import ResumableLoader
+from lit_rlhf.sampling import Sampling
+
+if TYPE_CHECKING:
+    from lit_rlhf.algorithms.online import Online
+
+
+def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Sampling:
+    """Build the options of sampling, with a sentence for one that does not exist."""
+    try:
+        return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
+    except TypeError as error:
+        raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
+
+
+def check_minibatches(minibatches: int, batch_size: int) -> None:
+    """Raise a ValueError if a rollout has fewer prompts than slices."""
+    if minibatches > batch_size:
+        raise ValueError(
+            f"minibatches={minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
+            "data.batch_size, or cut groups with sample_minibatches"
+        )
+
+
+def check_positions(module: Online) -> None:
+    """Raise a ValueError if prompt and completion together can be longer than the policy's positions."""
+    known = getattr(module.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(getattr(module.trainer, "datamodule", None), "longest_prompt", 0)
+    length = module.sampling.max_new_tokens
+    if known is not None and longest + length > known:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the policy: "
+            f"lower one of them, the prompts by data.max_prompt_tokens={max(1, known - length)}"
+        )
+
+
+def check_loader(module: Online) -> None:
+    """Raise a ValueError if a rollout lasts several steps, and the training loader does not repeat its prompts."""
+    if module.repeats > 1 and not isinstance(module.trainer.train_dataloader, ResumableLoader):
+        raise ValueError(
+            f"a rollout lasts {module.repeats} steps here, for which the loader must repeat its prompts: give the "
+            "data as a lit_rlhf.PromptData instead of a loader of your own, or set minibatches and epochs to 1"
+        )
+
+
+def check_plan(module: Online, batch_size: int | None) -> None:
+    """Check that slices, accumulation and sampling fit together, and say how many updates a rollout gets.
+
+    Raises:
+        ValueError: If they don't.
+    """
+    repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
+    overfit_batches = getattr(module.trainer, "overfit_batches", 0)
+    if overfit_batches:
+        raise ValueError(
+            f"overfit_batches={overfit_batches} is not possible here, since it exchanges the sampler "
+            "that repeats prompts: train on a small data set instead, with data.train and data.batch_size"
+        )
+    if repeats % accumulate and (accumulate % repeats or module.epochs > 1):
+        raise ValueError(
+            f"accumulate_grad_batches={accumulate} does not fit a rollout of {repeats} steps (minibatches x "
+            f"sample_minibatches x epochs): give a divisor of {repeats}, or with epochs=1 a multiple of it"
+        )
+    if batch_size is not None:
+        check_minibatches(module.minibatches, batch_size)
+    if module.sampling.greedy:
+        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
+    updates = max(1, repeats // accumulate)
+    rank_zero_info(f"each rollout is used for {updates} update{'s' * (updates > 1)}")
+    if updates > 2:
+        rank_zero_warn(
+            f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
+            f"accumulate_grad_batches to {repeats} to be exactly on-policy"
+        )
+    if module.sampling.truncates:
+        rank_zero_warn(
+            "top_p, top_k and min_new_tokens bias the gradient, the more the further train/kept_mass is below 1: "
+            "training is best without them"
+        )
