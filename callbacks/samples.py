@@ -23,9 +23,10 @@ class SampleLogger(Callback):
     """Shows prompts and completions with their reward, its parts, and the KL in nats.
 
     They go to the terminal, to the loggers that take tables or text (Weights & Biases, TensorBoard, MLflow, Comet, and
-    any with a `log_table`), and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of `COLUMNS`; a number
-    that is missing or not finite is null. `split` is "train" for sampled completions and "val" for the greedy ones on
-    held-out prompts, which every validation adds to the file and the loggers. The first rank writes what it sampled.
+    any with a `log_table`), and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of
+    `COLUMNS`; a number that is missing or not finite is null. `split` is "train" for sampled completions and "val" for
+    the greedy ones on held-out prompts, which every validation adds to the file and the loggers. The first rank writes
+    what it sampled.
 
     Args:
         every_n_rollouts: Rollouts from one showing to the next; the first is always shown.
@@ -163,7 +164,8 @@ def _to_logger(logger: Any, key: str, rows: list[dict[str, Any]], step: int) -> 
     if write is not None:  # Weights & Biases
         write(key=key, columns=COLUMNS, data=[[_cell(row[column]) for column in COLUMNS] for row in rows])
         return
-    experiment, text = getattr(logger, "experiment", None), "\n\n---\n\n".join(_markdown(row) for row in rows)
+    experiment: Any = getattr(logger, "experiment", None)
+    text = "\n\n---\n\n".join(_markdown(row) for row in rows)
     if hasattr(experiment, "add_text"):  # TensorBoard
         experiment.add_text(key, text, step)
     elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):  # MLflow

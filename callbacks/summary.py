@@ -53,7 +53,8 @@ class Summary(Callback):
                 for example in getattr(pl_module, "examples", [])[: self.num_examples]
             ]
             metrics = scalar_metrics(trainer, "val/")
-            judge = " ".join(pl_module.judge.names) if "val/judge" in metrics else ""  # type: ignore[union-attr,operator]
+            module: Any = pl_module
+            judge = " ".join(module.judge.names) if "val/judge" in metrics else ""
             self.last = {"step": trainer.global_step, "metrics": metrics, "examples": examples, "judge": judge}
             self.first = self.first or copy.deepcopy(self.last)
 
