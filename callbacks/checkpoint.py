@@ -114,7 +114,9 @@ class PolicyCheckpoint(Checkpoint):
             self._export(pl_module, trainer, "last")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `policy/last` where a resumed run had nothing left to train."""
+        """Write down the score of a validation that ended the run; `policy/last` if nothing was left to train."""
+        if self._saved is not None and self._saved[1] != self.best_score:
+            self.save(trainer)
         if self.save_last and self._enabled and "last" not in self.policies:  # resumed with nothing left to train
             self._export(pl_module, trainer, "last")
 

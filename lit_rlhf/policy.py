@@ -81,6 +81,7 @@ class Policy(nn.Module):
         self.new_adapter = lora is not None
         self.model = model if lora is None else add_lora(model, lora)
         self.tokenizer = tokenizer
+        self.loaded = False
         self.shares_prompt: bool | None = None
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
@@ -99,7 +100,9 @@ class Policy(nn.Module):
             **options: Handed to `from_pretrained` of `transformers`. Weights are float32 unless `dtype` says otherwise.
         """
         model, tokenizer = load_causal_lm(source, **options)
-        return cls(model, tokenizer, lora)
+        policy = cls(model, tokenizer, lora)
+        policy.loaded = True  # an export may read the source again
+        return policy
 
     @property
     def causal_lm(self) -> Any:

@@ -33,8 +33,10 @@ class Warmup(LRScheduler):
         decay: Literal["constant", "linear", "cosine"] = "constant",
         total_steps: int | None = None,
     ) -> None:
-        if not warmup >= 0:
-            raise ValueError(f"warmup={warmup} must not be negative: a number of updates, or their share of all")
+        if not 0 <= warmup < math.inf:
+            raise ValueError(
+                f"warmup={warmup} must not be negative or infinite: a number of updates, or their share of all"
+            )
         if decay not in (known := ("constant", "linear", "cosine")):
             raise ValueError(f"decay={decay!r} must be one of {', '.join(known)}")
         self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
@@ -48,7 +50,8 @@ class Warmup(LRScheduler):
             self._set_rates()
 
     def _set_rates(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:

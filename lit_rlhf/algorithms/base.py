@@ -163,7 +163,8 @@ class Method(LightningModule, ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """Return what an export needs beside the weights."""
-        return snapshot(self.policy.model, self.policy.tokenizer)
+        told = snapshot(self.policy.model, self.policy.tokenizer)
+        return told if self.policy.loaded else {**told, "source": ""}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights, the seed, what an export needs, and what is under way; leave frozen weights out."""

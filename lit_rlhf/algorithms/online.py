@@ -24,9 +24,17 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import Evaluation, check_opponent, completion_texts, score
+from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
 from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout, mean_metrics
-from lit_rlhf.algorithms.plan import check_loader, check_minibatches, check_plan, check_positions, make_sampling
+from lit_rlhf.algorithms.plan import (
+    check_columns,
+    check_loader,
+    check_minibatches,
+    check_plan,
+    check_positions,
+    make_sampling,
+)
+from lit_rlhf.data import TextData
 from lit_rlhf.policy import Policy, Reference
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.types import Completions, Prompts, Rollout
@@ -237,11 +245,8 @@ class Online(Method):
         super().setup(stage)
         self.opponent_scores = {}
         data = getattr(self.trainer, "datamodule", None)
-        columns = getattr(data, "columns", None)
-        if columns is not None:
-            self.scorer.check(columns)
-            self.judge.check(columns)
-            check_opponent(self.opponent, columns)
+        if isinstance(data, TextData):
+            check_columns(self, data)
         if stage == "fit":
             check_plan(self, getattr(data, "batch_size", None))
 

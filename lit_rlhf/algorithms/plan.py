@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_rlhf.algorithms.evaluation import check_opponent
 from lit_rlhf.data.sampler import ResumableLoader
 from lit_rlhf.sampling import Sampling
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import Online
+    from lit_rlhf.data import TextData
 
 
 def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Sampling:
@@ -19,6 +21,17 @@ def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, An
         return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
     except TypeError as error:
         raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
+
+
+def check_columns(module: Online, data: TextData) -> None:
+    """Raise a ValueError if the data lack a column that a reward, the judge or the opponent asks for."""
+    train, val = data.columns("train"), data.columns("val")
+    for columns in (train, val):
+        if columns is not None:
+            module.scorer.check(columns)
+    if val is not None:
+        module.judge.check(val)
+        check_opponent(module.opponent, val)
 
 
 def check_minibatches(minibatches: int, batch_size: int) -> None:

@@ -89,10 +89,9 @@ class TextData(lightning.LightningDataModule):
         self._encoded_with: PreTrainedTokenizerBase | None = None
         _check_numbers(self)
 
-    @property
-    def columns(self) -> list[str] | None:
-        """Names of the columns that the rewards get, or None before `setup`."""
-        rows = self.train_set or self.val_set
+    def columns(self, part: Literal["train", "val"]) -> list[str] | None:
+        """Names of the columns that the rewards get with one part of the data, or None where it is not there."""
+        rows = self.train_set if part == "train" else self.val_set
         return list(rows[0].example.columns) if rows else None
 
     @property

@@ -1,7 +1,7 @@
 """Make the two shipped models from nothing but the code and a seed: `python -m lit_rlhf.testbed.build --out FOLDER`.
 
-Demonstrations, SFT, pairs sampled from the policy, raters, a reward model: the pipeline that a user runs on data of
-their own, by the same classes.
+Demonstrations, SFT, pairs sampled from the policy, raters, a reward model, RLOO, more pairs, a better reward model: the
+pipeline that a user runs on data of their own, by the same classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_rlhf.algorithms import SFT, RewardModeling
+from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.policy import Policy
@@ -53,10 +53,12 @@ def new_policy() -> Policy:
     return Policy(LlamaForCausalLM(config), tokenizer)
 
 
-def fit(method: Method, data: LightningDataModule, epochs: int) -> None:
+def fit(method: Method, data: LightningDataModule, epochs: int, max_steps: int = -1) -> None:
     """Train on the CPU; nothing is written."""
     quiet: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, gradient_clip_val=1.0, **quiet)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0, **quiet
+    )
     trainer.fit(method, datamodule=data)
 
 
@@ -112,17 +114,50 @@ def shrink(folder: Path) -> None:
     save_file({name: weight.half() for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
+def train_reward_model(policy: Path, pairs: list[dict[str, str]], out: Path, seed: int) -> None:
+    """Learn a reward model from pairs and write it to a folder, small."""
+    seed_everything(seed)
+    method = RewardModeling(str(policy), **options(4e-4))
+    fit(method, PreferenceData(pairs, batch_size=32), epochs=1)
+    method.save_model(out)
+    shrink(out)
+
+
+def explore(policy: Path, reward_model: Path, rows: list[dict[str, str]], updates: int, seed: int) -> Policy:
+    """Return what RLOO makes of the policy, mistakes of the reward model included."""
+    seed_everything(seed)
+    method = RLOO(
+        str(policy),
+        rewards=[RewardModel(reward_model, batch_size=128)],
+        max_new_tokens=32,
+        kl_coef=0.1,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, 5),
+    )
+    fit(method, PromptData(rows, batch_size=min(32, len(rows))), epochs=-1, max_steps=updates)
+    return method.policy
+
+
 def build(
-    out: Path, seed: int = 0, num_demonstrations: int = 40_000, num_prompts: int = 1016, rounds: int = 16
+    out: Path,
+    seed: int = 0,
+    num_demonstrations: int = 40_000,
+    num_prompts: int = 1016,
+    rounds: int = 8,
+    updates: int = 80,
 ) -> None:
     """Write `out/policy` and `out/reward_model`, and print how right the reward model is on held-out prompts.
+
+    Raters first compare what the policy writes. A reward model that has seen nothing else is soon exploited, so RLOO
+    does that twice, and raters go on with what the policies write that it leads to.
 
     Args:
         out: The folder.
         seed: Of everything.
         num_demonstrations: Reviews that SFT reads, once.
-        num_prompts: Training prompts that the policy is sampled on.
-        rounds: Times that raters go through these prompts, two pairs each.
+        num_prompts: Training prompts that the policies are sampled on.
+        rounds: Times that raters go through these prompts before RLOO, two pairs each; three quarters of it after.
+        updates: Of RLOO.
     """
     seed_everything(seed)
     sft = SFT(new_policy(), **options(2e-3))
@@ -130,19 +165,22 @@ def build(
     sft.policy.save(out / "policy")
     shrink(out / "policy")
 
-    policy, raters = Policy.from_pretrained(out / "policy"), Raters()
-    pairs = raters.preferences(sampled_pairs([policy], prompts(num_prompts, seed), rounds, seed), seed)
-    held_out = raters.preferences(
-        sampled_pairs([policy], prompts(min(253, num_prompts), seed, held_out=True), 4, seed + 1), seed + 1
-    )
-    method = RewardModeling(str(out / "policy"), **options(4e-4))
-    fit(method, PreferenceData(pairs, batch_size=32), epochs=1)
-    method.save_model(out / "reward_model")
-    shrink(out / "reward_model")
+    rows, raters = prompts(num_prompts, seed), Raters()
+    policies = [Policy.from_pretrained(out / "policy")]
+    pairs = raters.preferences(sampled_pairs(policies, rows, rounds, seed), seed)
+    with tempfile.TemporaryDirectory() as first:
+        train_reward_model(out / "policy", pairs, Path(first), seed)
+        policies += [explore(out / "policy", Path(first), rows, updates, seed + i) for i in (1, 2)]
+    pairs += raters.preferences(sampled_pairs(policies, rows, max(1, rounds * 3 // 4), seed + 1), seed + 1)
+    train_reward_model(out / "policy", pairs, out / "reward_model", seed)
 
-    noisy, true = accuracy(RewardModel(out / "reward_model", batch_size=256), held_out)
-    print(f"{len(pairs)} pairs; on held-out prompts the reward model agrees with the raters in {noisy:.1%}")
-    print(f"of {len(held_out)} pairs, and with gold in {true:.1%} of those that gold decides")
+    reward_model = RewardModel(out / "reward_model", batch_size=256)
+    unseen = prompts(min(253, num_prompts), seed, held_out=True)
+    print(f"{len(pairs)} pairs; on held-out prompts the reward model agrees")
+    for name, writers in {"the SFT policy": policies[:1], "all policies": policies}.items():
+        held_out = raters.preferences(sampled_pairs(writers, unseen, 4, seed + 2), seed + 2)
+        noisy, true = accuracy(reward_model, held_out)
+        print(f"with the raters in {noisy:.1%} of {len(held_out)} pairs by {name}, with gold in {true:.1%}")
 
 
 def main() -> None:

@@ -85,8 +85,8 @@ def test_prompts_come_in_the_sizes_asked_for():
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_that_builds_the_models_does(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # and back to what it was
-    build(tmp_path, seed=1, num_demonstrations=64, num_prompts=16, rounds=2)
-    assert "agrees with the raters in" in capsys.readouterr().out
+    build(tmp_path, seed=1, num_demonstrations=64, num_prompts=16, rounds=2, updates=2)
+    assert "with the raters in" in capsys.readouterr().out
     trained = Policy.from_pretrained(tmp_path / "policy")
     assert trained.causal_lm.config.hidden_size == 128
     scores = ReviewReward(model=tmp_path / "reward_model")([prompts(1)[0]["prompt"]], ["It was good."])

@@ -1,0 +1,341 @@
+"""What validation, test and prediction say of a policy, with rewards and judges whose opinions are known."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import lit_rlhf
+from runs import make_data, make_module, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+
+OPINIONS = {"better": 1.0, "same": 0.0, "worse": -1.0, "nobody can tell": None}
+
+
+def judge(completions, **kwargs):
+    """Knows the opponents of the tests; what the policy writes is worth 0."""
+    return [OPINIONS.get(text, 0.0) for text in completions]
+
+
+def worth(completion_ids, **kwargs):
+    return [sum(ids) / 100 for ids in completion_ids]
+
+
+def rows_of(*opponents):
+    return [{"prompt": f"film {i}", "reference": text} for i, text in enumerate(opponents)]
+
+
+def validate(module, rows, root, **options) -> dict[str, float]:
+    data = lit_rlhf.PromptData(val=rows, batch_size=2, **options)
+    (metrics,) = make_trainer(root).validate(module, datamodule=data, verbose=False)
+    return metrics
+
+
+def predict(module, rows, root) -> list[dict]:
+    batches = make_trainer(root).predict(module, datamodule=lit_rlhf.PromptData(val=rows, batch_size=2))
+    return [row for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize(
+    ("opponents", "rate"),
+    [(["same"], 0.5), (["worse"], 1.0), (["worse", "worse", "same", "better", "same"], 0.6)],
+)
+def test_a_tie_is_half_a_win(opponents, rate, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    metrics = validate(module, rows_of(*opponents), tmp_path)
+    assert metrics["val/win_rate"] == pytest.approx(rate)
+    assert metrics["val/judge"] == 0
+
+
+def test_an_untrained_policy_ties_with_itself(tiny, tmp_path):
+    metrics = validate(make_module("RLOO", tiny, rewards=[worth]), rows_of(*"abcde"), tmp_path)
+    assert metrics["val/win_rate"] == 0.5
+    assert abs(metrics["val/kl"]) < 1e-4
+
+
+@pytest.mark.parametrize("opponent", ["policy", "reference"])
+def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
+    calls = []
+
+    def count(completions, **kwargs):
+        calls.append(list(completions))
+        return judge(completions)
+
+    def fit():
+        calls.clear()
+        data = lit_rlhf.PromptData(train=rows_of(*"abcdefghi"), val=rows_of("worse", "better", "same"), batch_size=3)
+        make_trainer(tmp_path, max_steps=3, val_check_interval=1).fit(module, data)
+
+    module = make_module("RLOO", tiny, judge=count, opponent=opponent, lr=0.5)
+    fit()
+    first = list(calls)
+    assert len(first) == 5  # four validations and one opponent
+    if opponent == "reference":
+        assert first.count(["worse", "better", "same"]) == 1
+    assert first[0] != first[-1]  # the policy itself was judged anew
+    fit()
+    assert len(calls) == 5
+
+
+def test_the_opponent_of_a_fit_is_where_the_policy_started(tiny, tmp_path):
+    module = make_module("RLOO", tiny, rewards=[worth], lr=0.5, kl_coef=0.0)
+    make_trainer(tmp_path, max_steps=4).fit(module, make_data("RLOO"))
+    rows = rows_of(*"abcdefg")
+    before = validate(make_module("RLOO", tiny, rewards=[worth]), rows, tmp_path)
+    trained = [row["reward"] for row in predict(greedy(tiny, module.policy), rows, tmp_path)]
+    untrained = [row["reward"] for row in predict(greedy(tiny), rows, tmp_path)]
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(trained, untrained, strict=True)]
+    after = validate(module, rows, tmp_path)
+    assert after["val/reward"] != before["val/reward"]
+    assert after["val/win_rate"] == pytest.approx(sum(wins) / len(wins))
+    assert after["val/reward"] == pytest.approx(sum(trained) / len(trained))
+
+
+def greedy(folder, policy=None, **options):
+    options = {"rewards": [worth], "num_samples": 2, "max_new_tokens": 6, "sampling": {"greedy": True}, **options}
+    return lit_rlhf.RLOO(policy or str(folder), **options)
+
+
+def test_other_data_have_opponents_of_their_own(tiny, tmp_path):
+    """Though their rows have the same numbers."""
+    module = make_module("RLOO", tiny, rewards=[worth])
+    first = validate(module, [{"prompt": text} for text in ("film", "book", "play")], tmp_path)
+    second = validate(module, [{"prompt": text} for text in ("a long song", "yes?", "42")], tmp_path)
+    assert first["val/reward"] != second["val/reward"]
+    assert first["val/win_rate"] == second["val/win_rate"] == 0.5
+
+
+def test_other_data_have_completions_of_their_own_to_compare_with(tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    rates = [validate(module, rows_of(*[text] * 3), tmp_path)["val/win_rate"] for text in ("better", "worse")]
+    assert rates == [0, 1]
+
+
+# No opinion counts nowhere
+
+
+@pytest.mark.parametrize("silent", [{"film 0", "film 2"}, {f"film {i}" for i in range(4)}], ids=len)
+def test_a_judge_without_an_opinion_counts_nowhere(silent, tiny, tmp_path):
+    def choosy(prompts, completions, **kwargs):
+        opinions = zip(prompts, judge(completions), strict=True)
+        return [None if prompt in silent else opinion - 3 for prompt, opinion in opinions]
+
+    module = make_module("RLOO", tiny, judge=choosy, opponent="reference")
+    metrics = validate(module, rows_of("better", "worse", "better", "worse"), tmp_path)
+    if len(silent) == 4:
+        assert not {"val/judge", "val/win_rate"} & metrics.keys()
+    else:
+        assert metrics["val/judge"] == -3
+        assert metrics["val/win_rate"] == 1
+
+
+def test_an_opponent_without_an_opinion_counts_nowhere(tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    metrics = validate(module, rows_of("worse", "nobody can tell", "worse", "nobody can tell"), tmp_path)
+    assert metrics["val/win_rate"] == 1
+    assert metrics["val/judge"] == 0  # the policy's own were judged
+
+
+def only_even(prompts, **kwargs):
+    return [5.0 if int(prompt[-1]) % 2 == 0 else None for prompt in prompts]
+
+
+def test_a_reward_without_an_opinion_counts_nowhere_in_validation(tiny, tmp_path):
+    metrics = validate(make_module("RLOO", tiny, rewards=[only_even]), rows_of(*"abcde"), tmp_path)
+    assert metrics["val/reward"] == metrics["val/reward/only_even"] == 5
+    assert metrics["val/win_rate"] == 0.5
+
+
+def test_a_reward_without_an_opinion_is_no_zero_in_a_prediction(tiny, tmp_path):
+    predictions = predict(make_module("RLOO", tiny, rewards=[only_even]), rows_of(*"abcd"), tmp_path)
+    assert [(row["index"], row["sample"]) for row in predictions] == [(i, j) for i in range(4) for j in range(3)]
+    for row in predictions:
+        if row["index"] % 2:
+            assert row["reward"] is None or math.isnan(row["reward"])
+        else:
+            assert row["reward"] == row["parts"]["only_even"] == 5
+
+
+# Opponents from a column
+
+
+@pytest.mark.parametrize("shape", ["strings", "messages"])
+def test_a_judge_of_conversations_is_given_messages(shape, tiny, tmp_path):
+    seen = []
+
+    def look(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(completions)
+
+    turn = [{"role": "user", "content": "a film"}]
+    answer = "great" if shape == "strings" else [{"role": "assistant", "content": "great"}]
+    rows = [{"prompt": turn, "reference": answer}, {"prompt": turn, "reference": answer}]
+    module = make_module("RLOO", tiny, rewards=[worth], judge=look, opponent="reference")
+    assert validate(module, rows, tmp_path)["val/win_rate"] == 0.5
+    assert len(seen) == 4
+    for prompt, completion in seen:
+        assert prompt == turn
+        assert [message["role"] for message in completion] == ["assistant"]
+    assert [completion[0]["content"] for _, completion in seen[2:]] == ["great", "great"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_row_without_a_reference_counts_nowhere(chat, tiny, tmp_path):
+    def least_of_nothing(completions, **kwargs):
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        return [-9.0 if text == "" else OPINIONS.get(text, 0.0) for text in texts]
+
+    rows = rows_of("better", None, "better", None, None)
+    if chat:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    module = make_module("RLOO", tiny, rewards=[worth], judge=least_of_nothing, opponent="reference")
+    assert validate(module, rows, tmp_path)["val/win_rate"] == 0
+
+
+def needs_reference(completions, reference):
+    assert reference == ["worse", "same", "worse", "same"]
+    return judge(completions)
+
+
+@pytest.mark.parametrize("judged_by", [judge, needs_reference])
+def test_what_only_validation_needs_may_stand_in_the_held_out_data_alone(judged_by, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=judged_by, opponent="reference")
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, make_data("RLOO", val=rows_of("worse", "same", "worse", "same")))
+    assert trainer.callback_metrics["val/win_rate"] == 0.75
+
+
+# What does not fit is told before a model is loaded
+
+
+class Unloaded(lit_rlhf.RLOO):
+    def configure_model(self):
+        raise AssertionError("a model was loaded")
+
+
+def needs_answer(completions, answer):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"opponent": "refrence"}, r"opponent='refrence' is no column .*'reference'"),
+        ({"rewards": [needs_answer]}, r"'needs_answer' asks for \['answer'\].*'reference'"),
+        ({"judge": needs_answer}, r"'needs_answer' asks for \['answer'\].*'reference'"),
+    ],
+    ids=["opponent", "reward", "judge"],
+)
+def test_a_column_that_is_not_there_is_told_before_a_model_is_loaded(stage, options, sentence, tiny, tmp_path):
+    rows = rows_of(*"abcdefgh")
+    data = lit_rlhf.PromptData(train=rows, val=rows, batch_size=2)
+    module = Unloaded(str(tiny), **{"rewards": [worth], **options})
+    with pytest.raises(ValueError, match=sentence):
+        getattr(make_trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_reward_needs_its_column_in_every_part_of_the_data(part, tiny, tmp_path):
+    rows = rows_of(*"abcdefgh")
+    parts = {"train": [{**row, "answer": "x"} for row in rows], "val": [{**row, "answer": "x"} for row in rows]}
+    data = lit_rlhf.PromptData(**{**parts, part: rows}, batch_size=2)
+    with pytest.raises(ValueError, match=r"'needs_answer' asks for \['answer'\]"):
+        make_trainer(tmp_path, max_steps=1).fit(Unloaded(str(tiny), rewards=[needs_answer]), data)
+
+
+# Groups of one reward
+
+
+def scores_by_sample(*scores):
+    """A reward that gives the samples of each group these scores."""
+
+    def reward(completions, **kwargs):
+        return [scores[i % len(scores)] for i in range(len(completions))]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [
+        ((None, 1.0, 1.0), 1),
+        ((None, 1.0, 0.0), 0),
+        ((1.0, None, 1.0), 1),
+        ((0.0, None, 1.0), 0),
+        ((-1.0, None, -1.0), 1),
+        ((None, None, None), 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no completion of this update counts")
+def test_equal_groups_are_told_by_the_samples_that_count(scores, share, tiny, tmp_path):
+    module = make_module("RLOO", tiny, rewards=[scores_by_sample(*scores)], kl_coef=0.0)
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO"))
+    assert trainer.callback_metrics["train/equal_groups"] == share
+    assert trainer.callback_metrics["train/skipped_groups"] == (scores == (None,) * 3)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_one_sample_is_no_group(samples, tiny, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module("Reinforce", tiny, num_samples=samples), make_data("Reinforce"))
+    assert ("train/equal_groups" in trainer.callback_metrics) == (samples > 1)
+
+
+# When
+
+
+class Validations(Callback):
+    def __init__(self):
+        self.steps, self.metrics = [], []
+
+    def on_validation_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
+        self.metrics.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
+
+
+def by_updates(interval, **options):
+    return {"val_check_interval": interval, "check_val_every_n_epoch": None, **options}
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (by_updates(2, max_steps=3), [0, 2, 3]),
+        (by_updates(2, max_steps=4), [0, 2, 4]),
+        (by_updates(9, max_steps=2), [0, 2]),
+        (by_updates(4, max_steps=3, accumulate_grad_batches=2), [0, 2, 3]),
+        ({"max_epochs": 1}, [0, 3]),
+        ({"max_steps": 4, "limit_val_batches": 0}, []),
+    ],
+    ids=str,
+)
+def test_a_fit_ends_with_a_validation_of_what_came_out(options, steps, tiny, tmp_path):
+    validations = Validations()
+    module = make_module("RLOO", tiny, rewards=[worth], lr=0.1)
+    data = make_data("RLOO")
+    trainer = make_trainer(tmp_path, callbacks=[validations], **options)
+    trainer.fit(module, data)
+    assert validations.steps == steps
+    if steps:
+        (after,) = make_trainer(tmp_path).validate(module, datamodule=make_data("RLOO"), verbose=False)
+        assert validations.metrics[-1] == pytest.approx(after, abs=1e-5)
+        assert trainer.callback_metrics["val/reward"] == pytest.approx(after["val/reward"], abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_last_checkpoint_knows_the_score_of_the_last_validation(steps, tiny, tmp_path):
+    """So that a resumed run writes over the best policy only what is better."""
+
+    def progress(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    checkpoint = lit_rlhf.callbacks.PolicyCheckpoint()
+    options = by_updates(2, max_steps=steps, callbacks=[checkpoint], enable_checkpointing=True)
+    make_trainer(tmp_path, **options).fit(make_module("RLOO", tiny, rewards=[progress]), make_data("RLOO"))
+    saved = torch.load(checkpoint.last_path, weights_only=True)["callbacks"]
+    assert checkpoint.best_score == steps
+    assert [state["best_score"] for state in saved.values() if "best_score" in state] == [steps]

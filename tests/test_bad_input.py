@@ -1,0 +1,145 @@
+"""What a user can get wrong in Python, and the sentence that says so: what is wrong, with its value."""
+
+import math
+
+import jaxtyping
+import pytest
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification
+
+import lit_rlhf
+from enumerable import make_prompts
+from runs import make_data, make_module, make_trainer, vowels
+from tiny import make_llama, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def untyped(monkeypatch):
+    """As for users, who have no type checker that would find a misspelt option first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def write_policy(folder, tokens=(), **config):
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer), **config).save_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_policy(tmp_path_factory.mktemp("tiny"))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("RLOO", {"truncated": "leaveout"}, "truncated='leaveout' must be 'keep', 'leave_out', or a number"),
+        ("Reinforce", {"baseline": "nnone"}, "baseline='nnone' must be one of none, mean, exponential"),
+        ("Reinforce", {"baseline_decay": 1.0}, "baseline_decay=1.0 must be at least 0 and below 1"),
+        ("RLOO", {"kl_coef": math.nan}, "kl_coef=nan must be 0 or more"),
+        ("RLOO", {"kl_coef": math.inf}, "kl_coef=inf must be"),
+        ("RLOO", {"kl_coef": -1}, "kl_coef=-1 must be 0 or more"),
+        ("RLOO", {"num_samples": 1}, "num_samples=1 must be at least 2"),
+        ("Reinforce", {"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ("RLOO", {"minibatches": 0}, "minibatches=0 must be at least 1"),
+        ("RLOO", {"sample_minibatches": 4}, "sample_minibatches=4 is more than num_samples=3"),
+        ("RLOO", {"rewards": []}, "rewards is empty"),
+        ("RLOO", {"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ("RLOO", {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ("RLOO", {"sampling": {"top": 4}}, r"sampling=\{'top': 4\}: .*'top'"),
+    ],
+    ids=str,
+)
+def test_an_option_that_can_not_be(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_module(name, "nowhere", **options)
+
+
+@pytest.mark.parametrize("name", ["RLOO", "Reinforce", "SFT"])
+@pytest.mark.parametrize("options", [{"lora": {"r": 2}}, {"lora": {}}, {"load": {"dtype": "bfloat16"}}], ids=str)
+def test_a_policy_in_memory_is_not_loaded_again(name, options):
+    tokenizer = make_tokenizer()
+    policy = lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer)
+    given = {"rewards": [vowels]} if name != "SFT" else {}
+    with pytest.raises(ValueError, match=r"`lora` and `load` are for a policy that is loaded here.*lit_rlhf.Policy"):
+        getattr(lit_rlhf, name)(policy, **given, **options)
+
+
+# Policies
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_reward_model_does_not_start_from_an_adapter(stage, folder, tmp_path, monkeypatch):
+    lit_rlhf.Policy.from_pretrained(folder, lora={"r": 2}).save(tmp_path / "adapter")
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    module = make_module("RewardModeling", tmp_path / "adapter")
+    data = make_data("RewardModeling")
+    with pytest.raises(ValueError, match=r"adapter' is an adapter.*merge it first.*--merge true"):
+        getattr(make_trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+
+
+@pytest.mark.parametrize("name", ["RewardModeling", "SFT"])
+def test_a_tokenizer_with_more_tokens_than_the_model(name, tmp_path):
+    rows = len(make_tokenizer())
+    more = write_policy(tmp_path / "more", tokens=["<one>", "<two>"])
+    with pytest.raises(ValueError, match=rf"more' has {rows + 2} tokens, but the model embeds {rows}"):
+        make_trainer(tmp_path, max_steps=1).fit(make_module(name, more), make_data(name))
+
+
+def train_and_hold_out(length: int, **options):
+    """Short prompts to train on, and a held-out one of so many tokens."""
+    rows = [{"prompt": text} for text in "abcd"]
+    return lit_rlhf.PromptData(train=rows, val=[*rows, {"prompt": "x" * length}], batch_size=2, **options)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_a_prompt_and_its_completion_need_positions(stage, tmp_path):
+    short = write_policy(tmp_path / "short", max_position_embeddings=32)
+
+    def run(data):
+        module = make_module("RLOO", short, max_new_tokens=12)
+        getattr(make_trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
+
+    sentence = "a prompt of 21 tokens and max_new_tokens=12 exceed the 32 positions .* data.max_prompt_tokens=20"
+    with pytest.raises(ValueError, match=sentence):
+        run(train_and_hold_out(21))
+    run(train_and_hold_out(20))
+    run(train_and_hold_out(21, max_prompt_tokens=20, too_long="truncate"))  # as the sentence says
+
+
+# Data
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+@pytest.mark.parametrize("cut", [{"minibatches": 2}, {"sample_minibatches": 2}, {"epochs": 2}], ids=str)
+def test_a_loader_of_ones_own_repeats_no_prompts(cut, folder, tmp_path):
+    batch = make_prompts([9, 10, 11], [12, 13]).replace(text=["one", "two"])
+    module = make_module("RLOO", folder, **cut)
+    with pytest.raises(ValueError, match=r"a rollout lasts 2 steps here.*lit_rlhf.PromptData"):
+        make_trainer(tmp_path, max_steps=2).fit(module, DataLoader([batch] * 2, batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", "[]"),
+        ("list.json", " [ ]\n"),
+        ("header.csv", "prompt,answer\n"),
+        ("blank.jsonl", "\n"),
+        ("blank.jsonl", "\n  \n\n"),
+        ("nothing.jsonl", ""),
+        ("nothing.json", ""),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_file_without_a_row_is_empty(part, name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    data = lit_rlhf.PromptData(**{"train": [{"prompt": "a"}], part: str(tmp_path / name)}, batch_size=1)
+    data.tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=rf"{name}' is empty: give a data set with at least one row"):
+        data.setup()
