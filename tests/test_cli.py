@@ -1,6 +1,8 @@
 """What users type, run as they would type it, with tiny stand-ins for models and data."""
 
+import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -72,6 +74,28 @@ def test_every_configuration_that_ships_runs(name, place):
     assert {path.name for path in place.iterdir()} - {"here", "__pycache__"} == {
         "tiny", "mine.py", "prompts.jsonl", "demonstrations.jsonl", "preferences.jsonl", "reviews.jsonl"
     }  # fmt: skip
+
+
+EVERY_UPDATE = """
+    train/loss train/reward train/reward/review_reward train/return train/kl train/kl_k3 train/kl_coef train/entropy
+    train/completion_length train/finished train/advantage_std train/equal_groups train/skipped_groups train/grad_norm
+    train/logprob_mismatch train/lr train/kl_p05 train/kl_p50 train/kl_p95
+    time/sample time/score time/train throughput/completion_tokens
+""".split()
+EVERY_VALIDATION = "val/reward val/judge val/win_rate val/kl val/length val/finished val/distinct_2".split()
+
+
+def test_the_quickstart_logs_every_update_and_what_was_before_the_first(place):
+    main(["fit", "--config", "quickstart", *STAND_INS["quickstart"], *FAST, "--trainer.default_root_dir=here"])
+    with next(place.glob("here/version_0/metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    for name in EVERY_UPDATE:
+        values = [row[name] for row in rows if row[name]]
+        assert len(values) == 2 and all(math.isfinite(float(value)) for value in values), name
+    validations = [row for row in rows if row["val/reward"]]
+    assert len(validations) == 2 and validations[0]["step"] == "0"
+    assert all(row[name] for row in validations for name in EVERY_VALIDATION)
+    assert rows.index(validations[0]) < rows.index(next(row for row in rows if row["train/loss"]))
 
 
 def fit(*args: str) -> None:
