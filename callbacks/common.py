@@ -41,7 +41,7 @@ def validated_in_fit(trainer: Trainer) -> bool:
 
 
 def as_number(value: float | None) -> str:
-    """Write a number for a person: three digits or all before the point, rounding errors as 0, what is missing as a dash."""
+    """Write a number for a person: three digits, or all before the point; rounding errors as 0, a missing one as -."""
     if value is None or value != value:
         return "-"
     return "0" if abs(value) < 5e-5 else f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
