@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from lit_rlhf.prefix import prompt_positions
 from lit_rlhf.types import Prompts
 
 if TYPE_CHECKING:
     from lit_rlhf.policy import Policy
-
-
-def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
-    """Position of each token among those that are not padding."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 class CachedDecoder:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from lit_rlhf import functional as F
-from lit_rlhf.decoding import CachedDecoder, PlainDecoder, prompt_positions
+from lit_rlhf.decoding import CachedDecoder, PlainDecoder
 from lit_rlhf.loading import (
     add_lora,
     check_vocabulary,
@@ -33,24 +32,25 @@ from lit_rlhf.loading import (
     end_of_sequence_ids,
     load_causal_lm,
 )
+from lit_rlhf.prefix import (
+    Given,
+    checkpoints_activations,
+    completion_features,
+    defined,
+    forward_arguments,
+    hidden_states,
+    padded,
+    plain_features,
+    probe_input,
+    rms,
+    shared_features,
+    why_not,
+)
 from lit_rlhf.sampling import Sampling, addressed_noise, decode
 from lit_rlhf.types import Completions, Prompts
 
 LOGITS_AT_ONCE = 2**25
 """Elements of logits held at a time while scoring: 128 MiB in float32."""
-
-
-@runtime_checkable
-class Given(Protocol):
-    """Completions to score: `lit_rlhf.types.Completions`, `Demonstrations`, `Preferences`."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """Token ids, `[prompts, samples, tokens]`."""
-
-    @property
-    def mask(self) -> Tensor:
-        """True where a token counts."""
 
 
 class Policy(nn.Module):
@@ -86,9 +86,7 @@ class Policy(nn.Module):
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
         self.train()  # without dropout the modes differ only in what gradient checkpointing does
-        causal_lm = self.causal_lm
-        self._accepts_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
-        self.eos_ids = end_of_sequence_ids(causal_lm, tokenizer)
+        self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Policy:
@@ -177,42 +175,27 @@ class Policy(nn.Module):
 
         Differentiable: the gradient runs through the shared prompt too.
         """
-        self.probe()
-        n, k, t = completions.tokens.shape
-        prompts, mask = defined(prompts), completions.mask.flatten(0, 1)
-        tokens = completions.tokens.flatten(0, 1).where(mask, prompts.tokens[:, -1:].repeat_interleave(k, 0))
-        shared = self.shares_prompt and not self._checkpoints_activations
-        features = self._shared_features if shared else self._plain_features
-        chosen = features(prompts, tokens, k)[mask]
-        scores = self._chunked_logprobs(chosen, tokens[mask], temperature)
-        return scores.new_zeros(n * k, t).masked_scatter(mask, scores).view(n, k, t)
+        return self.logprobs_from(self.features(prompts, completions), completions, temperature)
 
-    @property
-    def _checkpoints_activations(self) -> bool:
-        """Whether gradient checkpointing is at work: `transformers` keeps no cache then."""
-        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+    def logprobs_from(
+        self, features: Float[Tensor, "prompts samples tokens features"], completions: Given, temperature: float = 1.0
+    ) -> Float[Tensor, "prompts samples tokens"]:
+        """The same, from what `features` returned for these completions."""
+        mask = completions.mask
+        scores = self._chunked_logprobs(features[mask], completions.tokens[mask], temperature)
+        return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+
+    def features(self, prompts: Prompts, completions: Given) -> Float[Tensor, "prompts samples tokens features"]:
+        """What the policy knows before each token of the completions: hidden states, or logits (see `project`)."""
+        self.probe()
+        shared = bool(self.shares_prompt) and not checkpoints_activations(self.model)
+        return completion_features(self.forward_features, self.causal_lm.config, prompts, completions, shared)
 
     def _shared_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
-        """Features that predict each completion token, each prompt computed once."""
-        cache = DynamicCache(config=self.causal_lm.config)
-        positions = prompt_positions(prompts.mask)
-        features = self.forward_features(prompts.tokens, prompts.mask, positions, cache, keep=1)
-        features = features.repeat_interleave(k, 0)
-        if tokens.shape[1] == 1:
-            return features
-        cache.batch_repeat_interleave(k)
-        fed = tokens[:, :-1]
-        mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(fed, dtype=torch.bool)], 1)
-        steps = torch.arange(fed.shape[1], device=fed.device)
-        positions = prompts.mask.sum(1).repeat_interleave(k).unsqueeze(1) + steps
-        rest = self.forward_features(fed, mask, positions, cache, keep=fed.shape[1])
-        return torch.cat([features, rest], 1)
+        return shared_features(self.forward_features, self.causal_lm.config, prompts, tokens, k)
 
     def _plain_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
-        """The same features from one forward over prompt and completion, each prompt computed k times."""
-        ids = torch.cat([prompts.tokens.repeat_interleave(k, 0), tokens], 1)
-        mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(tokens, dtype=torch.bool)], 1)
-        return self.forward_features(ids, mask, prompt_positions(mask), None, keep=tokens.shape[1] + 1)[:, :-1]
+        return plain_features(self.forward_features, prompts, tokens, k)
 
     def forward_features(
         self,
@@ -223,16 +206,10 @@ class Policy(nn.Module):
         keep: int,
     ) -> Float[Tensor, "rows keep features"]:
         """Hidden states of the last `keep` columns, or their logits where the projection is the model's own affair."""
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
-        if cache is not None:
-            arguments["past_key_values"] = cache
-        if self._accepts_positions:
-            arguments["position_ids"] = positions
         causal_lm = self.causal_lm
         if self.chunks_logits:
-            hidden: Tensor = causal_lm.base_model(**arguments).last_hidden_state
-            return hidden[:, -keep:]
-        logits: Tensor = causal_lm(**arguments).logits
+            return hidden_states(cast(nn.Module, causal_lm.base_model), ids, mask, positions, cache, keep)
+        logits: Tensor = causal_lm(**forward_arguments(causal_lm.base_model, ids, mask, positions, cache)).logits
         return logits[:, -keep:]
 
     def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocabulary"]:
@@ -260,7 +237,7 @@ class Policy(nn.Module):
         """Find out, once, whether this model allows chunked logits and a shared prompt; say so where it does not."""
         if self.shares_prompt is not None:
             return
-        prompts, completions = self._probe_input()
+        prompts, completions = probe_input(embedding_rows(self.causal_lm), next(self.parameters()).device)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -268,38 +245,22 @@ class Policy(nn.Module):
             expected = self._plain_features(prompts, completions, 2)
             noise = rms(self._plain_features(padded(prompts), completions, 2) - expected)
             self.chunks_logits = True
-            reason = self._why_not(lambda: self._plain_features(prompts, completions, 2), expected, noise)
+            reason = why_not(lambda: self.project(self._plain_features(prompts, completions, 2)), expected, noise)
             if reason is None and not self._projects_plainly(prompts):
                 reason = "it scales or caps its logits"
             self.chunks_logits = reason is None
             if reason is not None:
                 rank_zero_info(f"{self._name} holds the logits of all positions at once: {reason}")
-            reason = self._why_not(lambda: self._shared_features(prompts, completions, 2), expected, noise)
+            reason = why_not(lambda: self.project(self._shared_features(prompts, completions, 2)), expected, noise)
             self.shares_prompt = reason is None
             if reason is not None:
                 rank_zero_info(f"{self._name} computes each prompt once a completion: {reason}")
         finally:
             self.model.train(was_training)
 
-    def _probe_input(self) -> tuple[Prompts, Tensor]:
-        """Two prompts, one of them padded, and four completions, of arbitrary tokens."""
-        device = next(self.parameters()).device
-        ids = torch.arange(3, 29, device=device) * 7919 % embedding_rows(self.causal_lm)
-        mask = torch.ones(2, 5, dtype=torch.bool, device=device)
-        mask[0, :2] = False
-        return Prompts(ids[:10].view(2, 5), mask, torch.arange(2, device=device)), ids[10:].view(4, 4)
-
     @property
     def _name(self) -> str:
         return type(self.causal_lm).__name__
-
-    def _why_not(self, compute: Callable[[], Tensor], expected: Tensor, noise: float) -> str | None:
-        """Say how far a fast path is from the plain one; None where no further than padding moves that."""
-        try:
-            difference = rms(self.project(compute()) - expected)
-        except Exception as error:  # whatever a model without a cache raises, the plain path remains
-            return f"{type(error).__name__}: {error}"
-        return None if difference <= 1e-3 + 3 * noise else f"its logits would differ by {difference:.2g}"
 
     def _projects_plainly(self, prompts: Prompts) -> bool:
         """Whether the logits are what the output layer returns, also where they are large (a cap bends only those)."""
@@ -352,24 +313,6 @@ class Reference:
         """See `Policy.sample`."""
         with self._frozen():
             return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
-
-
-def defined(prompts: Prompts) -> Prompts:
-    """Pad with each prompt's own last token: the embedding of a padding id, which nothing trains, can hold anything."""
-    return prompts.replace(tokens=prompts.tokens.where(prompts.mask, prompts.tokens[:, -1:]))
-
-
-def padded(prompts: Prompts, columns: int = 3) -> Prompts:
-    """The same prompts behind more padding, which changes a model's output by its rounding only."""
-    pad = (columns, 0)
-    return prompts.replace(
-        tokens=nn.functional.pad(prompts.tokens, pad), mask=nn.functional.pad(prompts.mask, pad, value=False)
-    )
-
-
-def rms(tensor: Tensor) -> float:
-    """Root mean square."""
-    return float(tensor.float().square().mean().sqrt())
 
 
 def _join(parts: list[Completions]) -> Completions:

@@ -1,0 +1,178 @@
+"""Forward passes over completions that share their prompt, and the search for what a model allows of them.
+
+The k completions of a prompt share it: its keys and values are computed for n rows and repeated k times, with gradient
+through the cache. A `Forward` gives the features of the last columns of a batch: hidden states, or logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lit_rlhf.types import Prompts
+
+
+@runtime_checkable
+class Given(Protocol):
+    """Completions to score: `lit_rlhf.types.Completions`, `Demonstrations`, `Preferences`."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids, `[prompts, samples, tokens]`."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a token counts."""
+
+
+@runtime_checkable
+class Forward(Protocol):
+    """A model's forward pass."""
+
+    def __call__(
+        self,
+        ids: Int[Tensor, "rows columns"],
+        mask: Bool[Tensor, "rows past_and_columns"],
+        positions: Int[Tensor, "rows columns"],
+        cache: DynamicCache | None,
+        keep: int,
+    ) -> Float[Tensor, "rows keep features"]:
+        """Return the features of the last `keep` columns; with a cache, `ids` come behind what it holds."""
+        ...
+
+
+def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
+    """Position of each token among those that are not padding."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@functools.cache
+def _accepts_positions(forward: Any) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
+
+
+def forward_arguments(
+    trunk: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
+) -> dict[str, Any]:
+    """What a model of `transformers` is called with; `trunk` is the part of it that embeds the tokens."""
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if _accepts_positions(type(trunk).forward):
+        arguments["position_ids"] = positions
+    return arguments
+
+
+def hidden_states(
+    trunk: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None, keep: int
+) -> Float[Tensor, "rows keep features"]:
+    """The last hidden states of a model without a head: with `trunk` bound, a `Forward`."""
+    hidden: Tensor = trunk(**forward_arguments(trunk, ids, mask, positions, cache)).last_hidden_state
+    return hidden[:, -keep:]
+
+
+def completion_features(
+    forward: Forward, config: Any, prompts: Prompts, completions: Given, shared: bool
+) -> Float[Tensor, "prompts samples tokens features"]:
+    """Features that stand before each completion token; what stands in the padding means nothing.
+
+    Args:
+        forward: The model's.
+        config: The model's, for its cache.
+        prompts: The prompts.
+        completions: The completions.
+        shared: Whether each prompt is computed once, or once a completion.
+    """
+    n, k, t = completions.tokens.shape
+    prompts, mask = defined(prompts), completions.mask.flatten(0, 1)
+    tokens = completions.tokens.flatten(0, 1).where(mask, prompts.tokens[:, -1:].repeat_interleave(k, 0))
+    if shared:
+        return shared_features(forward, config, prompts, tokens, k).view(n, k, t, -1)
+    return plain_features(forward, prompts, tokens, k).view(n, k, t, -1)
+
+
+def shared_features(
+    forward: Forward, config: Any, prompts: Prompts, tokens: Int[Tensor, "rows tokens"], k: int
+) -> Float[Tensor, "rows tokens features"]:
+    """Features that stand before each completion token, each prompt computed once. Differentiable.
+
+    Args:
+        forward: The model's.
+        config: The model's, for its cache.
+        prompts: The prompts.
+        tokens: Completions, k rows a prompt.
+        k: Completions of each prompt.
+    """
+    cache = DynamicCache(config=config)
+    features = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1)
+    features = features.repeat_interleave(k, 0)
+    if tokens.shape[1] == 1:
+        return features
+    cache.batch_repeat_interleave(k)
+    fed = tokens[:, :-1]
+    mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(fed, dtype=torch.bool)], 1)
+    steps = torch.arange(fed.shape[1], device=fed.device)
+    positions = prompts.mask.sum(1).repeat_interleave(k).unsqueeze(1) + steps
+    return torch.cat([features, forward(fed, mask, positions, cache, fed.shape[1])], 1)
+
+
+def plain_features(
+    forward: Forward, prompts: Prompts, tokens: Int[Tensor, "rows tokens"], k: int
+) -> Float[Tensor, "rows tokens features"]:
+    """The same features from one forward over prompt and completion, each prompt computed k times."""
+    ids = torch.cat([prompts.tokens.repeat_interleave(k, 0), tokens], 1)
+    mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(tokens, dtype=torch.bool)], 1)
+    return forward(ids, mask, prompt_positions(mask), None, tokens.shape[1] + 1)[:, :-1]
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is at work: `transformers` keeps no cache then."""
+    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def defined(prompts: Prompts) -> Prompts:
+    """Pad with each prompt's own last token: the embedding of a padding id, which nothing trains, can hold anything."""
+    return prompts.replace(tokens=prompts.tokens.where(prompts.mask, prompts.tokens[:, -1:]))
+
+
+def padded(prompts: Prompts, columns: int = 3) -> Prompts:
+    """The same prompts behind more padding, which changes a model's output by its rounding only."""
+    pad = (columns, 0)
+    return prompts.replace(
+        tokens=nn.functional.pad(prompts.tokens, pad), mask=nn.functional.pad(prompts.mask, pad, value=False)
+    )
+
+
+def probe_input(vocabulary: int, device: torch.device) -> tuple[Prompts, Int[Tensor, "rows tokens"]]:
+    """Two prompts, one of them padded, and two completions of each, of arbitrary tokens."""
+    ids = torch.arange(3, 29, device=device) * 7919 % vocabulary
+    mask = torch.ones(2, 5, dtype=torch.bool, device=device)
+    mask[0, :2] = False
+    return Prompts(ids[:10].view(2, 5), mask, torch.arange(2, device=device)), ids[10:].view(4, 4)
+
+
+def why_not(compute: Callable[[], Tensor], expected: Tensor, noise: float) -> str | None:
+    """Say how far a fast path is from the plain one; None where no further than padding moves that.
+
+    Args:
+        compute: The fast path.
+        expected: What the plain path gives.
+        noise: Root mean square of what padding changes in that.
+    """
+    try:
+        difference = rms(compute() - expected)
+    except Exception as error:  # whatever a model without a cache raises, the plain path remains
+        return f"{type(error).__name__}: {error}"
+    return None if difference <= 1e-3 + 3 * noise else f"its output would differ by {difference:.2g}"
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square."""
+    return float(tensor.float().square().mean().sqrt())
