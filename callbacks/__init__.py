@@ -1,5 +1,6 @@
 """Side concerns of a run: they see a module's public attributes and what it logs, and no method knows them."""
 
+from lit_rlhf.callbacks.adaptive_kl import AdaptiveKL
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
 from lit_rlhf.callbacks.curves import Curves
 from lit_rlhf.callbacks.kl_monitor import KLMonitor
@@ -10,6 +11,7 @@ from lit_rlhf.callbacks.signals import SaveOnSignal
 from lit_rlhf.callbacks.summary import Summary
 
 __all__ = [
+    "AdaptiveKL",
     "Curves",
     "KLMonitor",
     "PolicyCheckpoint",

@@ -1,7 +1,7 @@
 """Align language models with human feedback, as PyTorch Lightning modules."""
 
 from lit_rlhf import callbacks, functional, rewards
-from lit_rlhf.algorithms import RLOO, SFT, Method, Online, Reinforce, RewardModeling
+from lit_rlhf.algorithms import DPO, IPO, PPO, RAFT, RLOO, SFT, Method, Online, Reinforce, RewardModeling, VanillaPG
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel, Weighted
@@ -12,6 +12,10 @@ from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Ro
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "IPO",
+    "PPO",
+    "RAFT",
     "RLOO",
     "SFT",
     "Completions",
@@ -29,6 +33,7 @@ __all__ = [
     "RewardModeling",
     "Rollout",
     "Sampling",
+    "VanillaPG",
     "Warmup",
     "Weighted",
     "callbacks",

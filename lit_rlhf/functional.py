@@ -48,6 +48,15 @@ def kl_k1(
     return logprobs - reference_logprobs
 
 
+def kl_k2(logprobs: Float[Tensor, "*batch"], reference_logprobs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The estimator k2 of KL(pi || ref): `(log pi - log ref)^2 / 2`.
+
+    Biased in value. Of whole completions and with gradient, in the loss, its gradient is the exact gradient of the KL
+    of the sequence; a token at a time it is another one. Schulman, "Approximating KL divergence", 2020.
+    """
+    return (logprobs - reference_logprobs) ** 2 / 2
+
+
 def kl_k3(
     logprobs: Float[Tensor, "*batch tokens"], reference_logprobs: Float[Tensor, "*batch tokens"]
 ) -> Float[Tensor, "*batch tokens"]:
@@ -60,11 +69,44 @@ def kl_k3(
     return log_ratio.exp() - 1 - log_ratio
 
 
+def kl_of_completions(
+    estimator: str,
+    logprobs: Float[Tensor, "prompts samples tokens"],
+    reference_logprobs: Float[Tensor, "prompts samples tokens"],
+    mask: Bool[Tensor, "prompts samples tokens"],
+) -> Float[Tensor, "prompts samples"]:
+    """An estimate of KL(pi || ref) for each completion: the sum of `k1` or `k3` over its tokens, or its own `k2`."""
+    logprobs, reference_logprobs = logprobs.masked_fill(~mask, 0.0), reference_logprobs.masked_fill(~mask, 0.0)
+    if estimator == "k2":
+        return kl_k2(logprobs.sum(-1), reference_logprobs.sum(-1))
+    return masked_sum({"k1": kl_k1, "k3": kl_k3}[estimator](logprobs, reference_logprobs), mask)
+
+
 def shaped_return(
     rewards: Float[Tensor, "prompts samples"], kl: Float[Tensor, "prompts samples"], kl_coef: float
 ) -> Float[Tensor, "prompts samples"]:
     """What is optimised: `R(x, y) = r(x, y) - beta * log(pi(y|x) / ref(y|x))`. Back to Basics, section 2."""
     return rewards - kl_coef * kl
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> float:
+    """`beta (1 + K clamp((KL - target) / target, -0.2, 0.2))`. Ziegler et al., 2019, arXiv 1909.08593, section 2.2."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + gain * error)
+
+
+def credited_rewards(
+    rewards: Float[Tensor, "prompts samples"],
+    penalties: Float[Tensor, "prompts samples tokens"],
+    mask: Bool[Tensor, "prompts samples tokens"],
+) -> Float[Tensor, "prompts samples tokens"]:
+    """The reward of each token: minus its own penalty, and at the last one that of the whole completion.
+
+    The penalty of a token is `beta * log(pi / ref)`, less its immediate reward where there is one.
+    Ziegler et al., 2019, arXiv 1909.08593, section 2.
+    """
+    last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
+    return torch.where(last, rewards.unsqueeze(-1) - penalties, -penalties).masked_fill(~mask, 0.0)
 
 
 def reward_to_go(
@@ -100,6 +142,14 @@ def rloo_advantages(
     return (kept - baseline).masked_fill(~valid | (siblings < 1), 0.0)
 
 
+def best_of(
+    returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"]
+) -> Bool[Tensor, "prompts samples"]:
+    """True at the valid completion of each prompt with the highest return, the first of equals; nowhere if none is."""
+    best = returns.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(valid).scatter(1, best, True) & valid
+
+
 def reinforce_loss(
     logprobs: Float[Tensor, "prompts samples tokens"],
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"],
@@ -112,6 +162,91 @@ def reinforce_loss(
     if advantages.ndim == 2:
         advantages = advantages.unsqueeze(-1)
     return -masked_sum(advantages * logprobs.masked_fill(~mask, 0.0), mask)
+
+
+def whiten(values: Float[Tensor, "*shape"], mean: Tensor, variance: Tensor) -> Float[Tensor, "*shape"]:
+    """Bring values to mean 0 and variance 1, given the mean and the variance of all that counts."""
+    return (values - mean) * torch.rsqrt(variance + 1e-8)
+
+
+def gae(
+    rewards: Float[Tensor, "*batch tokens"],
+    values: Float[Tensor, "*batch tokens"],
+    mask: Bool[Tensor, "*batch tokens"],
+    decay: float,
+) -> Float[Tensor, "*batch tokens"]:
+    """Generalised advantage estimation: `A_t = sum_l lambda^l delta_{t+l}`, `delta_t = r_t + V_{t+1} - V_t`, gamma = 1.
+
+    Schulman et al., 2016, arXiv 1506.02438, equation 16. The value behind the last token is 0. At lambda = 1 it is the
+    return minus the value, at lambda = 0 the temporal difference `delta_t`.
+
+    Args:
+        rewards: Reward of each token.
+        values: What the critic expects before each token.
+        mask: True where a token counts; the tokens that do come first.
+        decay: Lambda, between 0 and 1.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    delta = rewards + following - values
+    advantages, ahead = torch.zeros_like(delta), torch.zeros_like(delta[..., 0])
+    for t in reversed(range(delta.shape[-1])):
+        ahead = delta[..., t] + decay * ahead
+        advantages[..., t] = ahead
+    return advantages.masked_fill(~mask, 0.0)
+
+
+def clipped_ratio_loss(
+    logprobs: Float[Tensor, "*batch tokens"],
+    old_logprobs: Float[Tensor, "*batch tokens"],
+    advantages: Float[Tensor, "*batch tokens"],
+    clip: float | None,
+) -> tuple[Float[Tensor, "*batch tokens"], Bool[Tensor, "*batch tokens"]]:
+    """The term of each token: `-min(w A, clamp(w, 1 - eps, 1 + eps) A)`, `w = pi / pi_old`.
+
+    Schulman et al., 2017, arXiv 1707.06347, equation 7.
+
+    Returns:
+        The terms, and where the clip holds the ratio; nowhere with `clip` None.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    plain = ratio * advantages
+    if clip is None:
+        return -plain, torch.zeros_like(plain, dtype=torch.bool)
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.minimum(plain, clipped), clipped < plain
+
+
+def value_loss(
+    values: Float[Tensor, "*batch tokens"],
+    targets: Float[Tensor, "*batch tokens"],
+    old_values: Float[Tensor, "*batch tokens"],
+    clip: float | None = None,
+) -> Float[Tensor, "*batch tokens"]:
+    """The term of each token: `(V - G)^2 / 2`; with `clip` the larger of it and that of V held within `clip` of V_old.
+
+    The clip is that of the reference implementation of PPO (Engstrom et al., 2020, arXiv 2005.12729, section 3).
+    """
+    plain = (values - targets) ** 2
+    if clip is None:
+        return plain / 2
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum(plain, (held - targets) ** 2) / 2
+
+
+def dpo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pairs"]:
+    """The term of each pair: `-log sigmoid(beta * margin)`. Rafailov et al., 2023, arXiv 2305.18290, equation 7.
+
+    Args:
+        margin: `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions.
+        beta: How dear the distance from the reference is.
+    """
+    return -torch.nn.functional.logsigmoid(beta * margin)
+
+
+def ipo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pairs"]:
+    """The term of each pair: `(margin - 1 / (2 beta))^2`. Azar et al., 2024, arXiv 2310.12036, equation 17."""
+    return (margin - 1 / (2 * beta)) ** 2
 
 
 def bradley_terry_loss(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:

@@ -154,10 +154,23 @@ class Rollout(Record):
     token_rewards: Float[Tensor, "prompts samples tokens"] | None = None
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"] | None = None
 
+    @property
+    def counted(self) -> Bool[Tensor, "prompts samples tokens"]:
+        """True at the tokens of the completions that count."""
+        return self.valid.unsqueeze(-1) & self.completions.mask
+
     def samples(self: RolloutT, index: slice) -> RolloutT:
         """Return the samples of each prompt that `index` selects; only for what no longer looks across a group."""
-        cut = self.map(lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor)
-        return cut.replace(prompts=self.prompts)
+        return self._cut(lambda tensor: tensor[:, index])
+
+    def pick(self: RolloutT, sample: Int[Tensor, " prompts"]) -> RolloutT:
+        """Return one sample of each prompt: the one whose number `sample` gives."""
+        rows = torch.arange(len(sample), device=sample.device)
+        return self._cut(lambda tensor: tensor[rows, sample].unsqueeze(1))
+
+    def _cut(self: RolloutT, on_tensor: Callable[[Tensor], Tensor]) -> RolloutT:
+        names = [f.name for f in dataclasses.fields(self) if f.name != "prompts"]
+        return self.replace(**{name: _walk(getattr(self, name), on_tensor, lambda items: items) for name in names})
 
     def trim(self: RolloutT) -> RolloutT:
         """Cut the padding that all prompts and the padding that all completions share."""

@@ -53,6 +53,11 @@ CASES = {
     "invalid on one rank": ("RLOO", {"rewards": [silent_on_one_rank], "minibatches": 2}),
     "left out": ("Reinforce", {"rewards": [worth], "truncated": "leave_out", "baseline": "mean"}),
     "cut both ways": ("RLOO", {"rewards": [worth], "minibatches": 2, "sample_minibatches": 3}),
+    "raft": ("RAFT", {"rewards": [some_opinion]}),
+    "ppo": ("PPO", {"rewards": [worth], "minibatches": 2, "value_coef": 0.01}),
+    "vanilla_pg": ("VanillaPG", {"rewards": [some_opinion], "critic": "head", "value_coef": 0.01}),
+    "normalised": ("RLOO", {"rewards": [some_opinion], "shaping": {"normalize": True, "clip": 1.0}}),
+    "dpo": ("DPO", {}),
     "sft": ("SFT", {}),
     "reward model": ("RewardModeling", {}),
 }

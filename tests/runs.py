@@ -31,7 +31,7 @@ def make_data(name: str, rows: int = 12, **options):
         return lit_rlhf.PromptData(train=[{"prompt": t} for t in [*texts, "one", "two", "six"]], **options)
     texts = [*texts, "a", "b", "c"]
     pairs = [{"prompt": t, "chosen": f"good {i}", "rejected": f"bad {-i}"} for i, t in enumerate(texts)]
-    if name == "RewardModeling":
+    if name in ("RewardModeling", "DPO", "IPO"):
         return lit_rlhf.PreferenceData(train=pairs, **options)
     demonstrations = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     return lit_rlhf.DemonstrationData(train=demonstrations, **options)

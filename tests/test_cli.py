@@ -57,17 +57,22 @@ def place(tmp_path, monkeypatch) -> Path:
 
 STAND_INS = {
     "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.max_new_tokens=4"],
+    "shaping": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.max_new_tokens=4"],
     "rloo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "reinforce": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "raft": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "vanilla_pg": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "ppo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "dpo": ["--data.train=preferences.jsonl", "--data.batch_size=4"],
     "reviews": ["--data.train=reviews.jsonl", "--data.val=4", *SHORT],
     "sft": ["--data.train=demonstrations.jsonl", "--data.batch_size=4"],
     "reward_modeling": ["--data.train=preferences.jsonl", "--data.batch_size=4"],
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))  # those in folders: test_compare
 def test_every_configuration_that_ships_runs(name, place):
-    policy = [] if name == "quickstart" else ["--model.policy=tiny"]
+    policy = [] if name in ("quickstart", "shaping") else ["--model.policy=tiny"]
     main(["fit", "--config", name, *policy, *STAND_INS[name], *FAST, "--trainer.default_root_dir=here"])
     assert list(place.glob("here/policy/last/*.safetensors"))
     assert list(place.glob("here/version_0/metrics.csv"))

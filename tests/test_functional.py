@@ -227,3 +227,103 @@ def test_bradley_terry_sees_the_difference_only_and_does_not_overflow():
     assert_close(F.bradley_terry_loss(chosen + 50, rejected + 50), loss, atol=1e-12, rtol=0)
     assert_close(loss - F.bradley_terry_loss(rejected, chosen), rejected - chosen, atol=1e-12, rtol=0)
     assert_close(F.bradley_terry_loss(double([-1e4]), double([1e4])), double([2e4]), atol=1e-9, rtol=0)
+
+
+# Critics
+
+
+def make_mask(*lengths) -> torch.Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).unsqueeze(0)
+
+
+MASK = make_mask(4, 2, 1)
+TOKEN_REWARDS = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+VALUES = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_gae_that_looks_ahead_to_the_end_is_the_return_minus_the_value():
+    expected = F.reward_to_go(TOKEN_REWARDS, MASK) - VALUES.masked_fill(~MASK, 0.0)
+    assert_close(F.gae(TOKEN_REWARDS, VALUES, MASK, 1.0), expected, atol=1e-12, rtol=0)
+
+
+def test_gae_that_does_not_look_ahead_is_the_temporal_difference():
+    following = torch.tensor(
+        [[[VALUES[0, i, t + 1] if MASK[0, i, t + 1 :].any() else 0.0 for t in range(4)] for i in range(3)]]
+    )
+    expected = (TOKEN_REWARDS + following - VALUES).masked_fill(~MASK, 0.0)
+    assert_close(F.gae(TOKEN_REWARDS, VALUES, MASK, 0.0), expected, atol=1e-6, rtol=0)
+
+
+def test_gae_in_between_is_the_sum_of_its_definition():
+    delta = F.gae(TOKEN_REWARDS, VALUES, MASK, 0.0)
+    expected = torch.stack([sum(0.7**s * delta[..., t + s] for s in range(4 - t)) for t in range(4)], -1)
+    assert_close(F.gae(TOKEN_REWARDS, VALUES, MASK, 0.7), expected.masked_fill(~MASK, 0.0), atol=1e-12, rtol=0)
+
+
+def test_padding_reaches_no_advantage():
+    dirty = TOKEN_REWARDS.masked_fill(~MASK, math.nan), VALUES.masked_fill(~MASK, math.nan)
+    assert torch.equal(F.gae(*dirty, MASK, 0.9), F.gae(TOKEN_REWARDS, VALUES, MASK, 0.9))
+
+
+def test_the_reward_of_a_completion_is_credited_to_its_last_token():
+    credited = F.credited_rewards(double([1, 2, 3]), torch.full((1, 3, 4), 0.25, dtype=torch.float64), MASK)
+    expected = double([[-0.25, -0.25, -0.25, 0.75], [-0.25, 1.75, 0, 0], [2.75, 0, 0, 0]])
+    assert torch.equal(credited, expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "term", "held"),
+    [
+        (1.1, 2.0, -2.2, False),
+        (1.5, 2.0, -2.4, True),
+        (1.5, -2.0, 3.0, False),
+        (0.5, -2.0, 1.6, True),
+        (0.5, 2.0, -1.0, False),
+    ],
+)
+def test_the_clip_takes_the_worse_of_two_and_only_stops_what_goes_too_far(ratio, advantage, term, held):
+    terms, where = F.clipped_ratio_loss(double(ratio).log(), double(0.0), double(advantage), 0.2)
+    assert_close(terms, double(term), atol=1e-12, rtol=0)
+    assert where.tolist() == [held]
+    assert_close(
+        F.clipped_ratio_loss(double(ratio).log(), double(0.0), double(advantage), None)[0], -double(ratio * advantage)
+    )
+
+
+def test_a_clipped_value_pays_for_the_larger_error():
+    values, targets, old = double(2.0, 2.0), double(0.0, 3.0), double(1.0, 1.0)
+    assert_close(F.value_loss(values, targets, old), double(2.0, 0.5))
+    assert_close(F.value_loss(values, targets, old, clip=0.5), double(2.0, 1.125))
+
+
+def test_whitened_values_have_mean_zero_and_variance_one():
+    values = rewards_of()
+    white = F.whiten(values, values.mean(), values.var(correction=0))
+    assert white.mean().abs() < 1e-12 and (white.var(correction=0) - 1).abs() < 1e-6
+
+
+# The best of a group, pairs, the coefficient of the KL
+
+
+def test_the_best_is_the_first_of_equals_and_none_where_none_is_valid():
+    valid = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
+    best = F.best_of(double([1, 3, 3], [1, 9, 2], [1, 2, 3]), valid)
+    assert best.int().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
+
+
+def test_a_pair_without_a_margin_costs_log_two():
+    assert_close(F.dpo_loss(double(0.0), 0.3), double(math.log(2)))
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_pairs_pull_the_margin_up_or_to_its_mark(beta):
+    margin = double(-3.0, 0.0, 3.0).requires_grad_()
+    F.dpo_loss(margin, beta).sum().backward()
+    assert_close(margin.grad, -beta * torch.sigmoid(-beta * margin.detach()), atol=1e-12, rtol=0)
+    assert F.ipo_loss(double(1 / (2 * beta)), beta) == 0
+    assert_close(F.ipo_loss(double(0.0), beta), double(1 / (4 * beta**2)))
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (5.4, 0.99), (-3.0, 0.98)])
+def test_the_coefficient_of_the_kl_follows_it_by_a_fifth_of_the_gain_at_most(kl, factor):
+    assert F.adapted_kl_coef(0.05, kl, target=6.0, gain=0.1) == pytest.approx(0.05 * factor)

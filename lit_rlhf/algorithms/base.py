@@ -85,16 +85,22 @@ class Method(LightningModule, ABC):
         if "policy" not in self._modules:
             self.policy = Policy.from_pretrained(self.source, self.lora, **self.load_options)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains, as groups with a name; the policy's comes first."""
+        return [{"name": "policy", "params": [p for p in self.parameters() if p.requires_grad]}]
+
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, made by `reduce`."""
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("the policy has no trainable parameter: give `lora` to train a new adapter")
-        optimizer = self.make_optimizer(parameters)
+        groups = self.parameter_groups()
+        for group in groups:
+            if not group["params"]:
+                cure = ": give `lora` to train a new adapter"
+                raise ValueError(f"the {group['name']} has no trainable parameter{cure * (group['name'] == 'policy')}")
+        optimizer = self.make_optimizer(groups)
         check_precision(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
@@ -130,18 +136,21 @@ class Method(LightningModule, ABC):
         sums = torch.tensor([self._total, self._counted], dtype=torch.float32, device=self.device)
         total, counted = self.sum_over_ranks(sums).tolist()
         planned, self._planned, self._total, self._counted = self._planned, 0.0, 0.0, 0
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
         if counted == 0:
             rank_zero_warn("no completion of this update counts (no reward has an opinion): the update is skipped")
             optimizer.zero_grad(set_to_none=True)
             return
         factor = planned * self.trainer.accumulate_grad_batches * self.trainer.world_size / counted
-        for parameter in parameters:
-            if factor != 1:
-                parameter.grad.mul_(factor)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        rate = optimizer.param_groups[0]["lr"]
-        self.log_dict({"train/loss": total / counted, "train/grad_norm": norm, "train/lr": rate}, batch_size=1)
+        metrics: dict[str, Any] = {"train/loss": total / counted, "train/lr": optimizer.param_groups[0]["lr"]}
+        for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+            for parameter in parameters:
+                if factor != 1:
+                    parameter.grad.mul_(factor)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            owner = "" if group is optimizer.param_groups[0] else f"{group['name']}_"
+            metrics[f"train/{owner}grad_norm"] = norm
+        self.log_dict(metrics, batch_size=1)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Add up a tensor of all ranks."""
@@ -187,7 +196,7 @@ class Method(LightningModule, ABC):
         """Training steps of this epoch that are done; the Trainer's own count, which a resume continues."""
         return int(cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress.current).processed)
 
-    def gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+    def gather(self, state: dict[Any, Any]) -> list[dict[Any, Any]]:
         """Return the states of all ranks, by rank."""
         if self.trainer.world_size == 1:
             return [state]

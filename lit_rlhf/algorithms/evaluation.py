@@ -42,6 +42,7 @@ class GroupScores:
     rewards: Float[Tensor, "prompts samples"]
     parts: dict[str, Float[Tensor, "prompts samples"]]
     valid: Bool[Tensor, "prompts samples"]
+    whole: Bool[Tensor, "prompts samples"]
     token_rewards: Float[Tensor, "prompts samples tokens"] | None
     metrics: dict[str, float]
     extra: dict[str, list[Any]]
@@ -79,6 +80,7 @@ def score(
         rewards=scores.rewards.view(n, k).to(device),
         parts={name: part.view(n, k).to(device) for name, part in scores.parts.items()},
         valid=scores.valid.view(n, k).to(device),
+        whole=scores.whole.view(n, k).to(device),
         token_rewards=token_rewards,
         metrics=scores.metrics,
         extra=scores.extra,
@@ -96,6 +98,9 @@ class Evaluation:
         self.examples: list[dict[str, Any]] = []
         self.sums: dict[str, list[float]] = {}
         self.ids: list[list[int]] = []
+        weights = module.judge.weights(module.trainer.global_step)
+        if weights != module.opponent_weights:  # scores by other weights do not compare
+            module.opponent_scores, module.opponent_weights = {}, weights
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -140,7 +145,7 @@ class Evaluation:
         module = self.module
         own = totals.tolist()
         if module.judge is not module.scorer:
-            own = score(module.judge, prompts, greedy, texts).judged()[:, 0].tolist()
+            own = score(module.judge, prompts, greedy, texts, module.trainer_state()).judged()[:, 0].tolist()
             self.add("judge", torch.tensor([value for value in own if value == value]))
         index = prompts.index.tolist()
         if any(i not in module.opponent_scores for i in index):
@@ -157,7 +162,7 @@ class Evaluation:
             texts = completion_texts(module.tokenizer, prompts, theirs)
         else:
             texts, theirs = column_completions(module.tokenizer, prompts, module.opponent)
-        judged = score(module.judge, prompts, theirs, texts).judged()[:, 0]
+        judged = score(module.judge, prompts, theirs, texts, module.trainer_state()).judged()[:, 0]
         return judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist()
 
     def metrics(self) -> dict[str, float]:

@@ -14,7 +14,12 @@ from lit_rlhf import functional as F
 from lit_rlhf.types import Rollout
 
 if TYPE_CHECKING:
+    from lit_rlhf.algorithms.base import Method
     from lit_rlhf.algorithms.online import Online
+
+
+Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
+"""What a loss tells: by name a number, or values and where they count, for a mean over all ranks."""
 
 
 class Clock:
@@ -57,7 +62,7 @@ def now() -> float:
 
 
 @contextlib.contextmanager
-def all_or_none(module: Online) -> Iterator[None]:
+def all_or_none(module: Method) -> Iterator[None]:
     """Make a failure on one rank a failure on all, so that they stop and save together instead of waiting."""
     error: Exception | None = None
     try:
@@ -74,9 +79,9 @@ def all_or_none(module: Online) -> Iterator[None]:
         raise error
 
 
-def log_rollout(module: Online, rollout: Rollout) -> None:
-    """Log the means of a rollout over all ranks, as sums over counts."""
-    means = {name: mean for name, mean in reduce_means(module, rollout_sums(rollout)).items()}
+def log_rollout(module: Online, collected: Rollout, rollout: Rollout) -> None:
+    """Log the means over all ranks, as sums over counts: of what was collected, and of the method's advantages."""
+    means = reduce_means(module, {**rollout_sums(collected), **advantage_sums(rollout)})
     mean, square = means.pop("advantage"), means.pop("advantage_square")
     means["advantage_std"] = (square - mean**2).clamp(min=0).sqrt()
     shown = {"reward", "kl"}
@@ -95,9 +100,6 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     if rollout.token_rewards is not None:
         immediate = F.masked_sum(rollout.token_rewards, completions.mask)
         rewards, returns = rewards + immediate, returns + immediate
-    advantages = rollout.advantages
-    assert advantages is not None
-    counted = valid if advantages.ndim == 2 else valid.unsqueeze(-1) & completions.mask
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
     sums = {
@@ -108,8 +110,6 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
         "completion_length": (completions.lengths, everywhere),
         "finished": (completions.finished, everywhere),
         "skipped_groups": (~valid.any(1), everywhere[:, 0]),
-        "advantage": (advantages, counted),
-        "advantage_square": (advantages**2, counted),
     }
     if valid.shape[1] > 1:
         sums["equal_groups"] = (highest == lowest, everywhere[:, 0])
@@ -122,12 +122,45 @@ def rollout_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     return sums
 
 
+def advantage_sums(rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the advantages and their squares, and where they count."""
+    advantages, valid = rollout.advantages, rollout.valid
+    assert advantages is not None
+    counted = valid if advantages.ndim == 2 else rollout.counted
+    return {"advantage": (advantages, counted), "advantage_square": (advantages**2, counted)}
+
+
+def log_loss_metrics(module: Online, metrics: Metrics, new: bool) -> None:
+    """Log what a loss tells, as means over all ranks; values with a place count over the slices of a rollout so far.
+
+    Args:
+        module: The method.
+        metrics: What the loss of a slice tells.
+        new: Whether the slice is the first of a rollout.
+    """
+    if new:
+        module.slice_sums = {}
+    numbers = {f"train/{name}": value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
+    module.log_dict(numbers, sync_dist=True, batch_size=1)
+    for name, value in metrics.items():
+        if isinstance(value, tuple):
+            module.slice_sums[name] = module.slice_sums.get(name, 0.0) + sum_and_count(*value)
+    if module.slice_sums:
+        totals = module.sum_over_ranks(torch.stack(list(module.slice_sums.values())))
+        means = {
+            f"train/{name}": row[0] / row[1].clamp(min=1) for name, row in zip(module.slice_sums, totals, strict=True)
+        }
+        module.log_dict(means, batch_size=1)
+
+
+def sum_and_count(values: Tensor, where: Tensor) -> Tensor:
+    """The sum of values where they count, and how many do."""
+    return torch.stack([values.double().masked_fill(~where, 0.0).sum(), where.sum().double()])
+
+
 def reduce_means(module: Online, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Return the mean of each metric over all that counts on all ranks, in one reduction."""
-    rows = [
-        torch.stack([values.double().masked_fill(~where, 0.0).sum(), where.sum().double()])
-        for values, where in sums.values()
-    ]
+    rows = [sum_and_count(values, where) for values, where in sums.values()]
     totals = module.sum_over_ranks(torch.stack(rows))
     return {name: total / count.clamp(min=1) for name, (total, count) in zip(sums, totals, strict=True)}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
-from lit_rlhf.algorithms.monitor import Clock, all_or_none, log_rollout, mean_metrics
+from lit_rlhf.algorithms.monitor import Clock, Metrics, all_or_none, log_loss_metrics, log_rollout, mean_metrics
 from lit_rlhf.algorithms.plan import (
     check_columns,
     check_loader,
@@ -33,6 +33,8 @@ from lit_rlhf.algorithms.plan import (
     check_plan,
     check_positions,
     make_sampling,
+    make_shaping,
+    read_kl_penalty,
 )
 from lit_rlhf.data import TextData
 from lit_rlhf.policy import Policy, Reference
@@ -49,12 +51,16 @@ class Online(Method):
         num_samples: Completions of each prompt (k), typically 2 to 8.
         max_new_tokens: A completion is cut here.
         temperature: Divides the logits, in sampling, training and the reference alike.
-        kl_coef: Weight of the KL to the reference (beta), subtracted from the reward; typically 0.01 to 0.5.
+        kl_coef: Weight of the KL to the reference (beta); typically 0.01 to 0.5.
+        kl_penalty: Estimator of the KL, and whether it is taken off the reward or added to the loss. `k1_reward` and
+            `k2_loss` have the exact gradient in the first update of a rollout; the others warn of what they do instead.
+            `train/kl` is k1 always.
         minibatches: Slices of a rollout along its prompts, one training step each. With as much
             `accumulate_grad_batches` they make one update and only save memory; with less there are several updates a
             rollout, as the paper's two, and all but the first are off-policy, which is not corrected.
         sample_minibatches: Slices of each group along its samples, likewise.
         epochs: Passes over a rollout, each of which is another update at least.
+        shaping: Options of `lit_rlhf.rewards.Shaping`: `normalize`, `clip`.
         truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
             nowhere), or a number that is subtracted from their reward.
         sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
@@ -69,6 +75,8 @@ class Online(Method):
     """
 
     rollout_type: type[Rollout] = Rollout
+    corrects_off_policy = False
+    """Whether the loss takes into account that the policy has been updated since it sampled."""
     reference: Reference
 
     def __init__(
@@ -79,9 +87,11 @@ class Online(Method):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         kl_coef: float = 0.05,
+        kl_penalty: str = "k1_reward",
         minibatches: int = 1,
         sample_minibatches: int = 1,
         epochs: int = 1,
+        shaping: dict[str, Any] | None = None,
         truncated: Literal["keep", "leave_out"] | float = "keep",
         sampling: dict[str, Any] | None = None,
         judge: Callable[..., Any] | None = None,
@@ -99,7 +109,9 @@ class Online(Method):
             raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
         if isinstance(truncated, str) and truncated not in ("keep", "leave_out"):
             raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number to subtract")
+        self.kl_estimator, self.kl_place = read_kl_penalty(kl_penalty)
         self.scorer = Scorer(rewards)
+        self.shaping = make_shaping(shaping or {})
         self.judge = self.scorer if judge is None else Scorer([judge])
         self.num_samples, self.kl_coef, self.truncated, self.opponent = num_samples, kl_coef, truncated, opponent
         self.sampling = make_sampling(max_new_tokens, temperature, sampling or {})
@@ -110,8 +122,11 @@ class Online(Method):
         self.extra: dict[str, list[Any]] = {}  # what rewards told of each completion with `log_extra`
         self.clock = Clock()
         self.opponent_scores: dict[int, float] = {}
+        self.opponent_weights: list[float] = []
         self._evaluation: Evaluation | None = None
+        self.slice_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
         self._mismatch: Tensor | None = None
+        self._logprobs: Tensor | None = None
         self._validated_at = -1
 
     # What a method overrides
@@ -125,19 +140,35 @@ class Online(Method):
         """Return one advantage a completion or one a token, from the whole rollout, without gradient."""
 
     @abstractmethod
-    def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """Return the terms of a slice, one a completion or one a token, and metrics to log.
 
         The base takes the mean of the terms that count: over completions for terms `[prompts, samples]`, over tokens
-        for terms `[prompts, samples, tokens]`.
+        for terms `[prompts, samples, tokens]`. A metric is a number, or values and where they count.
         """
 
     def logprobs(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """Log-probabilities of the completions' tokens under the policy as it is now, with gradient."""
-        logprobs = self.policy.logprobs(rollout.prompts, rollout.completions, self.sampling.temperature)
-        mask = rollout.completions.mask
-        self._mismatch = (logprobs.detach() - rollout.completions.logprobs).abs()[mask].mean()
+        return self.logprobs_from(rollout, self.policy.features(rollout.prompts, rollout.completions))
+
+    def logprobs_from(self, rollout: Rollout, features: Tensor) -> Float[Tensor, "prompts samples tokens"]:
+        """The same, from the policy's features."""
+        completions = rollout.completions
+        logprobs = self.policy.logprobs_from(features, completions, self.sampling.temperature)
+        self._logprobs = logprobs if self.kl_place == "loss" else None
+        self._mismatch = (logprobs.detach() - completions.logprobs).abs()[completions.mask].mean()
         return logprobs
+
+    def kl_terms(self, rollout: Rollout, terms: Tensor) -> Tensor:
+        """The KL of each completion with gradient, from the log-probabilities that `loss` has just computed.
+
+        Raises:
+            ValueError: If the terms are not one a completion, or are made of other completions.
+        """
+        completions, logprobs, self._logprobs = rollout.completions, self._logprobs, None
+        if terms.ndim != 2 or logprobs is None or logprobs.shape != completions.mask.shape:
+            raise ValueError(f"{type(self).__name__} can't take the KL into its loss: use kl_penalty='k1_reward'")
+        return F.kl_of_completions(self.kl_estimator, logprobs, rollout.reference_logprobs, completions.mask)
 
     # Collecting
 
@@ -158,9 +189,12 @@ class Online(Method):
         rewards, valid = scores.rewards, scores.valid
         if self.truncated == "leave_out":
             valid = valid & completions.finished
-        elif not isinstance(self.truncated, str):
+        rewards = self.shaping(rewards, valid & scores.whole, self.sum_over_ranks)
+        if not isinstance(self.truncated, str):
             rewards = rewards - self.truncated * (~completions.finished).to(rewards)
-        kl = F.masked_sum(F.kl_k1(completions.logprobs, reference_logprobs), completions.mask)
+        kl = torch.zeros_like(rewards)
+        if self.kl_place == "reward":
+            kl = F.kl_of_completions(self.kl_estimator, completions.logprobs, reference_logprobs, completions.mask)
         rewards = rewards.masked_fill(~valid, 0.0)
         return self.rollout_type(
             prompts=prompts,
@@ -176,7 +210,8 @@ class Online(Method):
     @torch.no_grad()
     def _new_rollout(self, prompts: Prompts) -> Rollout:
         check_minibatches(self.minibatches, len(prompts))
-        rollout = self.prepare(self.collect(prompts))
+        collected = self.collect(prompts)
+        rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
         shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
         if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
@@ -185,10 +220,10 @@ class Online(Method):
                 f"{type(self).__name__}.advantages must return finite numbers of shape {tuple(shapes[0])} or "
                 f"{tuple(shapes[1])}, not {tuple(advantages.shape)}, {finite}"
             )
-        if not bool(rollout.valid.any(1).all()):
+        if not bool(collected.valid.any(1).all()):
             rank_zero_warn("a prompt none of whose completions has a reward is skipped: see train/skipped_groups")
         rollout = rollout.replace(advantages=advantages)
-        log_rollout(self, rollout)
+        log_rollout(self, collected, rollout)
         return rollout
 
     # Training
@@ -204,13 +239,14 @@ class Online(Method):
         part = self.slice(self.rollout, step)
         with self.clock("train"):
             terms, metrics = self.loss(part)
-            mask = part.valid if terms.ndim == 2 else part.valid.unsqueeze(-1) & part.completions.mask
+            if self.kl_place == "loss":
+                terms = terms + self.kl_coef * self.kl_terms(part, terms)
+            mask = part.valid if terms.ndim == 2 else part.counted
             planned = self.rollout.rewards.numel() / (self.minibatches * self.sample_minibatches)
             loss = self.reduce(terms, mask, planned)
-        metrics = {f"train/{name}": value.detach() for name, value in metrics.items()}
         if step == 0 and self._mismatch is not None:
-            metrics["train/logprob_mismatch"] = self._mismatch
-        self.log_dict(metrics, sync_dist=True, batch_size=1)
+            metrics["logprob_mismatch"] = self._mismatch
+        log_loss_metrics(self, metrics, new=step == 0)
         return loss
 
     def slice(self, rollout: Rollout, step: int) -> Rollout:
@@ -256,14 +292,19 @@ class Online(Method):
         if not hasattr(self, "reference"):
             self.reference = self.policy.reference()
 
-    def _place(self) -> None:
+    def place(self) -> None:
+        """Move to the device what is no part of the module, and check what needs the models."""
         self.policy.probe()
         self.reference.to(self.device, next(self.policy.parameters()).dtype)
         self.scorer.setup(self.device)
         self.judge.setup(self.device)
-        check_positions(self)
+        check_positions(self, self.policy.causal_lm.config, "policy")
 
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _place
+    def on_fit_start(self) -> None:
+        """Get ready."""
+        self.place()
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
         """Validate once before the first update, so that every curve starts where the policy did."""

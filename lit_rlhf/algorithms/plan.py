@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf.algorithms.evaluation import check_opponent
 from lit_rlhf.data.sampler import ResumableLoader
+from lit_rlhf.rewards import Shaping
 from lit_rlhf.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -21,6 +22,38 @@ def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, An
         return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
     except TypeError as error:
         raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
+
+
+def make_shaping(options: dict[str, Any]) -> Shaping:
+    """Build the shaping of rewards, with a sentence for an option that does not exist."""
+    try:
+        return Shaping(**options)
+    except TypeError as error:
+        raise ValueError(f"shaping={options}: {error}; its options are those of lit_rlhf.rewards.Shaping") from error
+
+
+WRONG_KL = {
+    "k1_loss": "its gradient is 0 on average, so nothing holds the policy",
+    "k2_reward": "its gradient is not that of the KL",
+    "k3_reward": "its gradient is not that of the KL, and can point the other way",
+    "k3_loss": "its gradient is that of KL(reference || policy), not of KL(policy || reference)",
+}
+"""Places of an estimator of the KL where it does not do what one expects, and what it does instead."""
+
+
+def read_kl_penalty(kl_penalty: str) -> tuple[str, str]:
+    """Return estimator and place of the KL, with a warning for a pair whose gradient is not that of the KL.
+
+    Raises:
+        ValueError: If there is no such pair.
+    """
+    known = ["k1_reward", "k2_loss", *WRONG_KL]
+    if kl_penalty not in known:
+        raise ValueError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(known)}")
+    if kl_penalty in WRONG_KL:
+        rank_zero_warn(f"kl_penalty={kl_penalty!r}: {WRONG_KL[kl_penalty]}; k1_reward and k2_loss are exact")
+    estimator, _, place = kl_penalty.partition("_")
+    return estimator, place
 
 
 def check_columns(module: Online, data: TextData) -> None:
@@ -43,14 +76,14 @@ def check_minibatches(minibatches: int, batch_size: int) -> None:
         )
 
 
-def check_positions(module: Online) -> None:
-    """Raise a ValueError if prompt and completion together can be longer than the policy's positions."""
-    known = getattr(module.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+def check_positions(module: Online, config: Any, whose: str) -> None:
+    """Raise a ValueError if prompt and completion together can be longer than a model's positions."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = getattr(getattr(module.trainer, "datamodule", None), "longest_prompt", 0)
     length = module.sampling.max_new_tokens
     if known is not None and longest + length > known:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the policy: "
+            f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the {whose}: "
             f"lower one of them, the prompts by data.max_prompt_tokens={max(1, known - length)}"
         )
 
@@ -88,7 +121,7 @@ def check_plan(module: Online, batch_size: int | None) -> None:
         raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
     updates = max(1, repeats // accumulate)
     rank_zero_info(f"each rollout is used for {updates} update{'s' * (updates > 1)}")
-    if updates > 2:
+    if updates > 2 and not module.corrects_off_policy:
         rank_zero_warn(
             f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
             f"accumulate_grad_batches to {repeats} to be exactly on-policy"

@@ -6,12 +6,14 @@ exponential one and none at all are on offer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_rlhf import functional as F
+from lit_rlhf.algorithms.monitor import Metrics
 from lit_rlhf.algorithms.online import Online
 from lit_rlhf.types import Rollout
 
@@ -45,6 +47,14 @@ class Reinforce(Online):
         self.register_buffer("baseline_total", torch.zeros((), dtype=torch.float64))
         self.register_buffer("baseline_weight", torch.zeros((), dtype=torch.float64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reinforce:
+        """Keep the average in float64, to whatever the weights are cast: a count in bfloat16 ends at 256."""
+        before = self.baseline_total, self.baseline_weight
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.baseline_total.device
+        self.baseline_total, self.baseline_weight = (number.to(device) for number in before)
+        return self
+
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return minus the average return of earlier rollouts; with token-level rewards, the return from each token."""
         before = self.baseline_value()
@@ -55,7 +65,7 @@ class Reinforce(Online):
         self.update_baseline(rollout.returns + to_go[..., 0], rollout.valid)
         return rollout.returns.unsqueeze(-1) + to_go - before
 
-    def loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """The log-probability of each completion, weighted by its advantage."""
         assert rollout.advantages is not None
         return F.reinforce_loss(self.logprobs(rollout), rollout.advantages, rollout.completions.mask), {}

@@ -209,12 +209,16 @@ class TextData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The held-out rows in order, each once; no loader where there are none."""
-        if self.val_set is None:
+        return self.in_order(self.val_set)
+
+    def in_order(self, rows: EncodedRows | None) -> DataLoader[Any] | list[Any]:
+        """Rows in order, each once, spread over the ranks."""
+        if rows is None:
             return []
         return DataLoader(
-            self.val_set,  # type: ignore[arg-type]
+            rows,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=EvalSampler(self.val_set, self.eval_batch_size, **self._ranks()),
+            sampler=EvalSampler(rows, self.eval_batch_size, **self._ranks()),
             collate_fn=self._collate(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -5,6 +5,7 @@ from lit_rlhf.rewards.functions import ExactMatch, Length, Matches, Repetition, 
 from lit_rlhf.rewards.model import RewardModel
 from lit_rlhf.rewards.scorer import Scorer, Scores
 from lit_rlhf.rewards.sentiment import Sentiment
+from lit_rlhf.rewards.shaping import Shaping
 
 __all__ = [
     "ExactMatch",
@@ -16,6 +17,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Sentiment",
+    "Shaping",
     "Weighted",
     "text_of",
 ]

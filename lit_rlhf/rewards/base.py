@@ -48,18 +48,33 @@ class Weighted:
         reward: Any reward.
         weight: What its numbers are multiplied by; 0 logs it and learns nothing from it.
         name: Of the part in logs and records; by default the name of the function, or of the class in snake case.
+        final_weight: What the weight becomes, in a straight line over `updates`; None: it stays.
+        updates: How many updates that takes.
 
     Raises:
-        ValueError: If the weight is not a finite number.
+        ValueError: If a weight is not a finite number, or only one of `final_weight` and `updates` is given.
     """
 
     reward: Callable[..., Any]
     weight: float | int = 1.0
     name: str | None = None
+    final_weight: float | int | None = None
+    updates: int | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise ValueError(f"the weight of a reward must be a finite number, not {self.weight!r}")
+        for weight in (self.weight, self.weight if self.final_weight is None else self.final_weight):
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of a reward must be a finite number, not {weight!r}")
+        if (self.final_weight is None) != (self.updates is None) or (self.updates is not None and self.updates < 1):
+            raise ValueError(
+                f"final_weight={self.final_weight} and updates={self.updates}: give both (updates from 1 on) or neither"
+            )
+
+    def weight_at(self, step: int) -> float:
+        """The weight after `step` updates."""
+        if self.final_weight is None or self.updates is None:
+            return self.weight
+        return self.weight + (self.final_weight - self.weight) * min(1.0, step / self.updates)
 
     def __call__(self, **kwargs: Any) -> Any:
         """Call the reward; its weight is applied by the scorer."""
@@ -71,7 +86,7 @@ class Entry:
     """A reward of the list with all that is known about it before it is called."""
 
     name: str
-    weight: float
+    weights: tuple[Weighted, ...]
     reward: Callable[..., Any]
     token_level: bool
     accepts: frozenset[str] | None  # None: everything
@@ -84,13 +99,19 @@ class Entry:
         Raises:
             TypeError: If it is no reward.
         """
-        weight, name = 1.0, None
+        weights: list[Weighted] = []
         while isinstance(reward, Weighted):
-            weight, name, reward = weight * reward.weight, name or reward.name, reward.reward
+            weights.append(reward)
+            reward = reward.reward
+        name = next((weighted.name for weighted in weights if weighted.name), None)
         _check_is_reward(reward)
         bare = reward.func if isinstance(reward, functools.partial) else reward
         token_level = bool(getattr(reward, "token_level", getattr(bare, "token_level", False)))
-        return cls(_unique(name or _name(bare), taken), weight, reward, token_level, *_signature(reward))
+        return cls(_unique(name or _name(bare), taken), tuple(weights), reward, token_level, *_signature(reward))
+
+    def weight(self, step: int) -> float:
+        """What the numbers are multiplied by after `step` updates."""
+        return math.prod(weighted.weight_at(step) for weighted in self.weights)
 
     def check(self, names: set[str]) -> None:
         """Raise a ValueError if the reward asks for a name that is not among `names`."""

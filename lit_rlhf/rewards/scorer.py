@@ -31,6 +31,7 @@ class Scores:
         rewards: Weighted sum of the rewards of the whole completion, 0 where none had an opinion.
         parts: Each reward by name before its weight, NaN where it had no opinion; a token-level one as its sum.
         valid: False where no reward at all, token-level ones included, had an opinion.
+        whole: True where a reward of the whole completion had one.
         token_rewards: Weighted sum of the token-level rewards, one row a completion, or None where there are none.
         metrics: What rewards reported with `log_metric`, the mean where a name came more than once.
         extra: What rewards reported with `log_extra`: columns of one entry a completion.
@@ -39,6 +40,7 @@ class Scores:
     rewards: Float[Tensor, " completions"]
     parts: dict[str, Float[Tensor, " completions"]]
     valid: Bool[Tensor, " completions"]
+    whole: Bool[Tensor, " completions"]
     token_rewards: list[Float[Tensor, " _"]] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
@@ -65,6 +67,10 @@ class Scorer:
         self._entries: list[Entry] = []
         for reward in rewards:
             self._entries.append(Entry.of(reward, taken={entry.name for entry in self._entries}))
+
+    def weights(self, step: int) -> list[float]:
+        """What the rewards are multiplied by after `step` updates."""
+        return [entry.weight(step) for entry in self._entries]
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +123,8 @@ class Scorer:
             "log_extra": log.log_extra,
             "log_metric": log.log_metric,
         }
-        return self._add_up(self._outputs(given), [len(ids) for ids in completion_ids], log)
+        step = 0 if state is None else state.global_step
+        return self._add_up(self._outputs(given), [len(ids) for ids in completion_ids], log, step)
 
     def _outputs(self, given: dict[str, Any]) -> list[Any]:
         outputs: list[Any] = []
@@ -137,7 +144,7 @@ class Scorer:
                 outputs[i] = result
         return outputs
 
-    def _add_up(self, outputs: list[Any], lengths: list[int], log: _Log) -> Scores:
+    def _add_up(self, outputs: list[Any], lengths: list[int], log: _Log, step: int) -> Scores:
         parts: dict[str, Tensor] = {}
         rewards = torch.zeros(len(lengths), dtype=torch.float32)
         token_rewards: list[Tensor] | None = None
@@ -145,14 +152,17 @@ class Scorer:
             if entry.token_level:
                 rows = _token_rows(output, lengths, entry.name)
                 parts[entry.name] = torch.stack([row.sum() for row in rows])
-                kept = [entry.weight * row.nan_to_num() for row in rows]
+                kept = [entry.weight(step) * row.nan_to_num() for row in rows]
                 token_rewards = [a + b for a, b in zip(token_rewards, kept, strict=True)] if token_rewards else kept
             else:
                 parts[entry.name] = _numbers(output, len(lengths), entry.name)
-                rewards = rewards + entry.weight * parts[entry.name].nan_to_num()
+                rewards = rewards + entry.weight(step) * parts[entry.name].nan_to_num()
         valid = ~torch.stack(list(parts.values())).isnan().all(0)
+        whole = torch.zeros_like(valid)
+        for entry in self._entries:
+            whole |= ~parts[entry.name].isnan() & (not entry.token_level)
         metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
-        return Scores(rewards, parts, valid, token_rewards, metrics, log.extra)
+        return Scores(rewards, parts, valid, whole, token_rewards, metrics, log.extra)
 
 
 class _Log:

@@ -55,6 +55,14 @@ def test_an_untrained_policy_ties_with_itself(tiny, tmp_path):
     assert abs(metrics["val/kl"]) < 1e-4
 
 
+def test_weights_that_change_are_the_same_for_both_sides(tiny, tmp_path):
+    constant = lit_rlhf.Weighted(lambda completions, **kwargs: [1.0] * len(completions), 1.0, "one", 0.1, updates=2)
+    trainer = make_trainer(tmp_path, max_steps=2, val_check_interval=1)
+    trainer.fit(make_module("RLOO", tiny, rewards=[constant]), make_data("RLOO"))
+    assert trainer.callback_metrics["val/win_rate"] == 0.5
+    assert trainer.callback_metrics["val/reward"] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("opponent", ["policy", "reference"])
 def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
     calls = []

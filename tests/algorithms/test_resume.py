@@ -56,14 +56,18 @@ def check_resumes(name, case, tiny, root, places) -> None:
             pytest.skip("only a rollout is cut into slices")
         if options.pop("minibatches", None):
             options["trainer"] = {"accumulate_grad_batches": 3, "val_check_interval": 2}
+    if name == "RAFT":  # trains on one completion a prompt
+        options.pop("sample_minibatches", None)
     straight = run(name, tiny, root, callbacks=[SaveEverywhere(root)], **options)
     for path in sorted(root.glob("*.ckpt"))[places]:
         assert not differing(straight, run(name, tiny, root, ckpt_path=path, **options)), path.name
 
 
 @pytest.mark.filterwarnings("ignore:12 updates a rollout")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(n, c) for n in METHODS for c in CASES if n in ("RLOO", "PPO", "DPO") or c == "two updates a rollout"],
+)
 def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tiny, tmp_path):
     """Stopped early (in the middle of an update where there is one) and late in the first epoch, or in the second."""
     check_resumes(name, case, tiny, tmp_path, slice(0, None, 5))

@@ -389,3 +389,8 @@ def test_log_probabilities_of_a_bfloat16_policy_are_float32(ending):
     scored = policy.logprobs(prompts, drawn)
     assert drawn.logprobs.dtype == scored.dtype == torch.float32
     assert not torch.equal(scored, scored.bfloat16().float())
+
+
+def test_the_moving_average_counts_on_in_bfloat16(ending, tmp_path):
+    module = make_any_module("Reinforce", ending, optimizer=sgd).to(torch.bfloat16)
+    assert module.baseline_total.dtype == module.baseline_weight.dtype == torch.float64

@@ -315,3 +315,25 @@ def test_a_bare_model_is_refused(llama):
 def test_a_weight_is_a_finite_number():
     with pytest.raises(ValueError, match="finite number, not inf"):
         Weighted(ones, weight=math.inf)
+
+
+# Weights that change
+
+
+def constant(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 2.0), (5, 1.25), (10, 0.5), (99, 0.5)])
+def test_a_weight_goes_to_its_final_value_in_a_straight_line(step, weight):
+    scorer = Scorer([Weighted(constant, weight=2.0, final_weight=0.5, updates=10)])
+    state = TrainerState(global_step=step)
+    scores = scorer(prompts=["a"], completions=["b"], completion_ids=[[1]], finished=[True], state=state)
+    assert scores.rewards.tolist() == [weight]
+    assert scores.parts["constant"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("options", [{"final_weight": 1.0}, {"updates": 3}, {"final_weight": 1.0, "updates": 0}])
+def test_half_a_schedule_is_refused(options):
+    with pytest.raises(ValueError, match="give both"):
+        Weighted(constant, **options)

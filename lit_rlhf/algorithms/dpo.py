@@ -1,0 +1,141 @@
+"""DPO: learning from pairs directly, without a reward model and without sampling.
+
+Rafailov et al., 2023, arXiv 2305.18290. `IPO` shows how a variant overrides one equation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.monitor import all_or_none
+from lit_rlhf.algorithms.reward_model import share_right
+from lit_rlhf.data import TextData
+from lit_rlhf.policy import Policy, Reference
+from lit_rlhf.types import Preferences
+
+
+class DPO(Method):
+    """Direct preference optimization: loss `-log sigmoid(beta * margin)`.
+
+    The margin is `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions. The
+    reference's log-probabilities are computed once for the data set, before the first step.
+
+    Args:
+        policy: See `Method`. As it is at the start, it is also the reference.
+        beta: How dear the distance from the reference is, typically 0.05 to 0.5.
+        **options: See `Method`.
+
+    Raises:
+        ValueError: If beta is not above 0.
+    """
+
+    reference: Reference
+
+    def __init__(self, policy: str | Policy, beta: float = 0.1, **options: Any) -> None:
+        super().__init__(policy, **options)
+        if not beta > 0:
+            raise ValueError(f"beta={beta} must be above 0: at 0 nothing is learned")
+        self.beta = beta
+        self.reference_logprobs: dict[int, Tensor] = {}
+
+    def pair_loss(self, margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """The term of each pair."""
+        return F.dpo_loss(margin, self.beta)
+
+    def training_step(self, batch: Preferences, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of pairs."""
+        index, reference = batch.prompts.index.tolist(), None
+        if self.reference_logprobs:
+            reference = torch.stack([self.reference_logprobs[i] for i in index]).to(self.device)
+        gained = self.log_ratios(batch, reference)
+        self._log("train", gained.detach())
+        terms = self.pair_loss(margin(gained))
+        return self.reduce(terms, torch.ones_like(terms, dtype=torch.bool))
+
+    def log_ratios(self, batch: Preferences, reference: Tensor | None = None) -> Float[Tensor, "pairs 2"]:
+        """`log pi(y|x) / ref(y|x)` of the chosen and of the rejected completions, with gradient."""
+        if reference is None:
+            reference = F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)
+        return F.masked_sum(self.policy.logprobs(batch.prompts, batch), batch.mask) - reference
+
+    def _log(self, prefix: str, gained: Tensor) -> None:
+        chosen, rejected = (self.beta * gained).unbind(1)
+        metrics = {
+            f"{prefix}/accuracy": share_right(chosen, rejected),
+            f"{prefix}/reward_margin": (chosen - rejected).mean(),
+            f"{prefix}/chosen_reward": chosen.mean(),
+            f"{prefix}/rejected_reward": rejected.mean(),
+        }
+        if prefix != "train":  # the base logs the loss of an update
+            metrics[f"{prefix}/loss"] = self.pair_loss(margin(gained)).mean()
+        self.log_dict(metrics, batch_size=len(gained), sync_dist=True)
+
+    # The reference
+
+    def configure_model(self) -> None:
+        """Load the policy and keep what it is now as the reference."""
+        super().configure_model()
+        if not hasattr(self, "reference"):
+            self.reference = self.policy.reference()
+
+    def on_validation_start(self) -> None:
+        """Move the reference to the device."""
+        self.policy.probe()
+        self.reference.to(self.device, next(self.policy.parameters()).dtype)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_fit_start(self) -> None:
+        """Compute the reference's log-probabilities, in the order of the data, each rank its share."""
+        self.on_validation_start()
+        self.reference_logprobs = {}
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TextData):  # a loader of the user's own: the reference is asked at every step
+            return
+        own: dict[int, Tensor] = {}
+        with all_or_none(self), self.trainer.precision_plugin.train_step_context():
+            for batch in data.in_order(data.train_set):
+                batch = batch.to(self.device)
+                logprobs = F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)
+                own.update(zip(batch.prompts.index.tolist(), logprobs.cpu(), strict=True))
+        for rank in self.gather(own):
+            self.reference_logprobs.update(rank)
+        rank_zero_info(f"the reference has scored {len(self.reference_logprobs)} pairs")
+
+    # Validation
+
+    def validation_step(self, batch: Preferences, batch_idx: int) -> None:
+        """Log `val/loss`, `val/accuracy` (the share of pairs whose chosen completion gained more) and the rewards."""
+        self._log("val", self.log_ratios(batch))
+
+    def test_step(self, batch: Preferences, batch_idx: int) -> None:
+        """Log the same under `test/`."""
+        self._log("test", self.log_ratios(batch))
+
+    def predict_step(self, batch: Preferences, batch_idx: int) -> list[dict[str, Any]]:
+        """Return what the policy makes of both completions: beta times the log-ratio to the reference."""
+        rewards, prompts = (self.beta * self.log_ratios(batch)).tolist(), batch.prompts
+        return [
+            {"index": int(prompts.index[i]), "prompt": prompts.text[i], "chosen": pair[0], "rejected": pair[1]}
+            for i, pair in enumerate(rewards)
+        ]
+
+
+class IPO(DPO):
+    """Identity preference optimization: loss `(margin - 1 / (2 beta))^2`. Azar et al., 2024, arXiv 2310.12036."""
+
+    def pair_loss(self, margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """The term of each pair."""
+        return F.ipo_loss(margin, self.beta)
+
+
+def margin(gained: Float[Tensor, "pairs 2"]) -> Float[Tensor, " pairs"]:
+    """How much more the chosen completion gained."""
+    return gained[:, 0] - gained[:, 1]

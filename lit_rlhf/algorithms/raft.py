@@ -1,0 +1,60 @@
+"""RAFT: of the completions of a prompt the best is imitated, the others are thrown away.
+
+Dong et al., 2023, arXiv 2304.06767, as Back to Basics, section 3.3, runs it: online, the KL in what "best" means.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.monitor import Metrics
+from lit_rlhf.algorithms.online import Online
+from lit_rlhf.types import Rollout
+
+
+class RAFT(Online):
+    """Reward-ranked fine-tuning: loss `-log pi(y|x)` of the completion with the highest return, a token sum.
+
+    Args:
+        *args: See `Online`; `num_samples` is k.
+        **kwargs: See `Online`.
+
+    Raises:
+        ValueError: If `num_samples` is 1, where the best is the only one, or if `sample_minibatches` or the KL in the
+            loss is asked for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.num_samples < 2:
+            raise ValueError(
+                f"RAFT imitates the best completion of a prompt, so num_samples={self.num_samples} must be at least 2"
+            )
+        if self.kl_place == "loss":
+            raise ValueError("RAFT imitates, so the KL belongs into the choice of what: use kl_penalty='k1_reward'")
+        if self.sample_minibatches > 1:
+            raise ValueError(
+                f"RAFT trains on one completion of a prompt, which sample_minibatches={self.sample_minibatches} can't "
+                "cut: use minibatches"
+            )
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """Let only the best completion of each prompt count, the first of equals."""
+        returns = rollout.returns
+        if rollout.token_rewards is not None:
+            returns = returns + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
+        return rollout.replace(valid=F.best_of(returns, rollout.valid))
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """1 for what is kept, 0 for the others."""
+        return rollout.valid.to(rollout.returns)
+
+    def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
+        """The negative log-likelihood of the kept completions; the others are not computed."""
+        best = rollout.valid.int().argmax(1)
+        kept = rollout.pick(best).trim()
+        terms = -F.masked_sum(self.logprobs(kept), kept.completions.mask)
+        return terms.new_zeros(rollout.valid.shape).scatter(1, best.unsqueeze(1), terms), {}

@@ -1,0 +1,82 @@
+"""The controller of the KL's coefficient, in runs of a method with a real Trainer."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import lit_rlhf
+from lit_rlhf import functional as F
+from lit_rlhf.callbacks import AdaptiveKL
+from runs import make_data, make_module, make_trainer
+
+
+class Recorder(Callback):
+    """Keeps the KL and the coefficient of each rollout, and saves after the third step."""
+
+    def __init__(self, folder=None):
+        self.folder, self.seen = folder, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx % module.repeats == 0:
+            metrics = trainer.callback_metrics
+            self.seen.append((float(metrics["train/kl"]), float(metrics["train/kl_coef"])))
+        if self.folder is not None and trainer.current_epoch == 0 and batch_idx == 2:
+            trainer.save_checkpoint(self.folder / "third.ckpt")
+
+
+def train(folder, root, ckpt_path=None, save=None, kl_penalty="k1_reward"):
+    recorder = Recorder(save)
+    module = make_module("RLOO", folder, kl_coef=0.5, minibatches=2, kl_penalty=kl_penalty)
+    trainer = make_trainer(root, max_epochs=2, callbacks=[AdaptiveKL(target=0.5, gain=2.0), recorder])
+    trainer.fit(module, make_data("RLOO"), ckpt_path=ckpt_path)
+    return module, recorder.seen
+
+
+@pytest.mark.parametrize("kl_penalty", ["k1_reward", "k2_loss"])
+def test_each_coefficient_follows_from_the_kl_before(kl_penalty, tiny, tmp_path):
+    module, seen = train(tiny, tmp_path, kl_penalty=kl_penalty)
+    coefs = [coef for _, coef in seen] + [module.kl_coef]
+    assert coefs[0] == pytest.approx(0.5) and min(coefs) < 0.4
+    for (kl, coef), following in zip(seen, coefs[1:], strict=True):
+        assert following == pytest.approx(F.adapted_kl_coef(coef, kl, target=0.5, gain=2.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("kl_penalty", ["k1_reward", "k2_loss"])
+def test_a_resumed_run_goes_on_with_its_coefficient(kl_penalty, tiny, tmp_path):
+    straight, _ = train(tiny, tmp_path, save=tmp_path, kl_penalty=kl_penalty)
+    resumed, seen = train(tiny, tmp_path, ckpt_path=tmp_path / "third.ckpt", kl_penalty=kl_penalty)
+    assert seen and resumed.kl_coef == straight.kl_coef
+    weights = resumed.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in straight.state_dict().items())
+
+
+def test_a_rollout_has_one_coefficient(tiny, tmp_path):
+    seen = []
+
+    class Slices(lit_rlhf.RLOO):
+        def kl_terms(self, rollout, terms):
+            seen.append(self.kl_coef)
+            return super().kl_terms(rollout, terms)
+
+    options = dict(rewards=[lambda completions, **kwargs: [1.0 * len(c) for c in completions]], max_new_tokens=4)
+    module = Slices(str(tiny), kl_coef=0.5, kl_penalty="k2_loss", minibatches=2, **options)
+    trainer = make_trainer(tmp_path, max_steps=6, callbacks=[AdaptiveKL(target=5.0, gain=2.0)])
+    trainer.fit(module, make_data("RLOO"))
+    assert seen[::2] == seen[1::2] and seen[0] > seen[2] > seen[4]
+
+
+@pytest.mark.parametrize("options", [{"target": 0.0}, {"gain": -1.0}, {"gain": 5.0}])
+def test_bad_arguments_are_named(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be above 0"):
+        AdaptiveKL(**options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("RLOO", {"kl_coef": 0.0}), ("SFT", {})])
+def test_a_method_without_a_kl_is_refused(name, options, tiny, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[AdaptiveKL()])
+    with pytest.raises(ValueError, match=f"{name} has no kl_coef above 0"):
+        trainer.fit(make_module(name, tiny, **options), make_data(name))
+
+
+def test_it_is_public():
+    assert lit_rlhf.callbacks.AdaptiveKL is AdaptiveKL

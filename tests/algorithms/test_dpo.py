@@ -1,0 +1,102 @@
+"""Learning from pairs."""
+
+import math
+
+import pytest
+import torch
+
+import lit_rlhf
+from lit_rlhf.types import Preferences
+from runs import make_data, make_module, make_trainer
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def fit(module, root, **options):
+    trainer = make_trainer(root, **options)
+    trainer.fit(module, make_data("DPO"))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_first_loss_is_log_two(precision, tiny, tmp_path):
+    metrics = fit(make_module("DPO", tiny, optimizer=sgd), tmp_path, max_steps=1, precision=precision)
+    assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["train/reward_margin"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DPO", "IPO"])
+def test_the_gradient_is_that_of_the_equation(name, tiny, tmp_path):
+    module = make_module(name, tiny, optimizer=sgd, beta=0.3)
+    fit(module, tmp_path, max_steps=1)  # the policy has left its reference
+    data = make_data(name)
+    data.tokenizer = module.tokenizer
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+
+    def totals(model):
+        prompts, rows = batch.prompts, []
+        for i, j in [(i, j) for i in range(len(prompts)) for j in range(2)]:
+            prompt, tokens = prompts.tokens[i][prompts.mask[i]], batch.tokens[i, j][batch.mask[i, j]]
+            logits = model(torch.cat([prompt, tokens]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+            rows.append(logits.log_softmax(-1)[torch.arange(len(tokens)), tokens].sum())
+        return torch.stack(rows).view(-1, 2)
+
+    with torch.no_grad():
+        reference = totals(module.reference._policy.causal_lm)
+    gained = totals(module.policy.causal_lm) - reference
+    margin = gained[:, 0] - gained[:, 1]
+    loss = -torch.nn.functional.logsigmoid(0.3 * margin) if name == "DPO" else (margin - 1 / 0.6) ** 2
+    module.zero_grad()
+    loss.mean().backward()
+    expected = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad()
+    log, module.log_dict = module.log_dict, lambda *args, **kwargs: None
+    module.training_step(batch, 0).backward()
+    module.log_dict = log
+    assert max(g.abs().max() for g in expected.values()) > 1e-2
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], atol=1e-4, rtol=1e-3, msg=n)
+
+
+def test_the_reference_is_asked_once_for_each_pair(tiny, tmp_path, monkeypatch):
+    asked = []
+    ask = lit_rlhf.policy.Reference.logprobs
+
+    def counting(self, prompts, completions, temperature=1.0):
+        asked.extend(prompts.index.tolist())
+        return ask(self, prompts, completions, temperature)
+
+    monkeypatch.setattr(lit_rlhf.policy.Reference, "logprobs", counting)
+    module = make_module("DPO", tiny)
+    fit(module, tmp_path, max_epochs=3, limit_val_batches=0)
+    assert sorted(asked) == sorted(set(asked)) == sorted(module.reference_logprobs)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+def test_a_loader_of_ones_own_gives_the_same_loss(tiny, tmp_path):
+    """Without a data module the reference is asked at every step."""
+    data = make_data("DPO", split="last")
+    module = make_module("DPO", tiny, optimizer=sgd)
+    data.tokenizer = module.tokenizer
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert all(isinstance(batch, Preferences) for batch in batches)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert not module.reference_logprobs
+    assert float(trainer.callback_metrics["train/loss"]) < math.log(2)
+
+
+def test_training_prefers_what_was_chosen(tiny, tmp_path):
+    module = make_module("DPO", tiny, lr=1e-3)
+    metrics = fit(module, tmp_path, max_epochs=8)
+    assert metrics["val/accuracy"] == 1.0
+    assert metrics["val/loss"] < 0.6 and metrics["val/chosen_reward"] > metrics["val/rejected_reward"]
+
+
+def test_beta_must_be_positive(tiny):
+    with pytest.raises(ValueError, match="beta=0 must be above 0"):
+        lit_rlhf.DPO(str(tiny), beta=0)

@@ -1,0 +1,76 @@
+"""Where the KL may go, by enumeration. See `enumeration`."""
+
+import contextlib
+
+import pytest
+import torch
+
+from enumerable import EOS
+from enumeration import (
+    LENGTH,
+    PROMPT,
+    VOCABULARY,
+    assert_same,
+    expected_gradient,
+    flat_gradient,
+    make_module,
+    sequence_logprobs,
+)
+
+
+def kl_gradient(module, of) -> torch.Tensor:
+    """Gradient of what `of` makes of the log-probabilities of all completions under the policy and the reference."""
+    logprobs = sequence_logprobs(module.policy.causal_lm)
+    with torch.no_grad():
+        reference = sequence_logprobs(module.initial)
+    module.zero_grad()
+    of(logprobs, reference).backward()
+    return flat_gradient(module)
+
+
+def reversed_kl_a_token(module) -> torch.Tensor:
+    """Gradient of KL(ref || pi) at every prefix, the prefixes drawn from the policy."""
+    module.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    prefixes = {(): 1.0}
+    for _ in range(LENGTH):
+        following = {}
+        for prefix, probability in prefixes.items():
+            ids = torch.tensor([[*PROMPT, *prefix]])
+            policy = module.policy.causal_lm(ids).logits[0, -1].log_softmax(-1)
+            with torch.no_grad():
+                reference = module.initial(ids).logits[0, -1].log_softmax(-1)
+            total = total + probability * (reference.exp() * (reference - policy)).sum()
+            following |= {
+                (*prefix, i): probability * float(policy[i].detach().exp()) for i in range(VOCABULARY) if i != EOS
+            }
+        prefixes = following
+    total.backward()
+    return flat_gradient(module)
+
+
+EXACT = ("k1_reward", "k2_loss")
+
+
+def penalised(kl_penalty: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a KL penalty takes off the expected gradient; and the gradient of the KL itself."""
+    plain = make_module(num_samples=2, kl_coef=0.0)
+    with pytest.warns(UserWarning, match=kl_penalty) if kl_penalty not in EXACT else contextlib.nullcontext():
+        module = make_module(num_samples=2, kl_coef=1.0, kl_penalty=kl_penalty)
+    truth = kl_gradient(module, lambda logprobs, reference: (logprobs.exp() * (logprobs - reference)).sum())
+    return expected_gradient(plain) - expected_gradient(module), truth
+
+
+@pytest.mark.parametrize("kl_penalty", EXACT)
+def test_two_places_of_the_kl_are_exact(kl_penalty):
+    assert_same(*penalised(kl_penalty))
+
+
+@pytest.mark.parametrize("kl_penalty", ["k1_loss", "k2_reward", "k3_reward", "k3_loss"])
+def test_the_other_places_warn_and_give_another_gradient(kl_penalty):
+    effect, truth = penalised(kl_penalty)
+    assert (effect - truth).abs().max() > 1e-2 * truth.abs().max()
+    if kl_penalty == "k1_loss":
+        assert effect.abs().max() < 1e-9
+    if kl_penalty == "k3_loss":
+        assert_same(effect, reversed_kl_a_token(make_module(num_samples=2)))

@@ -1,0 +1,28 @@
+"""RAFT trains on the kept completions alone."""
+
+import torch
+
+import lit_rlhf
+from runs import make_trainer
+from tiny import make_llama, make_tokenizer
+
+
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def test_only_what_is_kept_is_computed_also_where_prompts_are_shorter_than_groups(tmp_path, monkeypatch):
+    policy, computed = lit_rlhf.Policy(make_llama(len(make_tokenizer())), make_tokenizer()), []
+    module = lit_rlhf.RAFT(policy, rewards=[length], num_samples=5, max_new_tokens=4)
+    features = lit_rlhf.Policy.features
+
+    def recording(self, prompts, completions):
+        computed.append((tuple(completions.mask.shape[:2]), torch.is_grad_enabled()))
+        return features(self, prompts, completions)
+
+    monkeypatch.setattr(lit_rlhf.Policy, "features", recording)
+    data = lit_rlhf.PromptData(train=[{"prompt": c} for c in "abcdefgh"], batch_size=4)
+    make_trainer(tmp_path, max_steps=1).fit(module, data)
+    assert [shape for shape, with_gradient in computed if with_gradient] == [(4, 1)]
+    assert module.rollout.valid.sum(1).tolist() == [1, 1, 1, 1]
+    assert (module.rollout.returns.argmax(1) == module.rollout.valid.int().argmax(1)).all()
