@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import callbacks
 from lit_rlhf.algorithms import Method
+from lit_rlhf.compare import CellsFailed, compare
 from lit_rlhf.data import TextData
 from lit_rlhf.export import export_checkpoint
 
@@ -60,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
     check_class_names(given)
     quieten()
     try:
-        if given[:1] == ["export"]:
+        if given[:1] == ["compare"]:
+            jsonargparse.auto_cli(compare, args=given[1:], as_positional=False, prog=f"{PROGRAM} compare")
+        elif given[:1] == ["export"]:
             written = jsonargparse.auto_cli(
                 export_checkpoint, args=given[1:], as_positional=False, prog=f"{PROGRAM} export"
             )
@@ -68,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             sys.argv[1:] = given  # where LightningCLI, and the processes that DDP starts, look
             run()
+    except CellsFailed as error:
+        sys.exit(f"{PROGRAM}: {error}")
     except (ValueError, TypeError, FileNotFoundError) as error:
         sentence = own_sentence(error)
         if sentence is None:
@@ -120,10 +125,10 @@ def shipped_config(name: str) -> str:
     """
     if Path(name).is_file() or name.lstrip().startswith(("{", "[")):
         return name
-    path = CONFIGS / f"{Path(name).stem}.yaml"
-    if path.is_file() and Path(name).parent in (Path("."), Path("configs")):
+    path = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    if path.is_file() and path.is_relative_to(CONFIGS):
         return str(path)
-    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    known = ", ".join(sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")))
     sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
 
 

@@ -7,11 +7,14 @@ are shipped; `python -m lit_rlhf.testbed.build` makes them again.
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.data import PromptData
+from lit_rlhf.data import PreferenceData, PromptData
+from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel
+from lit_rlhf.testbed.pairs import sampled_pairs
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
 from lit_rlhf.testbed.utility import Grammatical, coherence, gold, grammatical
@@ -23,6 +26,7 @@ __all__ = [
     "Brief",
     "Grammatical",
     "Raters",
+    "ReviewPreferences",
     "ReviewPrompts",
     "ReviewReward",
     "briefs",
@@ -68,6 +72,34 @@ class ReviewPrompts(PromptData):
     ) -> None:
         rows: dict[str, Any] = dict(train=prompts(train_size, seed), val=prompts(val_size, seed, held_out=True))
         super().__init__(**rows, batch_size=batch_size, eval_batch_size=eval_batch_size)
+
+
+class ReviewPreferences(PreferenceData):
+    """Pairs of the shipped policy's samples, and the raters' judgement of them.
+
+    Args:
+        train_size: Pairs to train on; a few that raters can't tell apart are left out.
+        val_size: Pairs to validate on, of held-out prompts.
+        batch_size: Pairs a step.
+        seed: Of the prompts, the samples and the raters.
+    """
+
+    def __init__(self, train_size: int = 4096, val_size: int = 256, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__(batch_size=batch_size)
+        self.sizes, self.pairs_seed = {"train": train_size, "val": val_size}, seed
+
+    def setup(self, stage: str = "fit") -> None:
+        """Sample the pairs and have them judged, once; then see `TextData`."""
+        if self.train is None:
+            policy = Policy.from_pretrained(POLICY)
+            self.train, self.val = (self._judged(policy, part) for part in ("train", "val"))
+        super().setup(stage)
+
+    def _judged(self, policy: Policy, part: str) -> list[dict[str, str]]:
+        size, seed, held_out = self.sizes[part], self.pairs_seed, part == "val"
+        rows = prompts(min(253 if held_out else 1016, -(-size // 2)), seed, held_out=held_out)
+        pairs = sampled_pairs([policy], rows, -(-size // (2 * len(rows))), seed)
+        return Raters().preferences(islice(pairs, size), seed)
 
 
 class ReviewReward(RewardModel):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -23,15 +21,12 @@ from lit_rlhf.algorithms.base import Method
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.sampling import Sampling
 from lit_rlhf.schedules import Warmup
+from lit_rlhf.testbed.pairs import sampled_pairs
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
 from lit_rlhf.testbed.utility import gold
-from lit_rlhf.testbed.world import Brief, demonstrations, prompts, write
-
-NUM_SAMPLES = 4
-MAX_NEW_TOKENS = 40
+from lit_rlhf.testbed.world import demonstrations, prompts
 
 
 def new_policy() -> Policy:
@@ -68,33 +63,6 @@ def options(lr: float) -> dict[str, Any]:
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
         lr_scheduler=lambda optimizer: Warmup(optimizer, 0.05, "cosine"),
     )
-
-
-def sampled_pairs(
-    policies: Sequence[Policy], rows: list[dict[str, str]], rounds: int, seed: int
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Pair up samples of each prompt, from two policies at random; in one pair of six a writer of the grammar joins."""
-    rng = Random(f"pairs {seed}")
-    for epoch in range(rounds):
-        drawn = [samples(policy, rows, seed, epoch) for policy in policies]
-        for i, row in enumerate(rows):
-            for j in range(0, NUM_SAMPLES, 2):
-                first, second = rng.choice(drawn)[i][j], rng.choice(drawn)[i][j + 1]
-                if rng.random() < 1 / 6:
-                    second = write(Brief.parse(row["prompt"]), rng)
-                yield row["prompt"], (first, second)
-
-
-def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -> list[list[str]]:
-    """Return `NUM_SAMPLES` completions of each prompt."""
-    data = PromptData(val=rows, eval_batch_size=127)
-    data.tokenizer = policy.tokenizer
-    data.setup("validate")
-    texts: list[str] = []
-    for batch in data.val_dataloader():
-        completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
-        texts += policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
-    return [texts[i : i + NUM_SAMPLES] for i in range(0, len(texts), NUM_SAMPLES)]
 
 
 def accuracy(reward_model: RewardModel, pairs: list[dict[str, str]]) -> tuple[float, float]:

@@ -1,0 +1,41 @@
+"""Pairs of completions for raters to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from random import Random
+
+from lit_rlhf.data import PromptData
+from lit_rlhf.policy import Policy
+from lit_rlhf.sampling import Sampling
+from lit_rlhf.testbed.world import Brief, write
+
+NUM_SAMPLES = 4
+MAX_NEW_TOKENS = 40
+
+
+def sampled_pairs(
+    policies: Sequence[Policy], rows: list[dict[str, str]], rounds: int, seed: int
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Pair up samples of each prompt, from two policies at random; in one pair of six a writer of the grammar joins."""
+    rng = Random(f"pairs {seed}")
+    for epoch in range(rounds):
+        drawn = [samples(policy, rows, seed, epoch) for policy in policies]
+        for i, row in enumerate(rows):
+            for j in range(0, NUM_SAMPLES, 2):
+                first, second = rng.choice(drawn)[i][j], rng.choice(drawn)[i][j + 1]
+                if rng.random() < 1 / 6:
+                    second = write(Brief.parse(row["prompt"]), rng)
+                yield row["prompt"], (first, second)
+
+
+def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -> list[list[str]]:
+    """Return `NUM_SAMPLES` completions of each prompt."""
+    data = PromptData(val=rows, eval_batch_size=127)
+    data.tokenizer = policy.tokenizer
+    data.setup("validate")
+    texts: list[str] = []
+    for batch in data.val_dataloader():
+        completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
+        texts += policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+    return [texts[i : i + NUM_SAMPLES] for i in range(0, len(texts), NUM_SAMPLES)]

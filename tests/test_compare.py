@@ -1,0 +1,88 @@
+"""A comparison from its command to its table, with cells that last a moment."""
+
+import csv
+import json
+import math
+import re
+
+import pytest
+import yaml
+
+from lit_rlhf import report
+from lit_rlhf.cli import CONFIGS, main
+from lit_rlhf.compare import cell_folder
+
+TINY = ["--config", "quickstart", "--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4"]
+SHORT = ["--model.max_new_tokens", "4", "--trainer.max_steps", "1"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def write_config(place, cells, **options):
+    given = {"out": "here", "seeds": [1], "common": [*TINY, *SHORT], "evaluation": [*TINY, *SHORT[:2]], "cells": cells}
+    (place / "mine.yaml").write_text(yaml.safe_dump({**given, **options}, sort_keys=False))
+
+
+def read_table(place) -> dict[str, dict[str, str]]:
+    with (place / "here" / "table.csv").open() as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(place, capsys):
+    write_config(place, {"start": None, "broken": ["--model.num_samples", "1"], "RAFT k=4": ["--model", "RAFT"]})
+    with pytest.raises(SystemExit, match=r"1 of 3 cells failed \(broken, seed 1\)"):
+        main(["compare", "--config", "mine.yaml"])
+    told = capsys.readouterr().out
+    assert "num_samples=1 must be at least 2" in told
+    table = read_table(place)
+    assert {name: row["seeds"] for name, row in table.items()} == {"start": "1", "broken": "0", "RAFT k=4": "1"}
+    assert float(table["start"]["win_rate"]) == 0.5 and abs(float(table["start"]["kl"])) < 1e-4
+    assert "| broken | 0 of 1 |" in (place / "here" / "table.md").read_text()
+    assert (place / "here" / "curves.png").stat().st_size > 10_000
+
+    done = place / "here" / "RAFT-k-4" / "seed-1" / "result.json"
+    marked = {**json.loads(done.read_text()), "metrics": {"win_rate": 0.125}}
+    done.write_text(json.dumps(marked))
+    write_config(place, {"start": None, "broken": [], "RAFT k=4": ["--model", "RAFT"]})
+    main(["compare", "--config", "mine.yaml"])
+    table = read_table(place)
+    assert table["broken"]["seeds"] == "1" and table["RAFT k=4"]["win_rate"] == "0.125"
+
+
+def test_only_what_is_asked_for_is_run(place):
+    write_config(place, {"one": None, "two": None})
+    main(["compare", "--config", "mine.yaml", "--only", "[two]"])
+    assert not cell_folder(place / "here", "one", 1).exists()
+    assert read_table(place)["two"]["seeds"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"), [("--only=[three]", "three.*the cells are one"), ("--seeds=[]", "seeds")]
+)
+def test_what_can_not_be_compared_is_a_sentence(option, sentence, place, capsys):
+    write_config(place, {"one": None})
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", "mine.yaml", option])
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_the_interval_is_students(tmp_path):
+    mean, half = report.interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-3)
+    assert math.isnan(report.interval([1.0])[1])
+
+
+def test_every_cell_of_the_paper_names_a_method_and_as_many_completions():
+    """Updates times completions of a rollout; a pair is two completions."""
+    config = yaml.safe_load((CONFIGS / "paper" / "testbed.yaml").read_text())
+    quickstart = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    for name, given in config["cells"].items():
+        options = dict(zip((given or [])[::2], (given or [])[1::2], strict=True))
+        samples = options.get("--model.num_samples", quickstart["model"]["init_args"]["num_samples"])
+        rows = options.get("--data.batch_size", quickstart["data"]["init_args"]["batch_size"])
+        assert int(rows) * (2 if name == "DPO" else int(samples)) == 128, name
