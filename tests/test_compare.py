@@ -86,3 +86,20 @@ def test_every_cell_of_the_paper_names_a_method_and_as_many_completions():
         samples = options.get("--model.num_samples", quickstart["model"]["init_args"]["num_samples"])
         rows = options.get("--data.batch_size", quickstart["data"]["init_args"]["batch_size"])
         assert int(rows) * (2 if name == "DPO" else int(samples)) == 128, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_cells_of_the_paper_run(place):
+    config = yaml.safe_load((CONFIGS / "paper" / "testbed.yaml").read_text())
+    small = ["--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4", "--trainer.max_steps", "1"]
+    cells = {}
+    for name, given in config["cells"].items():
+        shorter = SHORT[:2] if name != "DPO" else []  # it samples nothing
+        cells[name] = None if given is None else [*given, *small, *shorter]
+    evaluation = [*config["evaluation"], "--data.val_size", "4"]
+    write_config(place, cells, common=config["common"], evaluation=evaluation)
+    main(["compare", "--config", "mine.yaml"])
+    table = read_table(place)
+    assert {row["seeds"] for row in table.values()} == {"1"} and len(table) == len(config["cells"]) == 9
+    assert all(math.isfinite(float(row["win_rate"])) for row in table.values())
