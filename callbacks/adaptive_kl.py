@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.common import completion_kl, new_rollout
+from lit_rlhf.callbacks.common import completion_kl, gathered, new_rollout
 
 
 class AdaptiveKL(Callback):
@@ -51,11 +50,9 @@ class AdaptiveKL(Callback):
         method: Any = pl_module
         rollout = new_rollout(pl_module, batch_idx)
         if rollout is not None:
-            kl = completion_kl(rollout)
-            sums = torch.tensor([float(kl.double().sum()), kl.numel()], device=kl.device)
-            total, count = method.sum_over_ranks(sums).tolist()
-            self.following = F.adapted_kl_coef(method.kl_coef, total / count, self.target, self.gain)
-        if (batch_idx + 1) % method.repeats == 0 and self.following is not None:
+            kl = float(gathered(trainer, completion_kl(rollout).flatten()).mean())
+            self.following = F.adapted_kl_coef(method.kl_coef, kl, self.target, self.gain)
+        if (batch_idx + 1) % getattr(method, "repeats", 1) == 0 and self.following is not None:
             self.kl_coef = method.kl_coef = self.following
 
     def state_dict(self) -> dict[str, Any]:

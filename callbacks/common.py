@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lit_rlhf import functional as F
 from lit_rlhf.types import Rollout
@@ -28,6 +30,12 @@ def completion_kl(rollout: Rollout) -> Float[Tensor, "prompts samples"]:
     """The estimate k1 of KL(policy || reference), summed over each completion, in nats."""
     completions = rollout.completions
     return F.masked_sum(F.kl_k1(completions.logprobs, rollout.reference_logprobs), completions.mask)
+
+
+def gathered(trainer: Trainer, values: Float[Tensor, " completions"]) -> Float[Tensor, " all_completions"]:
+    """The values of all ranks, in float32."""
+    values = values.detach().float()
+    return torch.cat(gather_all_tensors(values)) if trainer.world_size > 1 else values
 
 
 def is_trial(trainer: Trainer) -> bool:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lit_rlhf.callbacks.common import completion_kl, new_rollout
+from lit_rlhf.callbacks.common import completion_kl, gathered, new_rollout
 
 QUANTILES = {"train/kl_p05": 0.05, "train/kl_p50": 0.5, "train/kl_p95": 0.95}
 
@@ -46,7 +43,7 @@ class KLMonitor(Callback):
         rollout = new_rollout(pl_module, batch_idx)
         if rollout is None:
             return
-        kl = _gather(trainer, completion_kl(rollout).flatten())
+        kl = gathered(trainer, completion_kl(rollout).flatten())
         for name, quantile in QUANTILES.items():
             pl_module.log(name, torch.quantile(kl, quantile))
         if self.target is not None and (mean := float(kl.mean())) > self.target:
@@ -61,8 +58,3 @@ class KLMonitor(Callback):
             )
             self._warned = True
         trainer.should_stop = trainer.should_stop or self.stop
-
-
-def _gather(trainer: Trainer, values: Tensor) -> Float[Tensor, " completions"]:
-    values = values.detach().float()
-    return torch.cat(gather_all_tensors(values)) if trainer.world_size > 1 else values
