@@ -46,7 +46,7 @@ def compare(
         only: Names of the methods to run; all where empty. The table holds all that is done.
 
     Returns:
-        The table, as Markdown.
+        Where the table stands, as Markdown.
 
     Raises:
         ValueError: If a name in `only` is no cell, or there is no seed.

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.monitor import Metrics
 from lit_rlhf.algorithms.online import Online
+from lit_rlhf.buffers import keep_float64
 from lit_rlhf.types import Rollout
 
 
@@ -49,10 +50,7 @@ class Reinforce(Online):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reinforce:
         """Keep the average in float64, to whatever the weights are cast: a count in bfloat16 ends at 256."""
-        before = self.baseline_total, self.baseline_weight
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.baseline_total.device
-        self.baseline_total, self.baseline_weight = (number.to(device) for number in before)
+        keep_float64(self, lambda: super(Reinforce, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def advantages(self, rollout: Rollout) -> Tensor:

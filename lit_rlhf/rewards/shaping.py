@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lit_rlhf.buffers import keep_float64
+
 
 class Shaping(nn.Module):
     """Normalises and clips the rewards of whole completions, before the KL is taken off.
@@ -34,7 +36,8 @@ class Shaping(nn.Module):
                 self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shaping:
-        """Keep the statistics in float64 on the CPU, to whatever the module is cast or moved."""
+        """Keep the statistics in float64, to whatever the module is cast."""
+        keep_float64(self, lambda: super(Shaping, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def forward(
@@ -47,7 +50,7 @@ class Shaping(nn.Module):
         shaped = rewards
         if self.normalize:
             kept = rewards.double().masked_fill(~valid, 0.0)
-            sums = sum_over_ranks(torch.stack([valid.sum().double(), kept.sum(), (kept**2).sum()])).cpu()
+            sums = sum_over_ranks(torch.stack([valid.sum().double(), kept.sum(), (kept**2).sum()]))
             self.count += sums[0]
             self.total += sums[1]
             self.squares += sums[2]
