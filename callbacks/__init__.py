@@ -3,6 +3,8 @@
 from lit_rlhf.callbacks.adaptive_kl import AdaptiveKL
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
 from lit_rlhf.callbacks.curves import Curves
+from lit_rlhf.callbacks.gradient_noise import GradientNoise
+from lit_rlhf.callbacks.growing_batch import AdaptiveBatch, BatchSchedule
 from lit_rlhf.callbacks.kl_monitor import KLMonitor
 from lit_rlhf.callbacks.predictions import PredictionWriter
 from lit_rlhf.callbacks.progress import RLHFProgressBar
@@ -11,8 +13,11 @@ from lit_rlhf.callbacks.signals import SaveOnSignal
 from lit_rlhf.callbacks.summary import Summary
 
 __all__ = [
+    "AdaptiveBatch",
     "AdaptiveKL",
+    "BatchSchedule",
     "Curves",
+    "GradientNoise",
     "KLMonitor",
     "PolicyCheckpoint",
     "PredictionWriter",

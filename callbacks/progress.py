@@ -63,6 +63,8 @@ class RLHFProgressBar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar, or write a line."""
+        if self.progress is not None and self.train_progress_bar_id is not None:  # a growing batch changes the total
+            self.progress.update(self.train_progress_bar_id, total=self.total_train_batches)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due():
             total = trainer.estimated_stepping_batches

@@ -1,17 +1,22 @@
-"""Several methods on one task: each trained and tested in processes of its own, then one table and the pictures.
+"""Several methods on one task: each trained and tested in processes of its own, then tables and pictures.
 
 A cell is a method with a seed. It leaves `result.json` in its folder when it is done, and is then not run again; one
-that fails is run again the next time, and the others go on.
+that fails is run again the next time, and the others go on. What a method costs is measured afterwards, by short runs
+with nothing beside them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,105 +27,232 @@ from lit_rlhf import report
 LAST_LINES = 15
 """Lines of a failed process to show."""
 
+RESULT = "result.json"
+
+UNSETTLED = 2
+"""Updates at the start of a run whose seconds do not count: memory is taken then."""
+
 
 class CellsFailed(RuntimeError):
     """Some cells failed; all others are done."""
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What a method is given.
+
+    Attributes:
+        fit: Arguments of `lit-rlhf fit` beside those that all cells share; None: nothing is trained.
+        test: Arguments of `lit-rlhf test`, likewise.
+    """
+
+    fit: list[str] | None = None
+    test: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How to measure what an update costs.
+
+    Attributes:
+        fit: Arguments of `lit-rlhf fit`, after all others: few updates, no validation.
+        rounds: Runs of each method, one after the other and then all again, so that what disturbs one disturbs all.
+    """
+
+    fit: list[str]
+    rounds: int = 3
+
+
 def compare(
-    cells: dict[str, list[str] | None],
+    cells: dict[str, Cell],
     common: list[str],
     evaluation: list[str],
     out: str = "runs/compare",
     seeds: Sequence[int] = (1, 2, 3, 4, 5),
     only: Sequence[str] = (),
+    rates: Sequence[float] = (),
+    pairs: Sequence[tuple[str, str]] = (),
+    completions: int = 1,
+    cost: Cost | None = None,
+    jobs: int = 1,
 ) -> Path:
     """Train and test every cell, and write `table.md`, `table.csv` and the pictures.
 
     Args:
-        cells: By name, what a method's `lit-rlhf fit` is given beside `common`; null: nothing is trained.
+        cells: What each method is given beside `common` and `evaluation`, by its name.
         common: What every `fit` is given, such as `["--config", "quickstart"]`.
         evaluation: What `lit-rlhf test` is given; each cell is tested with its own weights.
         out: The folder; what is done there already is not run again.
         seeds: One cell of each method for each seed.
         only: Names of the methods to run; all where empty. The table holds all that is done.
+        rates: Learning rates to try with every method that is trained; the table says which gives the best return.
+        pairs: Names of methods whose difference is to be shown, with its interval over the seeds.
+        completions: How many an update samples, for the axis of a picture.
+        cost: Measures seconds and memory afterwards, where given.
+        jobs: Cells to run at a time; they share the processor's cores.
 
     Returns:
         Where the table stands, as Markdown.
 
     Raises:
-        ValueError: If a name in `only` is no cell, or there is no seed.
+        ValueError: If a name in `only` or `pairs` is no cell, there is no seed, or `jobs` is no number of them.
         CellsFailed: At the end, if there is one that failed.
     """
-    if unknown := set(only) - set(cells):
-        raise ValueError(f"only={sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
-    if not seeds:
-        raise ValueError("seeds is empty: give at least one")
+    named = {*only, *(name for pair in pairs for name in pair)}
+    if unknown := named - set(cells):
+        raise ValueError(f"{sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
+    if not seeds or jobs < 1:
+        raise ValueError(f"seeds={list(seeds)} and jobs={jobs}: give at least one of each")
+    chosen = {name: cell for name, cell in cells.items() if not only or name in only}
+    if rates:
+        chosen, cells, pairs, cost = sweep(chosen, rates), sweep(cells, rates), (), None
     folder = Path(out)
-    chosen = [name for name in cells if not only or name in only]
-    due = [
-        (name, seed) for seed in seeds for name in chosen if not (cell_folder(folder, name, seed) / RESULT).is_file()
-    ]
-    failed: list[str] = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(due))
-        for name, seed in due:
-            progress.update(task, description=f"{name}, seed {seed}")
-            error = run_cell(cell_folder(folder, name, seed), seed, common, cells[name], evaluation)
-            if error is not None:
-                failed.append(f"{name}, seed {seed}")
-                progress.console.print(f"{name}, seed {seed} failed:\n{error}", soft_wrap=True, markup=False)
-            progress.advance(task)
+    work: dict[str, Callable[[], str | None]] = {}
+    for seed in seeds:
+        for name, cell in chosen.items():
+            place = cell_folder(folder, name, seed)
+            if not (place / RESULT).is_file():
+                work[f"{name}, seed {seed}"] = bind(run_cell, place, seed, common, cell, evaluation, threads(jobs))
+    failed = run_all(work, jobs)
+    measured = measure(folder / "cost", chosen, common, cost, seeds[0], failed) if cost else 0
     results = {name: read_results(folder, name, seeds) for name in cells}
-    table = report.write(folder, results, len(seeds))
+    costs = {name: read_results(folder / "cost", name, range(1, cost.rounds + 1)) for name in cells} if cost else {}
+    table = report.write(folder, results, costs, len(seeds), pairs, completions)
+    if rates:
+        report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
     if failed:
         raise CellsFailed(
-            f"{len(failed)} of {len(due)} cells failed ({'; '.join(failed)}): see log.txt in their folders"
+            f"{len(failed)} of {len(work) + measured} cells failed ({'; '.join(failed)}): see log.txt in their folders"
         )
     return table
 
 
-RESULT = "result.json"
+def sweep(cells: dict[str, Cell], rates: Sequence[float]) -> dict[str, Cell]:
+    """Every cell that is trained, with every learning rate."""
+    return {
+        f"{name}, lr {rate:g}": replace(cell, fit=[*cell.fit, "--model.optimizer.lr", f"{rate:g}"])
+        for name, cell in cells.items()
+        if cell.fit is not None
+        for rate in rates
+    }
+
+
+def bind(function: Callable[..., str | None], *args: Any) -> Callable[[], str | None]:
+    """A call for later."""
+    return lambda: function(*args)
+
+
+def run_all(work: dict[str, Callable[[], str | None]], jobs: int) -> list[str]:
+    """Run pieces of work, some at a time, and show how far it is; return the names of those that failed."""
+    failed: list[str] = []
+    with Progress(transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task("", total=len(work))
+        waiting = {pool.submit(run): name for name, run in work.items()}
+        for done in as_completed(waiting):
+            name, error = waiting[done], done.result()
+            progress.update(task, advance=1, description=name)
+            if error is not None:
+                failed.append(name)
+                progress.console.print(f"{name} failed:\n{error}", soft_wrap=True, markup=False)
+    return failed
+
+
+def threads(jobs: int) -> dict[str, str]:
+    """The environment of a process that shares the cores with others."""
+    return {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 def cell_folder(out: Path, name: str, seed: int) -> Path:
     """Where a cell writes."""
-    plain = "".join(c if c.isalnum() else "-" for c in name).strip("-")
+    plain = "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
     return out / plain / f"seed-{seed}"
 
 
-def run_cell(folder: Path, seed: int, common: list[str], given: list[str] | None, evaluation: list[str]) -> str | None:
+def run_cell(
+    folder: Path, seed: int, common: list[str], cell: Cell, evaluation: list[str], environment: dict[str, str]
+) -> str | None:
     """Train and test one cell; return the last lines of what failed, or None."""
-    folder.mkdir(parents=True, exist_ok=True)
-    place = ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
-    started, log = time.perf_counter(), folder / "log.txt"
-    log.unlink(missing_ok=True)
+    place, log = prepare(folder, seed)
+    started = time.perf_counter()
     checkpoint: list[str] = []
-    if given is not None:
-        if not run_logged(["fit", *common, *given, *place], log):
+    if cell.fit is not None:
+        if run_logged(["fit", *common, *cell.fit, *place], log, environment) is None:
             return last_lines(log)
         checkpoint = ["--ckpt_path", str(newest(folder, "checkpoints/last.ckpt"))]
     seconds = time.perf_counter() - started
-    if not run_logged(["test", *evaluation, *place, *checkpoint], log):
+    if run_logged(["test", *evaluation, *cell.test, *place, *checkpoint], log, environment) is None:
         return last_lines(log)
     tested = [row for row in read_csv(newest(folder, "metrics.csv")) if any(name.startswith("test/") for name in row)]
     metrics = {name.removeprefix("test/"): value for name, value in tested[-1].items() if name.startswith("test/")}
     curves = read_csv(newest(folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
-    result = {"seed": seed, "seconds": seconds, "metrics": metrics, "curves": curves}
-    partial = folder / f"partial-{RESULT}"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(folder / RESULT)
+    leave(folder, {"seed": seed, "seconds": seconds, "metrics": metrics, "curves": curves})
     return None
 
 
-def run_logged(args: list[str], log: Path) -> bool:
-    """Run `lit-rlhf` in a process of its own, its output at the end of a file; return whether it went well."""
+def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost, seed: int, failed: list[str]) -> int:
+    """Measure what an update of each method costs, one process at a time; return how many had to be run."""
+    work: dict[str, Callable[[], str | None]] = {}
+    for number in range(1, cost.rounds + 1):
+        for name, cell in cells.items():
+            place = cell_folder(folder, name, number)
+            if cell.fit is not None and not (place / RESULT).is_file():
+                given = ["fit", *common, *cell.fit, *cost.fit]
+                work[f"cost of {name}, round {number}"] = bind(measure_one, place, seed, given)
+    failed += run_all(work, 1)
+    return len(work)
+
+
+def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
+    """Run a few updates and note their seconds and the peak memory of the process."""
+    place, log = prepare(folder, seed)
+    peak = run_logged([*given, *place], log, {})
+    if peak is None:
+        return last_lines(log)
+    updates = [seconds_of(row) for row in read_csv(newest(folder, "metrics.csv"))]
+    settled = [seconds for seconds in updates if seconds][UNSETTLED:]
+    if not settled:
+        return f"{' '.join(given)}: more than {UNSETTLED} updates are needed to measure one"
+    leave(folder, {"metrics": {"seconds": statistics.median(settled), "peak_mib": peak}})
+    return None
+
+
+def seconds_of(row: dict[str, float]) -> float:
+    """Seconds that a row of `metrics.csv` accounts for."""
+    return sum(value for name, value in row.items() if name.startswith("time/"))
+
+
+def prepare(folder: Path, seed: int) -> tuple[list[str], Path]:
+    """Make a cell's folder; return the arguments that send a run there, and where its output goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    log.unlink(missing_ok=True)
+    return ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)], log
+
+
+def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float | None:
+    """Run `lit-rlhf` in a process of its own, its output at the end of a file.
+
+    Returns:
+        The peak of its resident memory in MiB, or None where it failed.
+    """
     with log.open("a", encoding="utf-8") as file:
         file.write(f"lit-rlhf {' '.join(args)}\n")
         file.flush()
         command = [sys.executable, "-m", "lit_rlhf", *args]
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode == 0
+        given = {**os.environ, **environment}
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=given)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    return usage.ru_maxrss / unit if process.returncode == 0 else None
+
+
+def leave(folder: Path, result: dict[str, Any]) -> None:
+    """Write a cell's result, whole or not at all."""
+    partial = folder / f"partial-{RESULT}"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    partial.replace(folder / RESULT)
 
 
 def last_lines(log: Path) -> str:

@@ -6,6 +6,8 @@ log-probabilities of the completion's tokens. "Back to Basics" is Ahmadian et al
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -55,6 +57,14 @@ def kl_k2(logprobs: Float[Tensor, "*batch"], reference_logprobs: Float[Tensor, "
     of the sequence; a token at a time it is another one. Schulman, "Approximating KL divergence", 2020.
     """
     return (logprobs - reference_logprobs) ** 2 / 2
+
+
+def best_of_kl(n: int) -> float:
+    """How far best-of-n is at most from the policy it chooses from: `log n - (n - 1) / n`, in nats a completion.
+
+    Beirami et al., 2024, arXiv 2401.01879, theorem 1.
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def kl_k3(
@@ -252,3 +262,22 @@ def ipo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pa
 def bradley_terry_loss(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
     """The term of each pair: `-log sigmoid(r(chosen) - r(rejected))`. Bradley and Terry, 1952."""
     return -torch.nn.functional.logsigmoid(chosen - rejected)
+
+
+def gradient_noise(squares: float, mean_square: float, parts: int, size: int) -> tuple[float, float]:
+    """Estimate a prompt's gradient variance and the squared norm of the true gradient, both without bias.
+
+    McCandlish et al., 2018, arXiv 1812.06162, appendix A.1, for more than two batches.
+
+    Args:
+        squares: The sum of the squared norms of the parts' gradients.
+        mean_square: The squared norm of their mean.
+        parts: How many parts there are, at least 2.
+        size: Prompts of each part.
+
+    Returns:
+        The trace of the covariance of a single prompt's gradient, and the squared norm of the expected gradient, which
+        can come out negative where the noise is large.
+    """
+    part_variance = (squares - parts * mean_square) / (parts - 1)
+    return part_variance * size, mean_square - part_variance / parts

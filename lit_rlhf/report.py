@@ -1,10 +1,11 @@
-"""What a comparison leaves: a table of means with their intervals, and pictures of the courses."""
+"""What a comparison leaves: tables of means with their intervals, and pictures of the courses."""
 
 from __future__ import annotations
 
 import csv
 import math
 import statistics
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -17,16 +18,27 @@ COLUMNS = {
     "win_rate": "win rate",
     "judge": "judge",
     "reward": "reward",
+    "return": "return",
+    "reward_variance": "reward variance",
     "kl": "KL",
     "length": "tokens",
+    "perplexity": "perplexity",
+    "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
 """Metrics of `lit-rlhf test` that the table shows, where a run has them, and what it calls them."""
+
+COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak MiB"}
+"""What is shown of a method's cost: medians, with the range of the rounds."""
+
+DIFFERENCES = ("win_rate", "judge", "reward", "return")
+"""Metrics whose difference is shown for pairs of methods."""
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t for 95 %, two-sided, with 1 to 15 degrees of freedom; 1.96 is close enough beyond."""
 
 Results = dict[str, list[dict[str, Any]]]
+"""By method, what each seed left."""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -38,69 +50,143 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def write(folder: Path, results: Results, num_seeds: int) -> Path:
-    """Write `table.md`, `table.csv` and, where matplotlib is installed, the pictures; return the first."""
+def write(
+    folder: Path,
+    results: Results,
+    costs: Results,
+    num_seeds: int,
+    pairs: Sequence[tuple[str, str]],
+    completions: int,
+) -> Path:
+    """Write `table.md`, `table.csv` and, where matplotlib is installed, the pictures; return the first.
+
+    Args:
+        folder: Where to.
+        results: What each cell left.
+        costs: What each measurement of a cost left.
+        num_seeds: How many cells of a method there should be.
+        pairs: Methods whose difference is to be shown.
+        completions: Completions an update.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {
-        n: title for n, title in COLUMNS.items() if any(n in r["metrics"] for rows in results.values() for r in rows)
-    }
-    lines = ["| method | seeds | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 2) + "|"]
+    shown = {name: title for name, title in COLUMNS.items() if _any_has(results, name)}
+    shown_costs = {name: title for name, title in COST_COLUMNS.items() if _any_has(costs, name)}
+    lines = _head(["method", "seeds", *shown.values(), *shown_costs.values()])
     records: list[dict[str, Any]] = []
     for name, rows in results.items():
         record: dict[str, Any] = {"method": name, "seeds": len(rows)}
-        cells = []
+        cells = [name, f"{len(rows)}" if len(rows) == num_seeds else f"{len(rows)} of {num_seeds}"]
         for metric in shown:
-            values = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+            values = _values(rows, metric)
             mean, half = interval(values) if values else (math.nan, math.nan)
             record |= {metric: mean, f"{metric}_half_interval": half}
-            cells.append("-" if mean != mean else f"{mean:.3g}" if half != half else f"{mean:.3g} ± {half:.2g}")
-        count = f"{len(rows)}" if len(rows) == num_seeds else f"{len(rows)} of {num_seeds}"
-        lines.append(f"| {name} | {count} | " + " | ".join(cells) + " |")
+            cells.append(_number(mean, half))
+        for metric in shown_costs:
+            values = _values(costs.get(name, []), metric)
+            record[metric] = statistics.median(values) if values else math.nan
+            cells.append(f"{record[metric]:.3g} ({min(values):.3g} - {max(values):.3g})" if values else "-")
+        lines.append(_row(cells))
         records.append(record)
+    if pairs:
+        lines += ["", *_differences(results, pairs)]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         writer.writerows(records)
     if find_spec("matplotlib") is not None:
-        draw(folder / "curves.png", results)
+        draw(folder / "curves.png", results, completions)
     return folder / "table.md"
 
 
-def draw(path: Path, results: Results) -> None:
-    """Draw reward against updates and against seconds, and the judge's score against the KL, means over the seeds."""
+def add_best_rates(table: Path, results: Results) -> None:
+    """Add to a table of a sweep which learning rate gives each method the best mean return on held-out prompts."""
+    best: dict[str, tuple[float, str]] = {}
+    for name, rows in results.items():
+        method, _, rate = name.rpartition(", lr ")
+        if values := _values(rows, "return"):
+            best[method] = max(best.get(method, (-math.inf, "")), (statistics.fmean(values), rate))
+    lines = [_row([method, rate, f"{value:.3g}"]) for method, (value, rate) in best.items()]
+    with table.open("a", encoding="utf-8") as file:
+        file.write("\n".join(["", *_head(["method", "best rate", "return"]), *lines]) + "\n")
+
+
+def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The mean difference of two methods over the seeds that both have, with its interval."""
+    shown = {name: COLUMNS[name] for name in DIFFERENCES if _any_has(results, name)}
+    lines = _head(["difference", "seeds", *shown.values()])
+    for first, second in pairs:
+        theirs = {row["seed"]: row["metrics"] for row in results[second]}
+        both = [(row["metrics"], theirs[row["seed"]]) for row in results[first] if row["seed"] in theirs]
+        cells = [f"{first} - {second}", f"{len(both)}"]
+        for metric in shown:
+            gaps = [a[metric] - b[metric] for a, b in both if metric in a and metric in b]
+            cells.append(_number(*interval(gaps)) if gaps else "-")
+        lines.append(_row(cells))
+    return lines
+
+
+def _any_has(results: Results, metric: str) -> bool:
+    return any(metric in row["metrics"] for rows in results.values() for row in rows)
+
+
+def _values(rows: list[dict[str, Any]], metric: str) -> list[float]:
+    return [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+
+
+def _number(mean: float, half: float) -> str:
+    return "-" if mean != mean else f"{mean:.3g}" if half != half else f"{mean:.3g} ± {half:.2g}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(titles: list[str]) -> list[str]:
+    return [_row(titles), "|---" * len(titles) + "|"]
+
+
+def draw(path: Path, results: Results, completions: int) -> None:
+    """Draw reward against completions and against seconds, and the judge's score against the KL.
+
+    Lines are means over the seeds at each validation; a method without validations of its own is a point.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    titles = ("reward against updates", "reward against seconds", "judge against KL (over-optimisation)")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    titles = ("reward against completions", "reward against seconds", "judge against KL (over-optimisation)")
+    unit = "completions sampled" if completions > 1 else "updates"
     labels = (
-        ("updates", "val/reward"),
-        ("seconds of training", "val/reward"),
-        ("val/kl, nats a completion", "val/judge"),
+        (unit, "reward, greedy, held-out prompts"),
+        ("seconds of training", "reward, greedy, held-out prompts"),
+        ("KL to the reference, nats a completion", "judge's mean score"),
     )
     for place, title, (x, y) in zip(axes, titles, labels, strict=True):
         place.set(title=title, xlabel=x, ylabel=y)
         place.grid(alpha=0.25)
-    for name, rows in results.items():
-        courses = [course(row["curves"]) for row in rows if row["curves"]]
-        courses = [c for c in courses if c]
-        if not courses:
-            continue
-        means = [mean_point([c[i] for c in courses]) for i in range(min(map(len, courses)))]
-        _line(axes[0], name, [p["step"] for p in means], [p["reward"] for p in means])
-        _line(axes[1], name, [p["seconds"] for p in means], [p["reward"] for p in means])
-        _line(axes[2], name, [p["kl"] for p in means], [p["judge"] for p in means])
-    if axes[0].lines:
-        axes[0].legend(fontsize=8)
+    colours = plt.get_cmap("tab10")
+    for i, (name, rows) in enumerate(results.items()):
+        style: dict[str, Any] = {"color": colours(i % 10), "label": name}
+        courses = [c for c in (course(row["curves"]) for row in rows) if c]
+        if courses:
+            means = [mean_point([c[j] for c in courses]) for j in range(min(map(len, courses)))]
+            _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], style)
+            _line(axes[1], [p["seconds"] for p in means], [p["reward"] for p in means], style)
+            _line(axes[2], [p["kl"] for p in means], [p["judge"] for p in means], style)
+        elif _values(rows, "judge"):
+            kl, judge = (statistics.fmean(_values(rows, metric)) for metric in ("kl", "judge"))
+            axes[2].plot([kl], [judge], marker="*", markersize=12, linestyle="none", **style)
+    if handles := axes[2].get_legend_handles_labels()[0]:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _line(axes: Axes, name: str, x: list[float], y: list[float]) -> None:
-    axes.plot(x, y, marker="o", markersize=3, linewidth=1.5, label=name)
+def _line(axes: Axes, x: list[float], y: list[float], style: dict[str, Any]) -> None:
+    axes.plot(x, y, marker="o", markersize=3, linewidth=1.5, **style)
 
 
 def course(rows: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -87,7 +87,10 @@ EVERY_UPDATE = """
     train/logprob_mismatch train/lr train/kl_p05 train/kl_p50 train/kl_p95
     time/sample time/score time/train throughput/completion_tokens
 """.split()
-EVERY_VALIDATION = "val/reward val/judge val/win_rate val/kl val/length val/finished val/distinct_2".split()
+EVERY_VALIDATION = """
+    val/reward val/reward_variance val/return val/judge val/win_rate val/win_rate_low val/win_rate_high val/undecided
+    val/kl val/length val/finished val/distinct_1 val/distinct_2 val/perplexity
+""".split()
 
 
 def test_the_quickstart_logs_every_update_and_what_was_before_the_first(place):

@@ -10,7 +10,7 @@ import yaml
 
 from lit_rlhf import report
 from lit_rlhf.cli import CONFIGS, main
-from lit_rlhf.compare import cell_folder
+from lit_rlhf.compare import Cell, cell_folder, sweep
 
 TINY = ["--config", "quickstart", "--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4"]
 SHORT = ["--model.max_new_tokens", "4", "--trainer.max_steps", "1"]
@@ -34,7 +34,8 @@ def read_table(place) -> dict[str, dict[str, str]]:
 
 
 def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(place, capsys):
-    write_config(place, {"start": None, "broken": ["--model.num_samples", "1"], "RAFT k=4": ["--model", "RAFT"]})
+    raft = {"fit": ["--model", "RAFT"]}
+    write_config(place, {"start": {}, "broken": {"fit": ["--model.num_samples", "1"]}, "RAFT k=4": raft})
     with pytest.raises(SystemExit, match=r"1 of 3 cells failed \(broken, seed 1\)"):
         main(["compare", "--config", "mine.yaml"])
     told = capsys.readouterr().out
@@ -46,29 +47,63 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(pla
     assert (place / "here" / "curves.png").stat().st_size > 10_000
 
     done = place / "here" / "RAFT-k-4" / "seed-1" / "result.json"
-    marked = {**json.loads(done.read_text()), "metrics": {"win_rate": 0.125}}
+    marked = {**json.loads(done.read_text()), "metrics": {"win_rate": 0.125}}  # would be lost if it ran again
     done.write_text(json.dumps(marked))
-    write_config(place, {"start": None, "broken": [], "RAFT k=4": ["--model", "RAFT"]})
+    cells = {"start": {}, "broken": {"fit": []}, "RAFT k=4": raft}
+    cost = {"fit": ["--trainer.max_steps", "4", "--trainer.limit_val_batches", "0"], "rounds": 1}
+    write_config(place, cells, cost=cost, pairs=[["RAFT k=4", "start"]], jobs=2)
     main(["compare", "--config", "mine.yaml"])
     table = read_table(place)
     assert table["broken"]["seeds"] == "1" and table["RAFT k=4"]["win_rate"] == "0.125"
+    assert "| RAFT k=4 - start | 1 | -0.375 |" in (place / "here" / "table.md").read_text()
+    for name in ("broken", "RAFT k=4"):
+        assert 0 < float(table[name]["seconds"]) < 60 and 100 < float(table[name]["peak_mib"]) < 10_000
+    assert table["start"]["seconds"] == "nan"
 
 
 def test_only_what_is_asked_for_is_run(place):
-    write_config(place, {"one": None, "two": None})
+    write_config(place, {"one": {}, "two": {}})
     main(["compare", "--config", "mine.yaml", "--only", "[two]"])
     assert not cell_folder(place / "here", "one", 1).exists()
     assert read_table(place)["two"]["seeds"] == "1"
 
 
 @pytest.mark.parametrize(
-    ("option", "sentence"), [("--only=[three]", "three.*the cells are one"), ("--seeds=[]", "seeds")]
+    ("option", "sentence"),
+    [
+        ("--only=[three]", "three.*the cells are one"),
+        ("--pairs=[[one, four]]", "four.*the cells are one"),
+        ("--seeds=[]", "seeds"),
+        ("--jobs=0", "jobs=0"),
+    ],
 )
 def test_what_can_not_be_compared_is_a_sentence(option, sentence, place, capsys):
-    write_config(place, {"one": None})
+    write_config(place, {"one": {}})
     with pytest.raises(SystemExit):
         main(["compare", "--config", "mine.yaml", option])
     assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_a_sweep_gives_every_method_every_rate_and_says_which_is_best(tmp_path):
+    cells = {"SFT": Cell(), "RLOO": Cell(fit=[]), "DPO": Cell(fit=["--model", "DPO"], test=["--x"])}
+    swept = sweep(cells, [1e-4, 1e-3])
+    assert list(swept) == ["RLOO, lr 0.0001", "RLOO, lr 0.001", "DPO, lr 0.0001", "DPO, lr 0.001"]
+    assert swept["DPO, lr 0.001"] == Cell(fit=["--model", "DPO", "--model.optimizer.lr", "0.001"], test=["--x"])
+    returns = {"RLOO, lr 0.0001": [1.0, 3.0], "RLOO, lr 0.001": [0.0, 3.0], "DPO, lr 0.001": [-1.0, -2.0]}
+    results = {name: [fabricated(seed, r) for seed, r in enumerate(values)] for name, values in returns.items()}
+    table = report.write(tmp_path, {**results, "DPO, lr 0.0001": []}, {}, 2, (), 1)
+    report.add_best_rates(table, results)
+    assert table.read_text().endswith("| RLOO | 0.0001 | 2 |\n| DPO | 0.001 | -1.5 |\n")
+
+
+def fabricated(seed, value):
+    return {"seed": seed, "metrics": {"return": value}, "curves": []}
+
+
+def test_a_difference_is_that_of_equal_seeds(tmp_path):
+    results = {"a": [fabricated(s, float(s)) for s in (1, 2, 3)], "b": [fabricated(s, s - 1.0) for s in (2, 3, 4)]}
+    table = report.write(tmp_path, results, {}, 3, [("a", "b")], 1).read_text()
+    assert table.endswith("| a - b | 2 | 1 ± 0 |\n")
 
 
 def test_the_interval_is_students(tmp_path):
@@ -82,7 +117,8 @@ def test_every_cell_of_the_paper_names_a_method_and_as_many_completions():
     config = yaml.safe_load((CONFIGS / "paper" / "testbed.yaml").read_text())
     quickstart = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     for name, given in config["cells"].items():
-        options = dict(zip((given or [])[::2], (given or [])[1::2], strict=True))
+        fit = given.get("fit", [])
+        options = dict(zip(fit[::2], fit[1::2], strict=True))
         samples = options.get("--model.num_samples", quickstart["model"]["init_args"]["num_samples"])
         rows = options.get("--data.batch_size", quickstart["data"]["init_args"]["batch_size"])
         assert int(rows) * (2 if name == "DPO" else int(samples)) == 128, name
@@ -96,10 +132,10 @@ def test_the_cells_of_the_paper_run(place):
     cells = {}
     for name, given in config["cells"].items():
         shorter = SHORT[:2] if name != "DPO" else []  # it samples nothing
-        cells[name] = None if given is None else [*given, *small, *shorter]
+        cells[name] = {**given, "fit": [*given["fit"], *small, *shorter]} if "fit" in given else given
     evaluation = [*config["evaluation"], "--data.val_size", "4"]
     write_config(place, cells, common=config["common"], evaluation=evaluation)
     main(["compare", "--config", "mine.yaml"])
     table = read_table(place)
-    assert {row["seeds"] for row in table.values()} == {"1"} and len(table) == len(config["cells"]) == 9
+    assert {row["seeds"] for row in table.values()} == {"1"} and len(table) == len(config["cells"]) == 10
     assert all(math.isfinite(float(row["win_rate"])) for row in table.values())

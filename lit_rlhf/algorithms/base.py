@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.algorithms.monitor import now
 from lit_rlhf.export import snapshot, write_folder
 from lit_rlhf.loading import load_tokenizer
 from lit_rlhf.policy import Policy
@@ -60,6 +61,7 @@ class Method(LightningModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
+        self._step_began = 0.0
         self._planned = 0.0  # what the sum of each step of this update is divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
@@ -92,6 +94,14 @@ class Method(LightningModule, ABC):
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, made by `reduce`."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note when a step begins."""
+        self._step_began = now()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the seconds of a step: forward, backward and update."""
+        self.log("time/train", now() - self._step_began, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""

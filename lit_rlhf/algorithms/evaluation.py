@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
-from lit_rlhf.metrics import distinct_n
-from lit_rlhf.rewards import Scorer
+from lit_rlhf.metrics import DistinctN, Moments, Perplexity, WinRate
+from lit_rlhf.rewards import BothOrders, Scorer
 from lit_rlhf.text import encode_completion
 from lit_rlhf.types import Completions, Prompts, Text
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import Online
+
+M = TypeVar("M", bound=Metric)
 
 VALIDATION_EPOCH = 2**31
 """The epoch in the address of validation's sampling noise: the same at every validation, and none of training's."""
@@ -87,41 +90,75 @@ def score(
     )
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What validation and test do beside the plain.
+
+    Attributes:
+        best_of: Above 1, what is evaluated is not the greedy completion but the one of so many samples that the rewards
+            like best. Its KL counts the choice with the bound of `lit_rlhf.functional.best_of_kl`.
+        preferred: A column of completions that people preferred; their perplexity under the policy is measured.
+    """
+
+    best_of: int = 1
+    preferred: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.best_of < 1:
+            raise ValueError(f"best_of={self.best_of} must be at least 1")
+
+
 class Evaluation:
     """Evaluates a policy on held-out prompts, batch by batch.
 
-    Reward, length and win rate are of greedy completions, the KL is of sampled ones.
+    Everything is of greedy completions but the KL, of sampled ones, and the perplexity, of given ones.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, module: Online) -> None:
         self.module = module
         self.examples: list[dict[str, Any]] = []
-        self.sums: dict[str, list[float]] = {}
-        self.ids: list[list[int]] = []
+        means = ["reward", *[f"reward/{name}" for name in module.scorer.names], "kl", "length", "finished", "undecided"]
+        if isinstance(module.judge, BothOrders):
+            means.append("position_bias")
+        elif module.judge is not module.scorer:
+            means.append("judge")
+        self.moments = {name: self.new(Moments()) for name in means}
+        self.win_rate = self.new(WinRate())
+        self.distinct = {n: self.new(DistinctN(n)) for n in (1, 2)}
+        self.perplexity = None if module.evaluation.preferred is None else self.new(Perplexity())
         weights = module.judge.weights(module.trainer.global_step)
         if weights != module.opponent_weights:  # scores by other weights do not compare
-            module.opponent_scores, module.opponent_weights = {}, weights
+            module.opponents, module.opponent_weights = {}, weights
+
+    def new(self, metric: M) -> M:
+        """A metric on the module's device."""
+        return metric.to(self.module.device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, prompts: Prompts) -> None:
         """Evaluate a batch of prompts."""
-        module = self.module
-        greedy = module.policy.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
-        texts = completion_texts(module.tokenizer, prompts, greedy)
-        scores = score(module.scorer, prompts, greedy, texts, module.trainer_state())
+        module, options = self.module, self.module.evaluation
+        written = self.write(prompts)
+        texts = completion_texts(module.tokenizer, prompts, written)
+        scores = score(module.scorer, prompts, written, texts, module.trainer_state())
         sampled = module.policy.sample(prompts, 1, module.sampling, module.seed, VALIDATION_EPOCH)
         reference = module.reference.logprobs(prompts, sampled, module.sampling.temperature)
-        kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0]
+        kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0] + F.best_of_kl(options.best_of)
         totals, valid = scores.judged()[:, 0], scores.valid[:, 0]
-        self.add("reward", totals[valid])
+        self.moments["reward"].update(totals[valid])
         for name, part in scores.parts.items():
-            self.add(f"reward/{name}", part[~part.isnan()])
-        self.add("kl", kl)
-        self.add("length", greedy.lengths[:, 0])
-        self.add("finished", greedy.finished[:, 0])
-        self.ids.extend(greedy.ids())
-        self.compare(prompts, greedy, texts, totals)
+            self.moments[f"reward/{name}"].update(part[~part.isnan()])
+        self.moments["kl"].update(kl)
+        self.moments["length"].update(written.lengths[:, 0])
+        self.moments["finished"].update(written.finished[:, 0])
+        for distinct in self.distinct.values():
+            distinct.update(written.ids())
+        if self.perplexity is not None and options.preferred is not None:
+            given = column_completions(module.tokenizer, prompts, options.preferred)[1]
+            self.perplexity.update(module.policy.logprobs(prompts, given), given.mask)
+        self.compare(prompts, written, texts, totals)
         for i in range(min(len(prompts), NUM_EXAMPLES - len(self.examples))):
             self.examples.append(
                 {
@@ -130,48 +167,93 @@ class Evaluation:
                     "reward": float(totals[i]),
                     "parts": {name: float(part[i, 0]) for name, part in scores.parts.items()},
                     "kl": float(kl[i]),
-                    "length": int(greedy.lengths[i, 0]),
+                    "length": int(written.lengths[i, 0]),
                 }
             )
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add values to the mean of a metric."""
-        total = self.sums.setdefault(name, [0.0, 0.0])
-        total[0] += float(values.double().sum())
-        total[1] += values.numel()
+    def write(self, prompts: Prompts) -> Completions:
+        """The completions to evaluate, one a prompt."""
+        module, n = self.module, self.module.evaluation.best_of
+        if n == 1:
+            return module.policy.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
+        sampled = module.policy.sample(prompts, n, module.sampling, module.seed, VALIDATION_EPOCH)
+        texts = completion_texts(module.tokenizer, prompts, sampled)
+        scores = score(module.scorer, prompts, sampled, texts, module.trainer_state()).judged()
+        best = scores.nan_to_num(-torch.inf).argmax(1)
+        return sampled.map(lambda tensor: tensor[torch.arange(len(best), device=best.device), best].unsqueeze(1))
 
-    def compare(self, prompts: Prompts, greedy: Completions, texts: list[Text], totals: Tensor) -> None:
+    def compare(self, prompts: Prompts, written: Completions, texts: list[Text], totals: Tensor) -> None:
         """Let the judge compare the completions with the opponent's; a tie is half a win."""
         module = self.module
-        own = totals.tolist()
-        if module.judge is not module.scorer:
-            own = score(module.judge, prompts, greedy, texts, module.trainer_state()).judged()[:, 0].tolist()
-            self.add("judge", torch.tensor([value for value in own if value == value]))
-        index = prompts.index.tolist()
-        if any(i not in module.opponent_scores for i in index):
-            module.opponent_scores.update(zip(index, self.opponent_scores(prompts), strict=True))
-        pairs = [(mine, module.opponent_scores[i]) for mine, i in zip(own, index, strict=True)]
-        wins = [float(mine > other) + 0.5 * (mine == other) for mine, other in pairs if mine == mine and other == other]
-        self.add("win_rate", torch.tensor(wins))
+        if isinstance(module.judge, BothOrders):
+            wins = self.compare_pairs(module.judge, prompts, texts)
+        else:
+            own = totals
+            if module.judge is not module.scorer:
+                own = score(module.judge, prompts, written, texts, module.trainer_state()).judged()[:, 0]
+                self.moments["judge"].update(own[~own.isnan()])
+            theirs = torch.tensor(self.of_opponent(prompts, self.opponent_scores), device=own.device)
+            wins = ((own > theirs) + 0.5 * (own == theirs)).where(~(own.isnan() | theirs.isnan()), torch.nan)
+        decided = ~wins.isnan()
+        self.win_rate.update(wins[decided])
+        self.moments["undecided"].update(~decided)
+
+    def compare_pairs(self, judge: BothOrders, prompts: Prompts, texts: list[Text]) -> Float[Tensor, " prompts"]:
+        """How much of a win each completion has over the opponent's; NaN where nothing was decided."""
+        opponents = self.of_opponent(prompts, self.opponent_texts)
+        there = [i for i, text in enumerate(opponents) if text is not None]
+        wins, bias = torch.full((len(texts),), torch.nan), torch.zeros(0)
+        if there:
+            columns = {name: [column[i] for i in there] for name, column in prompts.columns.items()}
+            own = ([prompts.text[i] for i in there], [texts[i] for i in there], [opponents[i] for i in there])
+            wins[there], bias = judge(*own, columns, self.module.trainer_state())
+        self.moments["position_bias"].update(bias[~bias.isnan()])
+        return wins
+
+    def of_opponent(self, prompts: Prompts, make: Callable[[Prompts], list[Any]]) -> list[Any]:
+        """What `make` says of the opponent's completions, found out once."""
+        kept, index = self.module.opponents, prompts.index.tolist()
+        if any(i not in kept for i in index):
+            kept.update(zip(index, make(prompts), strict=True))
+        return [kept[i] for i in index]
 
     def opponent_scores(self, prompts: Prompts) -> list[float]:
         """The judge's scores of the opponent's completions, NaN where there is none to compare with."""
         module = self.module
-        if module.opponent == "policy":
-            theirs = module.reference.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
-            texts = completion_texts(module.tokenizer, prompts, theirs)
-        else:
-            texts, theirs = column_completions(module.tokenizer, prompts, module.opponent)
+        assert isinstance(module.judge, Scorer)
+        texts, theirs = self.opponent(prompts)
         judged = score(module.judge, prompts, theirs, texts, module.trainer_state()).judged()[:, 0]
         return judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist()
 
+    def opponent_texts(self, prompts: Prompts) -> list[Text | None]:
+        """The opponent's completions, None where there is none."""
+        texts, theirs = self.opponent(prompts)
+        return [text if there else None for text, there in zip(texts, theirs.mask[:, 0].any(-1).tolist(), strict=True)]
+
+    def opponent(self, prompts: Prompts) -> tuple[list[Text], Completions]:
+        """What the opponent wrote."""
+        module = self.module
+        if module.opponent != "policy":
+            return column_completions(module.tokenizer, prompts, module.opponent)
+        theirs = module.reference.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
+        return completion_texts(module.tokenizer, prompts, theirs), theirs
+
     def metrics(self) -> dict[str, float]:
-        """The means over all ranks."""
-        gathered = self.module.gather({"sums": self.sums, "ids": self.ids})
-        names = dict.fromkeys(name for rank in gathered for name in rank["sums"])
-        totals = {n: [sum(r["sums"].get(n, (0.0, 0.0))[i] for r in gathered) for i in (0, 1)] for n in names}
-        means = {name: total / count for name, (total, count) in totals.items() if count}
-        return {**means, "distinct_2": distinct_n([ids for rank in gathered for ids in rank["ids"]], 2)}
+        """All there is to say, over all ranks; what nothing counts for is left out."""
+        moments = {name: moments.compute() for name, moments in self.moments.items()}
+        rate, low, high = self.win_rate.compute()
+        measured = {
+            **{name: mean for name, (mean, _) in moments.items()},
+            "return": moments["reward"][0] - self.module.kl_coef * moments["kl"][0],
+            "reward_variance": moments["reward"][1],
+            "win_rate": rate,
+            "win_rate_low": low,
+            "win_rate_high": high,
+            **{f"distinct_{n}": distinct.compute() for n, distinct in self.distinct.items()},
+        }
+        if self.perplexity is not None:
+            measured["perplexity"] = self.perplexity.compute()
+        return {name: float(value) for name, value in measured.items() if not value.isnan()}
 
 
 def as_completion(prompt: Text, completion: Text | None) -> Text:
@@ -183,10 +265,16 @@ def as_completion(prompt: Text, completion: Text | None) -> Text:
 
 def check_opponent(opponent: str, columns: Iterable[str]) -> None:
     """Raise a ValueError if the opponent of the win rate is neither the policy nor a column of the data."""
-    if opponent != "policy" and opponent not in columns:
+    if opponent != "policy":
+        check_completions("opponent", opponent, columns, ", or `policy` for the reference policy's own")
+
+
+def check_completions(option: str, column: str, columns: Iterable[str], otherwise: str = "") -> None:
+    """Raise a ValueError if there is no such column of completions."""
+    if column not in columns:
         raise ValueError(
-            f"opponent={opponent!r} is no column of the data (there are {sorted(columns)}): name one that holds "
-            "completions, or `policy` for the reference policy's own"
+            f"{option}={column!r} is no column of the data (there are {sorted(columns)}): name one that holds "
+            f"completions{otherwise}"
         )
 
 
@@ -198,7 +286,7 @@ def column_completions(
     Raises:
         ValueError: If there is no such column.
     """
-    check_opponent(column, prompts.columns)
+    check_completions("column", column, prompts.columns)
     given = prompts.columns[column]
     texts = [as_completion(prompt, text) for prompt, text in zip(prompts.text, given, strict=True)]
     pairs = zip(prompts.text, texts, strict=True)

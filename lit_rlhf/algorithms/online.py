@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import Evaluation, completion_texts, score
+from lit_rlhf.algorithms.evaluation import Evaluation, EvaluationOptions, completion_texts, score
 from lit_rlhf.algorithms.monitor import Clock, Metrics, all_or_none, log_loss_metrics, log_rollout, mean_metrics
 from lit_rlhf.algorithms.plan import (
     check_columns,
@@ -32,13 +32,14 @@ from lit_rlhf.algorithms.plan import (
     check_minibatches,
     check_plan,
     check_positions,
-    make_sampling,
-    make_shaping,
+    make_judge,
+    make_options,
     read_kl_penalty,
 )
 from lit_rlhf.data import TextData
 from lit_rlhf.policy import Policy, Reference
-from lit_rlhf.rewards import Scorer
+from lit_rlhf.rewards import Scorer, Shaping
+from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts, Rollout
 
 
@@ -65,9 +66,11 @@ class Online(Method):
             nowhere), or a number that is subtracted from their reward.
         sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
             `batch_size`, `greedy`.
-        judge: Decides the win rate in validation: a callable like a reward. The rewards themselves by default.
+        judge: Decides the win rate in validation: a callable like a reward, or with `pairwise = True` one that compares
+            two completions (`lit_rlhf.rewards.PairJudge`). The rewards themselves by default.
         opponent: Whom the win rate is against: `policy`, the reference policy's greedy completions, or the name of a
             column of completions.
+        evaluation: Options of `lit_rlhf.algorithms.evaluation.EvaluationOptions`: `best_of`, `preferred`.
         **options: See `Method`.
 
     Raises:
@@ -96,6 +99,7 @@ class Online(Method):
         sampling: dict[str, Any] | None = None,
         judge: Callable[..., Any] | None = None,
         opponent: str = "policy",
+        evaluation: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(policy, **options)
@@ -111,17 +115,19 @@ class Online(Method):
             raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number to subtract")
         self.kl_estimator, self.kl_place = read_kl_penalty(kl_penalty)
         self.scorer = Scorer(rewards)
-        self.shaping = make_shaping(shaping or {})
-        self.judge = self.scorer if judge is None else Scorer([judge])
+        self.shaping = make_options(Shaping, "shaping", shaping)
+        self.judge = self.scorer if judge is None else make_judge(judge)
+        self.evaluation = make_options(EvaluationOptions, "evaluation", evaluation)
         self.num_samples, self.kl_coef, self.truncated, self.opponent = num_samples, kl_coef, truncated, opponent
-        self.sampling = make_sampling(max_new_tokens, temperature, sampling or {})
+        cut = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self.sampling = make_options(Sampling, "sampling", sampling, **cut)
         self.minibatches, self.sample_minibatches, self.epochs = minibatches, sample_minibatches, epochs
         self.repeats = minibatches * sample_minibatches * epochs
         self.rollout: Rollout | None = None
         self.examples: list[dict[str, Any]] = []  # greedy completions of the first held-out prompts
         self.extra: dict[str, list[Any]] = {}  # what rewards told of each completion with `log_extra`
         self.clock = Clock()
-        self.opponent_scores: dict[int, float] = {}
+        self.opponents: dict[int, Any] = {}  # by the prompt's index: the judge's score of its completion, or that
         self.opponent_weights: list[float] = []
         self._evaluation: Evaluation | None = None
         self.slice_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
@@ -238,16 +244,20 @@ class Online(Method):
             self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
         part = self.slice(self.rollout, step)
         with self.clock("train"):
-            terms, metrics = self.loss(part)
-            if self.kl_place == "loss":
-                terms = terms + self.kl_coef * self.kl_terms(part, terms)
-            mask = part.valid if terms.ndim == 2 else part.counted
+            terms, mask, metrics = self.terms(part)
             planned = self.rollout.rewards.numel() / (self.minibatches * self.sample_minibatches)
             loss = self.reduce(terms, mask, planned)
         if step == 0 and self._mismatch is not None:
             metrics["logprob_mismatch"] = self._mismatch
         log_loss_metrics(self, metrics, new=step == 0)
         return loss
+
+    def terms(self, part: Rollout) -> tuple[Tensor, Tensor, Metrics]:
+        """The terms of a slice with the KL where it belongs to the loss, where they count, and metrics."""
+        terms, metrics = self.loss(part)
+        if self.kl_place == "loss":
+            terms = terms + self.kl_coef * self.kl_terms(part, terms)
+        return terms, part.valid if terms.ndim == 2 else part.counted, metrics
 
     def slice(self, rollout: Rollout, step: int) -> Rollout:
         """Return the part of a rollout that a training step learns from, cut to its own longest rows."""
@@ -279,7 +289,7 @@ class Online(Method):
     def setup(self, stage: str) -> None:
         """Check what can be checked before a model is loaded."""
         super().setup(stage)
-        self.opponent_scores = {}
+        self.opponents = {}
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextData):
             check_columns(self, data)

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_rlhf.algorithms.evaluation import check_opponent
+from lit_rlhf.algorithms.evaluation import check_completions, check_opponent
 from lit_rlhf.data.sampler import ResumableLoader
-from lit_rlhf.rewards import Shaping
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.rewards import BothOrders, Scorer
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import Online
     from lit_rlhf.data import TextData
 
+T = TypeVar("T")
 
-def make_sampling(max_new_tokens: int, temperature: float, options: dict[str, Any]) -> Sampling:
-    """Build the options of sampling, with a sentence for one that does not exist."""
+
+def make_options(kind: type[T], argument: str, options: dict[str, Any] | None, **given: Any) -> T:
+    """Build a record from the options that `argument` holds and fields given elsewhere.
+
+    Raises:
+        ValueError: If there is no such option.
+    """
     try:
-        return Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **options)
+        return kind(**given, **(options or {}))
     except TypeError as error:
-        raise ValueError(f"sampling={options}: {error}; its options are those of lit_rlhf.sampling.Sampling") from error
+        known = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"{argument}={options}: {error}; its options are those of {known}") from error
 
 
-def make_shaping(options: dict[str, Any]) -> Shaping:
-    """Build the shaping of rewards, with a sentence for an option that does not exist."""
-    try:
-        return Shaping(**options)
-    except TypeError as error:
-        raise ValueError(f"shaping={options}: {error}; its options are those of lit_rlhf.rewards.Shaping") from error
+def make_judge(judge: Callable[..., Any]) -> Scorer | BothOrders:
+    """Take a judge that scores one completion, or compares two."""
+    return BothOrders(judge) if getattr(judge, "pairwise", False) else Scorer([judge])
 
 
 WRONG_KL = {
@@ -65,6 +69,8 @@ def check_columns(module: Online, data: TextData) -> None:
     if val is not None:
         module.judge.check(val)
         check_opponent(module.opponent, val)
+        if module.evaluation.preferred is not None:
+            check_completions("evaluation.preferred", module.evaluation.preferred, val)
 
 
 def check_minibatches(minibatches: int, batch_size: int) -> None:

@@ -15,6 +15,7 @@ accumulation, validation) is right only if the repetition is in the sampler. Hen
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
@@ -33,7 +34,7 @@ class BlockSampler(DistributedSampler[list[int]]):
 
     Args:
         dataset: What is indexed; only its length is used.
-        batch_size: Rows of one rank in one block.
+        batch_size: Rows of one rank in one block, until `sizes` says otherwise.
         num_replicas: Ranks.
         rank: This rank.
         repeats: Steps that share one block.
@@ -41,6 +42,8 @@ class BlockSampler(DistributedSampler[list[int]]):
             since the Trainer steps the optimizer early in the last window of an epoch.
 
     Attributes:
+        sizes: From which block of the epoch on a block has how many rows of one rank; the first entry is block 0. What
+            has been handed over must not be changed; the length counts what is to come by it.
         seed: Of the permutation, together with the epoch.
         start: The step of the epoch to begin with; the length counts all steps of the epoch all the same.
     """
@@ -56,7 +59,7 @@ class BlockSampler(DistributedSampler[list[int]]):
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank)  # type: ignore[arg-type]
         self.size = len(dataset)
-        self.batch_size = batch_size
+        self.sizes = [(0, batch_size)]
         self.repeats = repeats
         self.window = max(accumulate, repeats)
         self.start = 0
@@ -64,17 +67,43 @@ class BlockSampler(DistributedSampler[list[int]]):
     @property
     def needed(self) -> int:
         """Rows that the shortest epoch takes, on all ranks together."""
-        return self.num_replicas * self.batch_size * math.ceil(self.window / self.repeats)
+        return self.rows_for(max(size for _, size in self.sizes))
+
+    def rows_for(self, batch_size: int) -> int:
+        """Rows that an epoch of one window takes, on all ranks together, if a block has `batch_size` rows of each."""
+        return self.num_replicas * batch_size * math.ceil(self.window / self.repeats)
+
+    def _runs(self) -> Iterator[tuple[int, int, int]]:
+        """Runs of equal blocks, as long as rows last: how many, where they begin, rows of one rank in each."""
+        begin = 0
+        ends = [first for first, _ in self.sizes[1:]]
+        for (first, size), end in itertools.zip_longest(self.sizes, ends):
+            fit = (self.size - begin) // (size * self.num_replicas)
+            count = fit if end is None else min(fit, end - first)
+            yield count, begin, size
+            if end is not None and count < end - first:
+                return
+            begin += count * size * self.num_replicas
+
+    def _rows(self, block: int) -> slice:
+        """Where in the permutation this rank's part of a block stands."""
+        for count, begin, size in self._runs():
+            if block < count:
+                begin += (block * self.num_replicas + self.rank) * size
+                return slice(begin, begin + size)
+            block -= count
+        raise IndexError(f"an epoch has no block {block} more")
 
     def __len__(self) -> int:
-        steps = self.size // (self.num_replicas * self.batch_size) * self.repeats
+        steps = sum(count for count, _, _ in self._runs()) * self.repeats
         return steps - steps % self.window
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        for step in range(self.start, len(self)):
-            block = step // self.repeats * self.num_replicas + self.rank
-            yield order[block * self.batch_size : (block + 1) * self.batch_size].tolist()
+        step = self.start
+        while step < len(self):
+            yield order[self._rows(step // self.repeats)].tolist()
+            step += 1
 
 
 class EvalSampler(DistributedSampler[list[int]]):
@@ -106,6 +135,9 @@ class ResumableLoader(DataLoader[Any]):
         trainer: Whose progress counts and whose module has the `seed`; without one the iteration begins at step 0.
         collate_fn: Makes a batch of what the data set returns for a block.
         num_workers: Processes that load. One is rarely of use, since the rows are tokenised and in memory.
+
+    Attributes:
+        on_begin: Called with the step that an iteration begins with, when it does.
     """
 
     def __init__(
@@ -126,12 +158,15 @@ class ResumableLoader(DataLoader[Any]):
         )
         self.blocks = sampler
         self.trainer = trainer
+        self.on_begin: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.trainer is not None:
             self.blocks.seed = getattr(self.trainer.lightning_module, "seed", self.blocks.seed)
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             self.blocks.start = progress.ready if self.trainer.training else 0
+        if self.on_begin is not None:
+            self.on_begin(self.blocks.start)
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

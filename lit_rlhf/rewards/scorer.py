@@ -124,25 +124,7 @@ class Scorer:
             "log_metric": log.log_metric,
         }
         step = 0 if state is None else state.global_step
-        return self._add_up(self._outputs(given), [len(ids) for ids in completion_ids], log, step)
-
-    def _outputs(self, given: dict[str, Any]) -> list[Any]:
-        outputs: list[Any] = []
-        try:
-            outputs.extend(entry.call(given) for entry in self._entries)
-        except BaseException:
-            for output in filter(inspect.iscoroutine, outputs):
-                output.close()
-            raise
-        # In a thread, as a notebook has a running loop here; always the same loop, as network clients hold on to it.
-        waiting = {i: output for i, output in enumerate(outputs) if inspect.isawaitable(output)}
-        if waiting:
-            results = asyncio.run_coroutine_threadsafe(_gather(waiting.values()), _event_loop(os.getpid())).result()
-            for i, result in zip(waiting, results, strict=True):
-                if isinstance(result, BaseException):
-                    fail(self._entries[i].name, result)
-                outputs[i] = result
-        return outputs
+        return self._add_up(call_all(self._entries, given), [len(ids) for ids in completion_ids], log, step)
 
     def _add_up(self, outputs: list[Any], lengths: list[int], log: _Log, step: int) -> Scores:
         parts: dict[str, Tensor] = {}
@@ -155,7 +137,7 @@ class Scorer:
                 kept = [entry.weight(step) * row.nan_to_num() for row in rows]
                 token_rewards = [a + b for a, b in zip(token_rewards, kept, strict=True)] if token_rewards else kept
             else:
-                parts[entry.name] = _numbers(output, len(lengths), entry.name)
+                parts[entry.name] = read_numbers(output, len(lengths), entry.name)
                 rewards = rewards + entry.weight(step) * parts[entry.name].nan_to_num()
         valid = ~torch.stack(list(parts.values())).isnan().all(0)
         whole = torch.zeros_like(valid)
@@ -163,6 +145,30 @@ class Scorer:
             whole |= ~parts[entry.name].isnan() & (not entry.token_level)
         metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
         return Scores(rewards, parts, valid, whole, token_rewards, metrics, log.extra)
+
+
+def call_all(entries: Sequence[Entry], given: dict[str, Any]) -> list[Any]:
+    """Call rewards with those of the arguments that each takes; async ones side by side.
+
+    Raises:
+        RuntimeError: If one raises.
+    """
+    outputs: list[Any] = []
+    try:
+        outputs.extend(entry.call(given) for entry in entries)
+    except BaseException:
+        for output in filter(inspect.iscoroutine, outputs):
+            output.close()
+        raise
+    # In a thread, as a notebook has a running loop here; always the same loop, as network clients hold on to it.
+    waiting = {i: output for i, output in enumerate(outputs) if inspect.isawaitable(output)}
+    if waiting:
+        results = asyncio.run_coroutine_threadsafe(_gather(waiting.values()), _event_loop(os.getpid())).result()
+        for i, result in zip(waiting, results, strict=True):
+            if isinstance(result, BaseException):
+                fail(entries[i].name, result)
+            outputs[i] = result
+    return outputs
 
 
 class _Log:
@@ -210,7 +216,7 @@ async def _settled(waiting: Awaitable[Any]) -> Any:
         return error
 
 
-def _numbers(output: Any, count: int, name: str, per: str = "completions") -> Float[Tensor, " completions"]:
+def read_numbers(output: Any, count: int, name: str, per: str = "completions") -> Float[Tensor, " completions"]:
     """Check and convert what a reward returned; None becomes NaN."""
     _check_count(output, count, name, per)
     values = output.tolist() if hasattr(output, "tolist") else list(output)
@@ -236,7 +242,7 @@ def _token_rows(output: Any, lengths: list[int], name: str) -> list[Float[Tensor
         if row is None:
             rows.append(torch.full((length,), math.nan, dtype=torch.float32))
             continue
-        rows.append(_numbers(row, length, name, f"tokens of completion {i}"))
+        rows.append(read_numbers(row, length, name, f"tokens of completion {i}"))
         if rows[-1].isnan().any():
             raise ValueError(f"the reward {name!r} returned None for a token: None stands for a whole completion")
     return rows

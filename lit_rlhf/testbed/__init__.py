@@ -14,7 +14,7 @@ from typing import Any
 from lit_rlhf.data import PreferenceData, PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.testbed.pairs import sampled_pairs
+from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
 from lit_rlhf.testbed.utility import Grammatical, coherence, gold, grammatical
@@ -54,6 +54,8 @@ def resolve(name: str) -> Path | None:
 class ReviewPrompts(PromptData):
     """The prompts of the testbed. Held-out ones are never trained on, whatever the seed.
 
+    Held-out rows have a column `preferred`: the one of two written reviews that the raters prefer.
+
     Args:
         train_size: Prompts to train on, at most all 1016 of them.
         val_size: Prompts to validate on, at most all 253.
@@ -70,7 +72,8 @@ class ReviewPrompts(PromptData):
         eval_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        rows: dict[str, Any] = dict(train=prompts(train_size, seed), val=prompts(val_size, seed, held_out=True))
+        held_out = with_preferred(prompts(val_size, seed, held_out=True), seed)
+        rows: dict[str, Any] = dict(train=prompts(train_size, seed), val=held_out)
         super().__init__(**rows, batch_size=batch_size, eval_batch_size=eval_batch_size)
 
 

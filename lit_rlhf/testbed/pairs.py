@@ -8,6 +8,7 @@ from random import Random
 from lit_rlhf.data import PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling
+from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.world import Brief, write
 
 NUM_SAMPLES = 4
@@ -39,3 +40,19 @@ def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -
         completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
         texts += policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
     return [texts[i : i + NUM_SAMPLES] for i in range(0, len(texts), NUM_SAMPLES)]
+
+
+def written_pairs(rows: list[dict[str, str]], seed: int) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Let two writers of the grammar write a completion of each prompt, not the same one."""
+    for row in rows:
+        brief, rng = Brief.parse(row["prompt"]), Random(f"written {seed} {row['prompt']}")
+        first = second = write(brief, rng)
+        while second == first:
+            second = write(brief, rng)
+        yield row["prompt"], (first, second)
+
+
+def with_preferred(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
+    """Add to each row, as `preferred`, the one of two written completions that the raters prefer."""
+    judged = Raters().preferences(written_pairs(rows, seed), seed)
+    return [{**row, "preferred": pair["chosen"]} for row, pair in zip(rows, judged, strict=True)]

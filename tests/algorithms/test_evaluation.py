@@ -121,6 +121,154 @@ def test_other_data_have_completions_of_their_own_to_compare_with(tiny, tmp_path
     assert rates == [0, 1]
 
 
+# A judge of pairs
+
+
+def prefers(choose):
+    """A judge of pairs that is given each prompt's pair and answers with `choose(completion, opponent)`."""
+
+    def pairs(prompts, completions, opponents, **kwargs):
+        return [choose(a, b) for a, b in zip(completions, opponents, strict=True)]
+
+    pairs.pairwise = True
+    return pairs
+
+
+def opinion(text):
+    return OPINIONS.get(text, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("choose", "rate", "bias"),
+    [
+        (lambda a, b: 0.5 * (opinion(a) == opinion(b)) + (opinion(a) > opinion(b)), 0.625, 0.0),
+        (lambda a, b: 1.0, 0.5, 0.5),
+        (lambda a, b: 0.0, 0.5, -0.5),
+        (lambda a, b: 0.9 if opinion(a) >= opinion(b) else 0.3, 0.575, 0.175),
+    ],
+    ids=["fair", "first", "second", "leaning"],
+)
+def test_a_judge_of_pairs_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", "same", "better", "worse"), tmp_path)
+    assert metrics["val/win_rate"] == pytest.approx(rate)
+    assert metrics["val/position_bias"] == pytest.approx(bias)
+    assert metrics["val/win_rate_low"] < rate < metrics["val/win_rate_high"]
+    assert metrics["val/undecided"] == 0 and "val/judge" not in metrics
+
+
+def test_an_answer_that_names_neither_side_counts_nowhere(tiny, tmp_path):
+    def choose(a, b):
+        return None if "nobody can tell" in (a, b) else float(opinion(a) > opinion(b))
+
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", "nobody can tell", "better", "worse", "nobody can tell"), tmp_path)
+    assert metrics["val/win_rate"] == pytest.approx(2 / 3)
+    assert metrics["val/undecided"] == pytest.approx(2 / 5)
+
+
+def test_a_row_without_an_opponent_is_not_asked_about(tiny, tmp_path):
+    seen = []
+
+    def choose(a, b):
+        seen.append({a, b})
+        return 0.5
+
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", None, None), tmp_path)
+    assert len(seen) == 2 and all("worse" in pair for pair in seen)
+    assert metrics["val/undecided"] == pytest.approx(2 / 3)
+
+
+def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
+    metrics = validate(
+        make_module("RLOO", tiny, judge=prefers(lambda a, b: 0.5 + 0.5 * (a != b))), rows_of("a"), tmp_path
+    )
+    assert metrics["val/win_rate"] == 0.5  # the untrained policy writes the same
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [(2.0, "answered 2 at place 0.*from 0"), ("A", "returned .*'str'"), (math.nan, "returned nan")],
+)
+def test_an_answer_that_is_none_is_refused(answer, sentence, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=prefers(lambda a, b: answer), opponent="reference")
+    with pytest.raises(ValueError, match=sentence):
+        validate(module, rows_of("worse"), tmp_path)
+
+
+def test_a_judge_that_raises_is_named(tiny, tmp_path):
+    def pairs(prompts, completions, opponents):
+        raise OSError("no credit left")
+
+    pairs.pairwise = True
+    with pytest.raises(RuntimeError, match="'pairs' raised OSError: no credit left"):
+        validate(make_module("RLOO", tiny, judge=pairs), rows_of("a"), tmp_path)
+
+
+def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
+    async def pairs(opponents, reference):
+        assert opponents == reference or len(opponents) == len(reference)
+        return [0.25] * len(opponents)
+
+    pairs.pairwise = True
+    assert validate(make_module("RLOO", tiny, judge=pairs), rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5
+
+
+# More that is measured
+
+
+def test_the_variance_of_the_reward_is_that_over_prompts(tiny, tmp_path):
+    def by_prompt(prompts, **kwargs):
+        return [float(prompt[-1]) for prompt in prompts]
+
+    metrics = validate(make_module("RLOO", tiny, rewards=[by_prompt]), rows_of(*"abcde"), tmp_path)
+    assert metrics["val/reward"] == 2 and metrics["val/reward_variance"] == 2
+
+
+def test_perplexity_is_that_of_the_given_completions(tiny, tmp_path):
+    module = make_module("RLOO", tiny, rewards=[worth], evaluation={"preferred": "reference"}, temperature=0.7)
+    metrics = validate(module, rows_of("good", None, "very good"), tmp_path)
+    model, tokenizer = module.policy.model, module.tokenizer
+    total, count = 0.0, 0
+    for prompt, text in (("film 0", "good"), ("film 2", "very good")):
+        ids, given = tokenizer(prompt)["input_ids"], [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        logits = model(torch.tensor([ids + given])).logits[0, len(ids) - 1 : -1].detach()
+        total += float(logits.log_softmax(-1)[range(len(given)), given].sum())
+        count += len(given)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(-total / count), rel=1e-4)
+
+
+def test_the_best_of_several_is_what_the_rewards_like(tiny, tmp_path):
+    rows = rows_of(*"abcdef")
+    plain = make_module("RLOO", tiny, rewards=[worth], num_samples=4, sampling={"greedy": False})
+    sampled = {(r["index"], r["sample"]): r["reward"] for r in predict(plain, rows, tmp_path)}
+    metrics = {
+        n: validate(make_module("RLOO", tiny, rewards=[worth], evaluation={"best_of": n}), rows, tmp_path)
+        for n in (4, 40)
+    }
+    assert metrics[40]["val/reward"] > metrics[4]["val/reward"] > sum(sampled.values()) / len(sampled)
+    assert metrics[4]["val/kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
+
+
+def test_the_best_of_several_is_never_one_without_an_opinion(tiny, tmp_path):
+    def mostly_silent(completion_ids, **kwargs):
+        return [-float(sum(ids)) if sum(ids) % 2 else None for ids in completion_ids]
+
+    module = make_module("RLOO", tiny, rewards=[mostly_silent], evaluation={"best_of": 30})
+    assert validate(module, rows_of(*"abc"), tmp_path)["val/undecided"] < 1
+    assert all(example["reward"] == example["reward"] for example in module.examples)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"best_of": 0}, "best_of=0"), ({"prefered": "x"}, "prefered.*EvaluationOptions")],
+)
+def test_options_of_evaluation_that_do_not_exist(options, sentence, tiny):
+    with pytest.raises(ValueError, match=sentence):
+        make_module("RLOO", tiny, evaluation=options)
+
+
 # No opinion counts nowhere
 
 
@@ -234,8 +382,9 @@ def needs_answer(completions, answer):
         ({"opponent": "refrence"}, r"opponent='refrence' is no column .*'reference'"),
         ({"rewards": [needs_answer]}, r"'needs_answer' asks for \['answer'\].*'reference'"),
         ({"judge": needs_answer}, r"'needs_answer' asks for \['answer'\].*'reference'"),
+        ({"evaluation": {"preferred": "chosen"}}, r"evaluation.preferred='chosen' is no column .*'reference'"),
     ],
-    ids=["opponent", "reward", "judge"],
+    ids=["opponent", "reward", "judge", "preferred"],
 )
 def test_a_column_that_is_not_there_is_told_before_a_model_is_loaded(stage, options, sentence, tiny, tmp_path):
     rows = rows_of(*"abcdefgh")

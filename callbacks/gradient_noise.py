@@ -1,0 +1,117 @@
+"""How noisy the gradient of an update is, measured: by method, and as a guide to the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms import Online
+
+
+class GradientNoise(Callback):
+    """Measures the variance of the gradient between the prompts of a rollout; for any method that samples.
+
+    The rollout is cut into parts of equally many prompts, and the gradient of each is computed once more, before the
+    first update of the rollout changes the weights; training is left as it is. Logged:
+
+    - `train/gradient_variance`: the sum over all weights of the variance of the update's gradient (before clipping), as
+      it would be among other prompts and samples;
+    - `train/gradient_noise_scale`: in prompts of all ranks, the variance of a single prompt's gradient over the squared
+      norm of the mean gradient, both averaged over measurements. An update on far fewer prompts is mostly noise; on far
+      more, mostly waste. McCandlish et al., 2018, arXiv 1812.06162, equation 2.9 and appendix A.
+
+    A measurement takes another forward and backward of the rollout, and holds one copy of the gradients.
+
+    Args:
+        every_n_rollouts: How often to measure.
+        parts: Parts of a rollout on one device, 2 or more. The more there are, the surer is the variance.
+        smoothing: Weight of the past in the averages of the noise scale, from 0 to below 1.
+
+    Raises:
+        ValueError: If a number is out of its range, or at `fit` if the method does not sample, or a rollout has fewer
+            prompts than parts.
+    """
+
+    def __init__(self, every_n_rollouts: int = 10, parts: int = 4, smoothing: float = 0.9) -> None:
+        if every_n_rollouts < 1:
+            raise ValueError(f"every_n_rollouts={every_n_rollouts} must be at least 1")
+        if parts < 2:
+            raise ValueError(f"parts={parts} must be at least 2: there is no variance within one")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} must be at least 0 and below 1")
+        self.every_n_rollouts, self.parts, self.smoothing = every_n_rollouts, parts, smoothing
+        self.averages: list[float] = []
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The noise scale in prompts; infinite where nothing of the gradient is sure, None before a measurement."""
+        if not self.averages:
+            return None
+        variance, square = self.averages
+        return variance / square if square > 0 else math.inf
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is something to measure."""
+        if not isinstance(pl_module, Online):
+            raise ValueError(
+                f"{type(self).__name__} is for methods that sample, and {type(pl_module).__name__} does not"
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure a rollout before its first update."""
+        module: Any = pl_module
+        rollout_number, step = divmod(trainer.fit_loop.epoch_loop.batch_idx, module.repeats)
+        first = step < trainer.accumulate_grad_batches
+        if first and rollout_number % self.every_n_rollouts == 0 and module.rollout is not None:
+            self.measure(trainer, module)
+
+    def measure(self, trainer: Trainer, module: Online) -> None:
+        """Measure the gradient of the current rollout, and log it."""
+        assert module.rollout is not None
+        rollout, size = module.rollout, len(module.rollout.prompts) // self.parts
+        if size == 0:
+            raise ValueError(
+                f"a rollout of {len(rollout.prompts)} prompts can't be cut into {self.parts} parts: raise "
+                "data.batch_size"
+            )
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        squares = torch.zeros((), dtype=torch.float64, device=module.device)
+        for i in range(self.parts):
+            with torch.enable_grad(), trainer.precision_plugin.train_step_context():
+                terms, mask, _ = module.terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
+            loss = terms.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for whole, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    whole += gradient
+                    squares += (gradient.double() ** 2).sum()
+        parts = self.parts * trainer.world_size
+        mean_square = self._mean_square(module, total, parts)
+        squares = module.sum_over_ranks(squares)
+        estimates = F.gradient_noise(float(squares), float(mean_square), parts, size)
+        weight = self.smoothing if self.averages else 0.0
+        self.averages = [
+            weight * a + (1 - weight) * e for a, e in zip(self.averages or estimates, estimates, strict=True)
+        ]
+        prompts = len(rollout.prompts) * trainer.world_size
+        module.log("train/gradient_variance", estimates[0] / prompts, batch_size=1)
+        module.log("train/gradient_noise_scale", float(self.noise_scale or 0.0), batch_size=1)
+
+    def _mean_square(self, module: Online, total: list[Tensor], parts: int) -> Tensor:
+        """The squared norm of the mean gradient of all parts, on all ranks."""
+        return torch.stack([((module.sum_over_ranks(g).double() / parts) ** 2).sum() for g in total]).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages."""
+        return {"averages": self.averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them."""
+        self.averages = state_dict["averages"]

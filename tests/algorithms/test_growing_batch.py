@@ -1,0 +1,271 @@
+"""Gradient noise and growing batches, in runs with a real Trainer."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import lit_rlhf
+from lit_rlhf import functional as F
+from lit_rlhf.callbacks import AdaptiveBatch, BatchSchedule, GradientNoise
+from lit_rlhf.data import BlockSampler
+from runs import ONLINE, make_data, make_module, make_trainer
+
+# The sampler
+
+
+def blocks(sampler, start=0):
+    sampler.start = start
+    return list(sampler)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(
+    "sizes", [[(0, 2), (2, 3)], [(0, 1), (1, 2), (2, 4)], [(0, 5), (9, 6)], [(0, 2), (3, 9)]], ids=str
+)
+def test_blocks_that_grow_still_hand_over_each_row_at_most_once(sizes, repeats):
+    sampler = BlockSampler(range(17), 2, repeats=repeats)
+    sampler.sizes = sizes
+    steps = blocks(sampler)
+    assert len(steps) == len(sampler) and len(sampler) % repeats == 0
+    rollouts = steps[::repeats]
+    assert [len(block) for block in rollouts] == [
+        next(s for b, s in sizes[::-1] if b <= i) for i in range(len(rollouts))
+    ]
+    rows = [row for block in rollouts for row in block]
+    assert len(set(rows)) == len(rows)
+    left = 17 - len(rows)
+    assert left < next(size for first, size in sizes[::-1] if first <= len(rollouts))
+    assert all(blocks(sampler, start) == steps[start:] for start in range(len(steps)))
+
+
+def test_two_ranks_see_what_one_process_sees_while_it_grows():
+    one = BlockSampler(range(40), 4)
+    one.sizes = [(0, 4), (2, 8), (3, 10)]
+    two = [BlockSampler(range(40), 2, num_replicas=2, rank=rank) for rank in (0, 1)]
+    for sampler in two:
+        sampler.sizes = [(first, size // 2) for first, size in one.sizes]
+    assert blocks(one) == [left + right for left, right in zip(*map(blocks, two), strict=True)]
+
+
+def test_what_was_handed_over_stays_when_the_rest_grows():
+    sampler = BlockSampler(range(24), 4)
+    steps, seen = iter(sampler), []
+    seen += [next(steps), next(steps)]
+    assert len(sampler) == 6
+    sampler.sizes.append((2, 8))
+    seen += list(steps)
+    assert [len(block) for block in seen] == [4, 4, 8, 8] and len(sampler) == 4
+    assert sorted(row for block in seen for row in block) == list(range(24))
+
+
+# Runs
+
+
+class Recorder(Callback):
+    """Keeps the prompts of each rollout, and saves after every step."""
+
+    def __init__(self, folder=None):
+        self.folder, self.sizes, self.lengths, self.ends, self.validated, self.noise = folder, [], [], [], [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx % module.repeats == 0:
+            self.sizes.append(len(batch))
+        self.noise.append(trainer.callback_metrics.get("train/gradient_noise_scale"))
+        if self.folder is not None:
+            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx:02d}.ckpt")
+
+    def on_train_epoch_end(self, trainer, module):
+        self.lengths.append(trainer.num_training_batches)
+        self.ends.append(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
+
+    def on_validation_end(self, trainer, module):
+        self.validated.append(trainer.global_step)
+
+
+def worth(completion_ids, **kwargs):
+    return [sum(ids) % 7 / 4 for ids in completion_ids]
+
+
+def train(tiny, root, callback, save=None, ckpt_path=None, name="RLOO", trainer=None, **options):
+    recorder = Recorder(save)
+    runner = make_trainer(root, **{"max_epochs": 2, "callbacks": [callback, recorder], **(trainer or {})})
+    module = make_module(name, tiny, rewards=[worth], **options)
+    runner.fit(module, make_data(name, rows=40, batch_size=2), ckpt_path=ckpt_path)
+    return module, recorder
+
+
+def test_a_schedule_grows_in_a_straight_line_over_epochs(tiny, tmp_path):
+    module, recorder = train(tiny, tmp_path, BatchSchedule(maximum=8, updates=12))
+    # 40 prompts an epoch; 2 + 6 u / 12 of them after u updates, rounded down
+    assert recorder.sizes == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8]
+    assert recorder.lengths == recorder.ends == [10, 5]
+    assert recorder.validated == [0, 10, 15]  # at the end of each epoch, as ever
+    assert module.trainer.global_step == 15
+    assert float(module.trainer.callback_metrics["train/prompts"]) == 8
+
+
+def test_a_schedule_counts_updates_not_steps(tiny, tmp_path):
+    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 4, "max_epochs": 1})
+    _, recorder = train(tiny, tmp_path, BatchSchedule(maximum=4, updates=2), **options)
+    assert recorder.sizes == [2, 2, 3, 3, 4, 4, 4, 4, 4, 4][: len(recorder.sizes)]
+    assert recorder.lengths == recorder.ends == [2 * len(recorder.sizes)] and len(recorder.sizes) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
+)
+def test_a_resumed_run_grows_on(make, tiny, tmp_path):
+    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5})
+    straight, whole = train(tiny, tmp_path, make(), save=tmp_path, **options)
+    assert whole.sizes[-1] > whole.sizes[0]
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == sum(whole.lengths)
+    for path in paths[1::4]:
+        resumed, rest = train(tiny, tmp_path, make(), ckpt_path=path, **options)
+        weights = resumed.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in straight.state_dict().items()), path.name
+        assert rest.sizes == whole.sizes[len(whole.sizes) - len(rest.sizes) :]
+        assert rest.lengths == whole.lengths[len(whole.lengths) - len(rest.lengths) :]
+
+
+def test_a_noisy_gradient_asks_for_more_prompts_and_no_more_than_allowed(tiny, tmp_path):
+    """A reward that is nothing but noise has no direction to see."""
+
+    def noise(completion_ids, trainer_state, **kwargs):
+        generator = torch.Generator().manual_seed(trainer_state.global_step)
+        return torch.randn(len(completion_ids), generator=generator).tolist()
+
+    recorder = Recorder()
+    module = make_module("RLOO", tiny, rewards=[noise], kl_coef=0.0, lr=1e-6)
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[AdaptiveBatch(8, 1, 2), recorder], limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
+    sizes = recorder.sizes
+    assert sizes[0] == 2 and sizes[-1] == 8
+    assert all(before <= after <= 2 * before for before, after in itertools.pairwise(sizes))
+    assert recorder.lengths == recorder.ends
+
+
+def test_a_clear_gradient_asks_for_no_more(tiny, tmp_path):
+    """SFT's own gradient: one completion is worth 1 and can't be missed."""
+
+    class Clear(lit_rlhf.RLOO):
+        def loss(self, rollout):
+            terms, metrics = super().loss(rollout)
+            weight = next(p for p in self.policy.parameters() if p.requires_grad)
+            return terms * 0 + 100 * weight.sum(), metrics
+
+    recorder = Recorder()
+    module = Clear(str(tiny), rewards=[worth], num_samples=2, max_new_tokens=4)
+    trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[AdaptiveBatch(8, 1, 2), recorder], limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
+    assert set(recorder.sizes) == {2}
+    assert all(float(noise) < 1e-3 for noise in recorder.noise)
+
+
+# The measurement
+
+
+def test_the_estimates_are_unbiased():
+    """Of gradients drawn around a known one with a known variance."""
+    torch.manual_seed(0)
+    mean, deviation, parts, size = torch.tensor([0.5, -1.0, 0.2]), 2.0, 4, 3
+    draws = mean + deviation * torch.randn(20_000, parts, size, 3, dtype=torch.float64)
+    gradients = draws.mean(2)
+    estimates = [F.gradient_noise(float((g**2).sum()), float((g.mean(0) ** 2).sum()), parts, size) for g in gradients]
+    variance, square = torch.tensor(estimates).mean(0).tolist()
+    assert variance == pytest.approx(3 * deviation**2, rel=0.02)
+    assert square == pytest.approx(float((mean**2).sum()), abs=0.02)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_measuring_leaves_training_as_it_is(name, tiny, tmp_path):
+    options = dict(name=name, minibatches=2, trainer={"max_steps": 6, "gradient_clip_val": 0.5})
+    measured, recorder = train(tiny, tmp_path, GradientNoise(1, 2), **options)
+    plain, _ = train(tiny, tmp_path, Callback(), **options)
+    weights = plain.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in measured.state_dict().items())
+    assert all(float(noise) >= 0 for noise in recorder.noise)
+    assert measured.trainer.callback_metrics["train/gradient_variance"] > 0
+
+
+def test_the_variance_is_that_of_the_parts_gradients(tiny, tmp_path):
+    """One rollout, whose parts are trained on one by one."""
+    seen = {}
+
+    class Parts(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            seen["rollout"] = module.rollout
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            gradients = []
+            for rows in (slice(0, 2), slice(2, 4)):
+                with torch.enable_grad():
+                    terms, mask, _ = module.terms(module.rollout.rows(rows))
+                loss = terms[mask].mean()
+                gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+            seen["variance"] = float(torch.stack(gradients).var(0).sum()) / 2  # of the mean of two parts
+
+    module = make_module("RLOO", tiny, rewards=[worth])
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[Parts(), GradientNoise(1, 2)], limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO", rows=40, batch_size=4))
+    assert float(trainer.callback_metrics["train/gradient_variance"]) == pytest.approx(seen["variance"], rel=1e-3)
+
+
+def test_a_baseline_of_siblings_has_less_variance_than_none(tiny, tmp_path):
+    def far_from_zero(completion_ids, **kwargs):
+        return [20 + value for value in worth(completion_ids)]
+
+    variance = {}
+    for name, options in {"RLOO": {}, "Reinforce": {"baseline": "none"}}.items():
+        module = make_module(name, tiny, rewards=[far_from_zero], num_samples=4, **options)
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
+        trainer.fit(module, make_data(name, rows=40, batch_size=16))
+        variance[name] = float(trainer.callback_metrics["train/gradient_variance"])
+    assert variance["RLOO"] < 0.1 * variance["Reinforce"]
+
+
+def test_nothing_sure_is_an_infinite_scale():
+    noise = GradientNoise()
+    assert noise.noise_scale is None
+    noise.load_state_dict({"averages": [2.0, -0.1]})
+    assert noise.noise_scale == math.inf
+    noise.load_state_dict({"averages": [2.0, 0.5]})
+    assert noise.noise_scale == 4
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: GradientNoise(every_n_rollouts=0), "every_n_rollouts=0"),
+        (lambda: GradientNoise(parts=1), "parts=1"),
+        (lambda: GradientNoise(smoothing=1.0), "smoothing=1"),
+        (lambda: BatchSchedule(0, 5), "maximum=0"),
+        (lambda: BatchSchedule(5, 0), "updates=0"),
+    ],
+)
+def test_numbers_out_of_range(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("callback", "name", "data", "sentence"),
+    [
+        (BatchSchedule(1, 5), "RLOO", {}, "maximum=1 is below data.batch_size=4"),
+        (BatchSchedule(99, 5), "RLOO", {}, "maximum=99 needs 99 rows .* there are 12"),
+        (BatchSchedule(8, 5), "RLOO", {"num_workers": 1}, "num_workers=0"),
+        (GradientNoise(), "SFT", {}, "GradientNoise is for methods that sample, and SFT does not"),
+        (AdaptiveBatch(8), "SFT", {}, "AdaptiveBatch is for methods that sample"),
+        (GradientNoise(parts=9), "RLOO", {}, "4 prompts can't be cut into 9 parts"),
+    ],
+)
+def test_what_can_not_grow_or_be_measured(callback, name, data, sentence, tiny, tmp_path):
+    module = make_module(name, tiny, **({"rewards": [worth]} if name == "RLOO" else {}))
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[callback], limit_val_batches=0)
+    with pytest.raises(ValueError, match=sentence):
+        trainer.fit(module, make_data(name, **data))
