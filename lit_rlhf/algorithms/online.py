@@ -61,7 +61,7 @@ class Online(Method):
             rollout, as the paper's two, and all but the first are off-policy, which is not corrected.
         sample_minibatches: Slices of each group along its samples, likewise.
         epochs: Passes over a rollout, each of which is another update at least.
-        shaping: Options of `lit_rlhf.rewards.Shaping`: `normalize`, `clip`.
+        shaping: Options of `lit_rlhf.rewards.Shaping`: `normalize`, `clip`, `noise`.
         truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
             nowhere), or a number that is subtracted from their reward.
         sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
@@ -195,7 +195,8 @@ class Online(Method):
         rewards, valid = scores.rewards, scores.valid
         if self.truncated == "leave_out":
             valid = valid & completions.finished
-        rewards = self.shaping(rewards, valid & scores.whole, self.sum_over_ranks)
+        address = (self.seed, self.current_epoch, prompts.index.tolist())
+        rewards = self.shaping(rewards, valid & scores.whole, self.sum_over_ranks, address)
         if not isinstance(self.truncated, str):
             rewards = rewards - self.truncated * (~completions.finished).to(rewards)
         kl = torch.zeros_like(rewards)

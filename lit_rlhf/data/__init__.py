@@ -4,7 +4,7 @@ from lit_rlhf.data.formats import Example, read_demonstration, read_preference, 
 from lit_rlhf.data.module import DemonstrationData, PreferenceData, PromptData, TextData
 from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import load_rows
-from lit_rlhf.data.transforms import FirstWords
+from lit_rlhf.data.transforms import FirstWords, LastAnswer
 
 __all__ = [
     "BlockSampler",
@@ -12,6 +12,7 @@ __all__ = [
     "EvalSampler",
     "Example",
     "FirstWords",
+    "LastAnswer",
     "PreferenceData",
     "PromptData",
     "ResumableLoader",

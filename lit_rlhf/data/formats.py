@@ -26,7 +26,7 @@ from lit_rlhf.types import Message, Text
 _CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "chosen", "rejected")
 _ROLES = {"human": "user", "gpt": "assistant"}
-_SPEAKER = "\n\nAssistant:"
+SPEAKER = "\n\nAssistant:"
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def _common(texts: list[Any]) -> int:
 def _word_start(texts: list[str]) -> int:
     """Where the common prefix ends, moved back so that no completion begins inside a word."""
     prefix = texts[0][: _common(texts)]
-    if _SPEAKER in prefix:
-        return prefix.rindex(_SPEAKER) + len(_SPEAKER)
+    if SPEAKER in prefix:
+        return prefix.rindex(SPEAKER) + len(SPEAKER)
     cut = len(prefix)
     while cut and any(_inside_word(text, cut) for text in texts):
         cut -= 1

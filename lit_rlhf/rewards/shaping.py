@@ -1,4 +1,4 @@
-"""Choices about the scale of rewards. None is made unless asked for: they change what is optimised."""
+"""Choices about the rewards that training sees. None is made unless asked for: they change what is optimised."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lit_rlhf.buffers import keep_float64
+from lit_rlhf.sampling import addressed_noise
+
+NOISE_EPOCH = 2**32
+"""Added to the epoch in the address of the noise of rewards, so that it is not that of sampling."""
 
 
 class Shaping(nn.Module):
-    """Normalises and clips the rewards of whole completions, before the KL is taken off.
+    """Normalises and clips the rewards of whole completions in training, before the KL is taken off.
 
     Args:
         normalize: Bring rewards to mean 0 and variance 1 of all that have been seen, this rollout's included.
         clip: Then hold them within `[-clip, clip]`.
+        noise: Before both, add noise of this standard deviation, to find out how a method bears rewards that are not
+            sure, as Back to Basics does with 1, 3 and 5.
 
     Raises:
-        ValueError: If `clip` is not above 0.
+        ValueError: If `clip` is not above 0, or `noise` is below.
     """
 
     count: Tensor
     total: Tensor
     squares: Tensor
 
-    def __init__(self, normalize: bool = False, clip: float | None = None) -> None:
+    def __init__(self, normalize: bool = False, clip: float | None = None, noise: float = 0.0) -> None:
         super().__init__()
         if clip is not None and not clip > 0:
             raise ValueError(f"shaping: clip={clip} must be above 0, or null for none")
-        self.normalize, self.clip = normalize, clip
+        if not noise >= 0:
+            raise ValueError(f"shaping: noise={noise} must be 0 or more: it is a standard deviation")
+        self.normalize, self.clip, self.noise = normalize, clip, noise
         if normalize:
             for name in ("count", "total", "squares"):
                 self.register_buffer(name, torch.zeros((), dtype=torch.float64))
@@ -45,11 +53,24 @@ class Shaping(nn.Module):
         rewards: Float[Tensor, "prompts samples"],
         valid: Bool[Tensor, "prompts samples"],
         sum_over_ranks: Callable[[Tensor], Tensor],
+        address: tuple[int, int, list[int]] = (0, 0, []),
     ) -> Float[Tensor, "prompts samples"]:
-        """Return the rewards as they shall be; those that are not valid stay as they are and count in no statistic."""
+        """Return the rewards as they shall be; those that are not valid stay as they are and count in no statistic.
+
+        Args:
+            rewards: The rewards.
+            valid: Where they count.
+            sum_over_ranks: Adds up a tensor of all ranks.
+            address: Of the noise: the run's seed, the epoch, and each prompt's index.
+        """
         shaped = rewards
+        if self.noise:
+            seed, epoch, index = address
+            uniform = addressed_noise(seed, NOISE_EPOCH + epoch, index, rewards.shape[1], 1)
+            normal = torch.special.ndtri(uniform.clamp(min=1e-12)).view(rewards.shape)
+            shaped = shaped + self.noise * normal.to(rewards)
         if self.normalize:
-            kept = rewards.double().masked_fill(~valid, 0.0)
+            kept = shaped.double().masked_fill(~valid, 0.0)
             sums = sum_over_ranks(torch.stack([valid.sum().double(), kept.sum(), (kept**2).sum()]))
             self.count += sums[0]
             self.total += sums[1]
@@ -57,7 +78,7 @@ class Shaping(nn.Module):
             count = self.count.clamp(min=1)
             mean = self.total / count
             deviation = (self.squares / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-6)
-            shaped = ((rewards.double() - mean.item()) / deviation.item()).to(rewards.dtype)
+            shaped = ((shaped.double() - mean.item()) / deviation.item()).to(rewards.dtype)
         if self.clip is not None:
             shaped = shaped.clamp(-self.clip, self.clip)
         return shaped.where(valid, rewards)

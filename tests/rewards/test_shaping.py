@@ -70,3 +70,26 @@ def test_the_statistics_are_saved():
 def test_a_clip_must_be_positive():
     with pytest.raises(ValueError, match="clip=0 must be above 0"):
         Shaping(clip=0)
+
+
+def test_noise_is_normal_and_that_of_its_address():
+    rewards, everywhere = torch.full((500, 4), 2.0), torch.ones(500, 4, dtype=torch.bool)
+    index = list(range(500))
+    noisy = Shaping(noise=3.0)(rewards, everywhere, alone, (1, 0, index))
+    assert float(noisy.mean()) == pytest.approx(2.0, abs=0.3) and float(noisy.std()) == pytest.approx(3.0, rel=0.1)
+    assert float(((noisy - 2).abs() < 3).float().mean()) == pytest.approx(0.683, abs=0.04)
+    for address in [(2, 0, index), (1, 1, index), (1, 0, index[::-1])]:
+        assert not torch.equal(Shaping(noise=3.0)(rewards, everywhere, alone, address), noisy)
+    half = Shaping(noise=3.0)(rewards[250:, :2], everywhere[250:, :2], alone, (1, 0, index[250:]))
+    assert torch.equal(half, noisy[250:, :2])
+
+
+def test_what_is_not_valid_gets_no_noise():
+    valid = EVERYWHERE.clone()
+    valid[1, 2] = False
+    assert float(Shaping(noise=1.0)(torch.zeros(2, 3), valid, alone, (0, 0, [4, 5]))[1, 2]) == 0
+
+
+def test_noise_is_a_deviation():
+    with pytest.raises(ValueError, match="noise=-1"):
+        Shaping(noise=-1.0)

@@ -1,0 +1,109 @@
+"""The paper's runs, step by step as their configurations say, with tiny local stand-ins for models and data."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from lit_rlhf.cli import CONFIGS, main
+from tiny import make_llama, make_tokenizer
+
+ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+SHORT = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.val=4"]
+
+SETTINGS = {
+    "tldr": {"demonstrations": "tldr.jsonl", "pairs": "tldr_pairs.jsonl", "prompts": "tldr.jsonl"},
+    "hh": {"demonstrations": "hh.jsonl", "pairs": "hh.jsonl", "prompts": "hh.jsonl"},
+}
+ONLINE = {
+    "RLOO": [],
+    "RAFT": ["--model", "RAFT"],
+    "Reinforce": ["--model", "Reinforce", "--model.num_samples", "1"],
+    "VanillaPG": ["--model", "VanillaPG", "--model.num_samples", "1"],
+    "PPO": ["--model", "PPO", "--model.num_samples", "1"],
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer), max_position_embeddings=1024).save_pretrained("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_labels=1, pad_token_id=0, max_position_embeddings=1024,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained("judge")
+    for folder in ("tiny", "judge"):
+        tokenizer.save_pretrained(folder)
+    posts = [f"POST: I met number {i}.\n\nTL;DR:" for i in range(40)]
+    dialogues = [f"\n\nHuman: Hi {i}\n\nAssistant: Yes?\n\nHuman: Who is {i}?\n\nAssistant:" for i in range(40)]
+    write("tldr.jsonl", [{"prompt": post, "completion": f" Met {i}."} for i, post in enumerate(posts)])
+    pairs = [{"prompt": post, "chosen": f" Met {i}.", "rejected": " No."} for i, post in enumerate(posts)]
+    write("tldr_pairs.jsonl", pairs)
+    write("hh.jsonl", [{"chosen": f"{d} A man.", "rejected": f"{d} No idea."} for d in dialogues])
+    return tmp_path
+
+
+def write(name, rows):
+    with open(name, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def run(config, rows, *args):
+    local = ["--model.policy=tiny", f"--data.train={rows}", "--trainer.default_root_dir=here"]
+    main(["fit", "--config", config, *args, *local, *SHORT, *ONE_PROCESS])
+    with open("here/version_0/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("step", ["sft", "reward_model", "dpo"])
+def test_a_step_before_or_instead_of_sampling(setting, step, place):
+    rows = SETTINGS[setting]["demonstrations" if step == "sft" else "pairs"]
+    run(f"paper/{setting}_{step}", rows, "--data.batch_size=4", "--trainer.accumulate_grad_batches=1")
+    assert (place / "here" / "policy" / "last" / "model.safetensors").is_file()
+
+
+REWARDS = "[{class_path: lit_rlhf.RewardModel, init_args: {model: judge}}]"
+
+
+def check_online(setting, *args):
+    small = ["--data.batch_size=16", "--model.max_new_tokens=4", "--model.rewards", REWARDS]
+    rows = run(f"paper/{setting}", SETTINGS[setting]["prompts"], *args, *small)
+    updates = [row for row in rows if row["train/loss"]]
+    assert len(updates) == 2
+    assert any(row["val/win_rate"] and row["val/perplexity"] for row in rows)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_rloo_samples(setting, place):
+    check_online(setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in ONLINE if name != "RLOO"])
+def test_every_method_that_samples(setting, name, place):
+    check_online(setting, *ONLINE[name])
+
+
+def test_llama_differs_where_it_should(place):
+    check_online("hh", "--config", "paper/llama")
+    config = yaml.safe_load((place / "here" / "version_0" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
+    assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_rollout_has_as_many_completions_as_the_paper_says(setting):
+    config = yaml.safe_load((CONFIGS / "paper" / f"{setting}.yaml").read_text())
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert config["data"]["init_args"]["batch_size"] * model["num_samples"] * trainer["devices"] == 512
+    assert model["minibatches"] // trainer["accumulate_grad_batches"] == 2  # updates a rollout
+    longest = config["data"]["init_args"]["max_prompt_tokens"] + model["max_new_tokens"]
+    assert longest == 512
