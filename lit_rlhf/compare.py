@@ -83,7 +83,7 @@ def compare(
         common: What every `fit` is given, such as `["--config", "quickstart"]`.
         evaluation: What `lit-rlhf test` is given; each cell is tested with its own weights.
         out: The folder; what is done there already is not run again.
-        seeds: One cell of each method for each seed.
+        seeds: One cell of each method for each seed; may be empty where only costs are measured.
         only: Names of the methods to run; all where empty. The table holds all that is done.
         rates: Learning rates to try with every method that is trained; the table says which gives the best return.
         pairs: Names of methods whose difference is to be shown, with its interval over the seeds.
@@ -101,7 +101,7 @@ def compare(
     named = {*only, *(name for pair in pairs for name in pair)}
     if unknown := named - set(cells):
         raise ValueError(f"{sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
-    if not seeds or jobs < 1:
+    if jobs < 1 or not (seeds or cost):
         raise ValueError(f"seeds={list(seeds)} and jobs={jobs}: give at least one of each")
     chosen = {name: cell for name, cell in cells.items() if not only or name in only}
     if rates:
@@ -114,7 +114,7 @@ def compare(
             if not (place / RESULT).is_file():
                 work[f"{name}, seed {seed}"] = bind(run_cell, place, seed, common, cell, evaluation, threads(jobs))
     failed = run_all(work, jobs)
-    measured = measure(folder / "cost", chosen, common, cost, seeds[0], failed) if cost else 0
+    measured = measure(folder / "cost", chosen, common, cost, failed) if cost else 0
     results = {name: read_results(folder, name, seeds) for name in cells}
     costs = {name: read_results(folder / "cost", name, range(1, cost.rounds + 1)) for name in cells} if cost else {}
     table = report.write(folder, results, costs, len(seeds), pairs, completions)
@@ -190,7 +190,7 @@ def run_cell(
     return None
 
 
-def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost, seed: int, failed: list[str]) -> int:
+def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost, failed: list[str]) -> int:
     """Measure what an update of each method costs, one process at a time; return how many had to be run."""
     work: dict[str, Callable[[], str | None]] = {}
     for number in range(1, cost.rounds + 1):
@@ -198,7 +198,7 @@ def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost,
             place = cell_folder(folder, name, number)
             if cell.fit is not None and not (place / RESULT).is_file():
                 given = ["fit", *common, *cell.fit, *cost.fit]
-                work[f"cost of {name}, round {number}"] = bind(measure_one, place, seed, given)
+                work[f"cost of {name}, round {number}"] = bind(measure_one, place, number, given)
     failed += run_all(work, 1)
     return len(work)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
 from lit_rlhf.algorithms.base import Method
@@ -29,16 +29,16 @@ from lit_rlhf.testbed.utility import gold
 from lit_rlhf.testbed.world import demonstrations, prompts
 
 
-def new_policy() -> Policy:
-    """Return an untrained Llama of 0.9 million parameters that knows the words of the world."""
-    tokenizer = make_tokenizer()
+def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4) -> Policy:
+    """Return an untrained Llama; with the tokenizer of the testbed it has 0.9 million parameters."""
+    heads = max(1, hidden // 32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -128,7 +128,7 @@ def build(
         updates: Of RLOO.
     """
     seed_everything(seed)
-    sft = SFT(new_policy(), **options(2e-3))
+    sft = SFT(new_policy(make_tokenizer()), **options(2e-3))
     fit(sft, DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=32), epochs=1)
     sft.policy.save(out / "policy")
     shrink(out / "policy")

@@ -21,13 +21,12 @@ from typing import Any
 from lightning.pytorch import seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import SFT
 from lit_rlhf.data import DemonstrationData, FirstWords, load_rows
-from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.testbed.build import fit, options, train_reward_model
+from lit_rlhf.testbed.build import fit, new_policy, options, train_reward_model
 from lit_rlhf.testbed.tokenizer import SPECIALS
 
 PROMPT_WORDS = 3
@@ -127,23 +126,6 @@ def make_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
-
-
-def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> Policy:
-    """Return an untrained Llama."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32),
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Policy(LlamaForCausalLM(config), tokenizer)
 
 
 def prompt_rows(rated: Sequence[Rated]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import lit_rlhf
 from lit_rlhf import functional as F
 from lit_rlhf.callbacks import AdaptiveBatch, BatchSchedule, GradientNoise
 from lit_rlhf.data import BlockSampler
-from runs import ONLINE, make_data, make_module, make_trainer
+from runs import make_data, make_module, make_trainer
 
 # The sampler
 
@@ -123,7 +123,7 @@ def test_a_resumed_run_grows_on(make, tiny, tmp_path):
     assert whole.sizes[-1] > whole.sizes[0]
     paths = sorted(tmp_path.glob("*.ckpt"))
     assert len(paths) == sum(whole.lengths)
-    for path in paths[1::4]:
+    for path in paths[1::9]:
         resumed, rest = train(tiny, tmp_path, make(), ckpt_path=path, **options)
         weights = resumed.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in straight.state_dict().items()), path.name
@@ -180,7 +180,7 @@ def test_the_estimates_are_unbiased():
     assert square == pytest.approx(float((mean**2).sum()), abs=0.02)
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", ["RLOO", "PPO"])
 def test_measuring_leaves_training_as_it_is(name, tiny, tmp_path):
     options = dict(name=name, minibatches=2, trainer={"max_steps": 6, "gradient_clip_val": 0.5})
     measured, recorder = train(tiny, tmp_path, GradientNoise(1, 2), **options)

@@ -1,0 +1,99 @@
+"""Judges that compare two completions, with opinions that are known."""
+
+import math
+
+import pytest
+
+from judged import OPINIONS, rows_of, validate
+from runs import make_module
+
+
+def prefers(choose):
+    """A judge of pairs that is given each prompt's pair and answers with `choose(completion, opponent)`."""
+
+    def pairs(prompts, completions, opponents, **kwargs):
+        return [choose(a, b) for a, b in zip(completions, opponents, strict=True)]
+
+    pairs.pairwise = True
+    return pairs
+
+
+def opinion(text):
+    return OPINIONS.get(text, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("choose", "rate", "bias"),
+    [
+        (lambda a, b: 0.5 * (opinion(a) == opinion(b)) + (opinion(a) > opinion(b)), 0.625, 0.0),
+        (lambda a, b: 1.0, 0.5, 0.5),
+        (lambda a, b: 0.0, 0.5, -0.5),
+        (lambda a, b: 0.9 if opinion(a) >= opinion(b) else 0.3, 0.575, 0.175),
+    ],
+    ids=["fair", "first", "second", "leaning"],
+)
+def test_a_judge_of_pairs_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", "same", "better", "worse"), tmp_path)
+    assert metrics["val/win_rate"] == pytest.approx(rate)
+    assert metrics["val/position_bias"] == pytest.approx(bias)
+    assert metrics["val/win_rate_low"] < rate < metrics["val/win_rate_high"]
+    assert metrics["val/undecided"] == 0 and "val/judge" not in metrics
+
+
+def test_an_answer_that_names_neither_side_counts_nowhere(tiny, tmp_path):
+    def choose(a, b):
+        return None if "nobody can tell" in (a, b) else float(opinion(a) > opinion(b))
+
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", "nobody can tell", "better", "worse", "nobody can tell"), tmp_path)
+    assert metrics["val/win_rate"] == pytest.approx(2 / 3)
+    assert metrics["val/undecided"] == pytest.approx(2 / 5)
+
+
+def test_a_row_without_an_opponent_is_not_asked_about(tiny, tmp_path):
+    seen = []
+
+    def choose(a, b):
+        seen.append({a, b})
+        return 0.5
+
+    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    metrics = validate(module, rows_of("worse", None, None), tmp_path)
+    assert len(seen) == 2 and all("worse" in pair for pair in seen)
+    assert metrics["val/undecided"] == pytest.approx(2 / 3)
+
+
+def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
+    metrics = validate(
+        make_module("RLOO", tiny, judge=prefers(lambda a, b: 0.5 + 0.5 * (a != b))), rows_of("a"), tmp_path
+    )
+    assert metrics["val/win_rate"] == 0.5  # the untrained policy writes the same
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [(2.0, "answered 2 at place 0.*from 0"), ("A", "returned .*'str'"), (math.nan, "returned nan")],
+)
+def test_an_answer_that_is_none_is_refused(answer, sentence, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=prefers(lambda a, b: answer), opponent="reference")
+    with pytest.raises(ValueError, match=sentence):
+        validate(module, rows_of("worse"), tmp_path)
+
+
+def test_a_judge_that_raises_is_named(tiny, tmp_path):
+    def pairs(prompts, completions, opponents):
+        raise OSError("no credit left")
+
+    pairs.pairwise = True
+    with pytest.raises(RuntimeError, match="'pairs' raised OSError: no credit left"):
+        validate(make_module("RLOO", tiny, judge=pairs), rows_of("a"), tmp_path)
+
+
+def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
+    async def pairs(opponents, reference):
+        assert opponents == reference or len(opponents) == len(reference)
+        return [0.25] * len(opponents)
+
+    pairs.pairwise = True
+    assert validate(make_module("RLOO", tiny, judge=pairs), rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5

@@ -1,0 +1,16 @@
+"""Held-out rows whose references a judge has a known opinion of."""
+
+import lit_rlhf
+from runs import make_trainer
+
+OPINIONS = {"better": 1.0, "same": 0.0, "worse": -1.0, "nobody can tell": None}
+
+
+def rows_of(*opponents):
+    return [{"prompt": f"film {i}", "reference": text} for i, text in enumerate(opponents)]
+
+
+def validate(module, rows, root, **options) -> dict[str, float]:
+    data = lit_rlhf.PromptData(val=rows, batch_size=2, **options)
+    (metrics,) = make_trainer(root).validate(module, datamodule=data, verbose=False)
+    return metrics
