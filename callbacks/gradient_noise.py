@@ -20,17 +20,19 @@ class GradientNoise(Callback):
     The rollout is cut into parts of equally many prompts, and the gradient of each is computed once more, before the
     first update of the rollout changes the weights; training is left as it is. Logged:
 
-    - `train/gradient_variance`: the sum over all weights of the variance of the update's gradient (before clipping), as
-      it would be among other prompts and samples;
+    - `train/gradient_variance`: the sum over the policy's weights of the variance of an update's gradient (before
+      clipping), as it would be among other prompts and samples;
     - `train/gradient_noise_scale`: in prompts of all ranks, the variance of a single prompt's gradient over the squared
       norm of the mean gradient, both averaged over measurements. An update on far fewer prompts is mostly noise; on far
       more, mostly waste. McCandlish et al., 2018, arXiv 1812.06162, equation 2.9 and appendix A.
 
-    A measurement takes another forward and backward of the rollout, and holds one copy of the gradients.
+    A measurement takes another forward and backward of the rollout, and holds two more copies of the gradients. Of a
+    critic that is a head on the policy's trunk, the gradient counts too.
 
     Args:
-        every_n_rollouts: How often to measure.
-        parts: Parts of a rollout on one device, 2 or more. The more there are, the surer is the variance.
+        every_n_rollouts: How often to measure; where an update takes several rollouts, every so many updates.
+        parts: Parts of a rollout on one device, 2 or more; `minibatches` where that is more. The more there are, the
+            surer is the variance.
         smoothing: Weight of the past in the averages of the noise scale, from 0 to below 1.
 
     Raises:
@@ -66,24 +68,25 @@ class GradientNoise(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure a rollout before its first update."""
         module: Any = pl_module
-        rollout_number, step = divmod(trainer.fit_loop.epoch_loop.batch_idx, module.repeats)
+        window = max(module.repeats, trainer.accumulate_grad_batches)
+        number, step = divmod(trainer.fit_loop.epoch_loop.batch_idx, window)
         first = step < trainer.accumulate_grad_batches
-        if first and rollout_number % self.every_n_rollouts == 0 and module.rollout is not None:
+        if first and number % self.every_n_rollouts == 0 and module.rollout is not None:
             self.measure(trainer, module)
 
     def measure(self, trainer: Trainer, module: Online) -> None:
         """Measure the gradient of the current rollout, and log it."""
         assert module.rollout is not None
-        rollout, size = module.rollout, len(module.rollout.prompts) // self.parts
+        rollout, cuts = module.rollout, max(self.parts, module.minibatches)
+        size = len(rollout.prompts) // cuts
         if size == 0:
             raise ValueError(
-                f"a rollout of {len(rollout.prompts)} prompts can't be cut into {self.parts} parts: raise "
-                "data.batch_size"
+                f"a rollout of {len(rollout.prompts)} prompts can't be cut into {cuts} parts: raise data.batch_size"
             )
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in module.policy.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         squares = torch.zeros((), dtype=torch.float64, device=module.device)
-        for i in range(self.parts):
+        for i in range(cuts):
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 terms, mask, _ = module.terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
             loss = terms.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
@@ -92,7 +95,7 @@ class GradientNoise(Callback):
                 if gradient is not None:
                     whole += gradient
                     squares += (gradient.double() ** 2).sum()
-        parts = self.parts * trainer.world_size
+        parts = cuts * trainer.world_size
         mean_square = self._mean_square(module, total, parts)
         squares = module.sum_over_ranks(squares)
         estimates = F.gradient_noise(float(squares), float(mean_square), parts, size)
@@ -100,7 +103,8 @@ class GradientNoise(Callback):
         self.averages = [
             weight * a + (1 - weight) * e for a, e in zip(self.averages or estimates, estimates, strict=True)
         ]
-        prompts = len(rollout.prompts) * trainer.world_size
+        share = trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)
+        prompts = share * len(rollout.prompts) * trainer.world_size
         module.log("train/gradient_variance", estimates[0] / prompts, batch_size=1)
         module.log("train/gradient_noise_scale", float(self.noise_scale or 0.0), batch_size=1)
 

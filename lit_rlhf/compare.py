@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ LAST_LINES = 15
 RESULT = "result.json"
 
 UNSETTLED = 2
-"""Updates at the start of a run whose seconds do not count: memory is taken then."""
+"""Rollouts at the start of a run (steps, where nothing is sampled) whose seconds do not count: memory is taken then."""
 
 
 class CellsFailed(RuntimeError):
@@ -101,11 +100,11 @@ def compare(
     named = {*only, *(name for pair in pairs for name in pair)}
     if unknown := named - set(cells):
         raise ValueError(f"{sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
-    if jobs < 1 or not (seeds or cost):
-        raise ValueError(f"seeds={list(seeds)} and jobs={jobs}: give at least one of each")
     chosen = {name: cell for name, cell in cells.items() if not only or name in only}
     if rates:
         chosen, cells, pairs, cost = sweep(chosen, rates), sweep(cells, rates), (), None
+    if jobs < 1 or not (seeds or cost):
+        raise ValueError(f"seeds={list(seeds)} and jobs={jobs}: give at least one of each")
     folder = Path(out)
     work: dict[str, Callable[[], str | None]] = {}
     for seed in seeds:
@@ -150,7 +149,8 @@ def run_all(work: dict[str, Callable[[], str | None]], jobs: int) -> list[str]:
         task = progress.add_task("", total=len(work))
         waiting = {pool.submit(run): name for name, run in work.items()}
         for done in as_completed(waiting):
-            name, error = waiting[done], done.result()
+            name, raised = waiting[done], done.exception()
+            error = done.result() if raised is None else f"{type(raised).__name__}: {raised}"
             progress.update(task, advance=1, description=name)
             if error is not None:
                 failed.append(name)
@@ -174,19 +174,17 @@ def run_cell(
 ) -> str | None:
     """Train and test one cell; return the last lines of what failed, or None."""
     place, log = prepare(folder, seed)
-    started = time.perf_counter()
     checkpoint: list[str] = []
     if cell.fit is not None:
         if run_logged(["fit", *common, *cell.fit, *place], log, environment) is None:
             return last_lines(log)
         checkpoint = ["--ckpt_path", str(newest(folder, "checkpoints/last.ckpt"))]
-    seconds = time.perf_counter() - started
     if run_logged(["test", *evaluation, *cell.test, *place, *checkpoint], log, environment) is None:
         return last_lines(log)
     tested = [row for row in read_csv(newest(folder, "metrics.csv")) if any(name.startswith("test/") for name in row)]
     metrics = {name.removeprefix("test/"): value for name, value in tested[-1].items() if name.startswith("test/")}
     curves = read_csv(newest(folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
-    leave(folder, {"seed": seed, "seconds": seconds, "metrics": metrics, "curves": curves})
+    leave(folder, {"seed": seed, "metrics": metrics, "curves": curves})
     return None
 
 
@@ -209,11 +207,13 @@ def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
     peak = run_logged([*given, *place], log, {})
     if peak is None:
         return last_lines(log)
-    updates = [seconds_of(row) for row in read_csv(newest(folder, "metrics.csv"))]
-    settled = [seconds for seconds in updates if seconds][UNSETTLED:]
-    if not settled:
-        return f"{' '.join(given)}: more than {UNSETTLED} updates are needed to measure one"
-    leave(folder, {"metrics": {"seconds": statistics.median(settled), "peak_mib": peak}})
+    rows = read_csv(newest(folder, "metrics.csv"))
+    rollouts = [seconds for seconds in map(seconds_of, rows) if seconds]
+    if len(rollouts) <= UNSETTLED:
+        return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
+    updates = sum("train/lr" in row for row in rows) / len(rollouts)
+    seconds = statistics.median(rollouts[UNSETTLED:]) / updates
+    leave(folder, {"metrics": {"seconds": seconds, "peak_mib": peak}})
     return None
 
 

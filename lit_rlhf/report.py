@@ -28,7 +28,7 @@ COLUMNS = {
 }
 """Metrics of `lit-rlhf test` that the table shows, where a run has them, and what it calls them."""
 
-COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak MiB"}
+COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak RSS (MiB)"}
 """What is shown of a method's cost: medians, with the range of the rounds."""
 
 DIFFERENCES = ("win_rate", "judge", "reward", "return")
@@ -167,9 +167,9 @@ def draw(path: Path, results: Results, completions: int) -> None:
     for place, title, (x, y) in zip(axes, titles, labels, strict=True):
         place.set(title=title, xlabel=x, ylabel=y)
         place.grid(alpha=0.25)
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20")
     for i, (name, rows) in enumerate(results.items()):
-        style: dict[str, Any] = {"color": colours(i % 10), "label": name}
+        style: dict[str, Any] = {"color": colours(i % colours.N), "label": name}
         courses = [c for c in (course(row["curves"]) for row in rows) if c]
         if courses:
             means = [mean_point([c[j] for c in courses]) for j in range(min(map(len, courses)))]

@@ -61,6 +61,13 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(pla
     assert table["start"]["seconds"] == "nan"
 
 
+def test_a_cell_that_leaves_nothing_to_read_is_one_that_failed(place, capsys):
+    write_config(place, {"start": {}, "untested": {"test": ["--trainer.limit_test_batches", "0"]}})
+    with pytest.raises(SystemExit, match=r"1 of 2 cells failed \(untested, seed 1\)"):
+        main(["compare", "--config", "mine.yaml"])
+    assert read_table(place)["start"]["seeds"] == "1"
+
+
 def test_only_what_is_asked_for_is_run(place):
     write_config(place, {"one": {}, "two": {}})
     main(["compare", "--config", "mine.yaml", "--only", "[two]"])

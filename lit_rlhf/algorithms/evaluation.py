@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
+from lit_rlhf.algorithms.monitor import all_or_none
 from lit_rlhf.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.rewards import BothOrders, Scorer
 from lit_rlhf.text import encode_completion
@@ -96,7 +97,7 @@ class EvaluationOptions:
 
     Attributes:
         best_of: Above 1, what is evaluated is not the greedy completion but the one of so many samples that the rewards
-            like best. Its KL counts the choice with the bound of `lit_rlhf.functional.best_of_kl`.
+            like best. To the KL of the policy is added what the choice itself costs at most (`F.best_of_kl`).
         preferred: A column of completions that people preferred; their perplexity under the policy is measured.
     """
 
@@ -138,7 +139,11 @@ class Evaluation:
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, prompts: Prompts) -> None:
-        """Evaluate a batch of prompts."""
+        """Evaluate a batch of prompts; what fails on one rank fails on all."""
+        with all_or_none(self.module):
+            self._update(prompts)
+
+    def _update(self, prompts: Prompts) -> None:
         module, options = self.module, self.module.evaluation
         written = self.write(prompts)
         texts = completion_texts(module.tokenizer, prompts, written)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf.algorithms.evaluation import check_completions, check_opponent
 from lit_rlhf.data.sampler import ResumableLoader
-from lit_rlhf.rewards import BothOrders, Scorer
+from lit_rlhf.rewards import BothOrders, Scorer, Weighted
 
 if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import Online
@@ -33,7 +33,11 @@ def make_options(kind: type[T], argument: str, options: dict[str, Any] | None, *
 
 def make_judge(judge: Callable[..., Any]) -> Scorer | BothOrders:
     """Take a judge that scores one completion, or compares two."""
-    return BothOrders(judge) if getattr(judge, "pairwise", False) else Scorer([judge])
+    bare = judge
+    while isinstance(bare, Weighted):
+        bare = bare.reward
+    pairwise = getattr(bare, "pairwise", getattr(getattr(bare, "func", None), "pairwise", False))
+    return BothOrders(bare) if pairwise else Scorer([judge])
 
 
 WRONG_KL = {

@@ -49,12 +49,15 @@ def read_rated(path: str | Path) -> list[Rated]:
     rated = []
     for i, row in enumerate(load_rows(str(path))):
         text, ratings = row.get("text"), row.get("ratings")
-        if not isinstance(text, str) or not isinstance(ratings, list) or len(ratings) < 2:
+        numbers = [rating for rating in ratings or [] if isinstance(rating, int | float)]
+        if not isinstance(text, str) or len(numbers) < 2 or len(numbers) != len(ratings or []):
             raise ValueError(
                 f"row {i} of {str(path)!r} needs a string `text` and a list `ratings` of two numbers at least, and has "
                 f"text={text!r}, ratings={ratings!r}"
             )
-        rated.append(Rated(text.strip(), tuple(map(float, ratings))))
+        rated.append(Rated(text.strip(), tuple(map(float, numbers))))
+    if len({rating for one in rated for rating in one.ratings}) < 2:
+        raise ValueError(f"all ratings in {str(path)!r} are equal: there is nothing to prefer")
     return rated
 
 
@@ -129,12 +132,12 @@ def make_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def prompt_rows(rated: Sequence[Rated]) -> list[dict[str, Any]]:
-    """Make prompts of the first words; `preferred` is how a text goes on that people liked, None for the others."""
+    """Make prompts of the first words; `preferred` is how the better rated half of the texts goes on, else None."""
     cut = FirstWords("text", PROMPT_WORDS)
-    rows = [(cut({"text": one.text}), statistics.fmean(one.ratings)) for one in rated]
-    return [
-        {"prompt": row["prompt"], "preferred": row["reference"] if rating > 0 else None} for row, rating in rows if row
-    ]
+    means = [statistics.fmean(one.ratings) for one in rated]
+    middle = statistics.median(means)
+    rows = [(cut({"text": one.text}), mean > middle) for one, mean in zip(rated, means, strict=True)]
+    return [{"prompt": row["prompt"], "preferred": row["reference"] if liked else None} for row, liked in rows if row]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -170,8 +173,11 @@ def build(
     texts = [one.text for one in (*for_reward, *for_judge)]
     out.mkdir(parents=True, exist_ok=True)
     pairs = {"reward_model": asked_pairs(for_reward, num_pairs, seed), "judge": asked_pairs(for_judge, num_pairs, seed)}
-    write_rows(out / "train.jsonl", prompt_rows([*for_reward, *for_judge]))
-    write_rows(out / "test.jsonl", prompt_rows(test))
+    unseen = prompt_rows(test)
+    taken = {row["prompt"] for row in unseen}
+    write_rows(out / "test.jsonl", unseen)
+    rows = prompt_rows([*for_reward, *for_judge])
+    write_rows(out / "train.jsonl", [row for row in rows if row["prompt"] not in taken])
     write_rows(out / "pairs.jsonl", pairs["reward_model"])
 
     seed_everything(seed)

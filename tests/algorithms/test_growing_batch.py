@@ -213,6 +213,39 @@ def test_the_variance_is_that_of_the_parts_gradients(tiny, tmp_path):
     assert float(trainer.callback_metrics["train/gradient_variance"]) == pytest.approx(seen["variance"], rel=1e-3)
 
 
+def variance_of(tiny, root, **options):
+    """The variance of the first update's gradient, on 8 prompts cut into 4 parts."""
+    trainer = {"max_steps": 1, "limit_val_batches": 0, **options.pop("trainer", {})}
+    runner = make_trainer(root, callbacks=[GradientNoise(1, 4)], **trainer)
+    runner.fit(make_module("RLOO", tiny, rewards=[worth], **options), make_data("RLOO", rows=40, batch_size=8))
+    return float(runner.callback_metrics["train/gradient_variance"])
+
+
+def test_the_variance_is_that_of_an_update_not_of_a_rollout(tiny, tmp_path):
+    whole = variance_of(tiny, tmp_path)
+    assert variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 4}) == pytest.approx(whole)
+    half = variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 2})
+    assert half == pytest.approx(2 * whole)
+
+
+def test_updates_of_several_rollouts_are_measured_too(tiny, tmp_path):
+    options = dict(trainer={"accumulate_grad_batches": 5, "max_epochs": 3})
+    _, recorder = train(tiny, tmp_path, AdaptiveBatch(4, 2, 2), **options)
+    assert recorder.noise[-1] is not None
+
+
+@pytest.mark.parametrize("value_coef", [0.5, 50.0])
+def test_a_critics_own_gradient_is_not_the_policys(value_coef, tiny, tmp_path):
+    variances = []
+    for coef in (0.5, value_coef):
+        module = make_module("VanillaPG", tiny, rewards=[worth], value_coef=coef)
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
+        torch.manual_seed(3)  # the critic's head
+        trainer.fit(module, make_data("VanillaPG", rows=40, batch_size=8))
+        variances.append(float(trainer.callback_metrics["train/gradient_variance"]))
+    assert variances[0] == pytest.approx(variances[1], rel=1e-6)
+
+
 def test_a_baseline_of_siblings_has_less_variance_than_none(tiny, tmp_path):
     def far_from_zero(completion_ids, **kwargs):
         return [20 + value for value in worth(completion_ids)]

@@ -1,9 +1,11 @@
 """Judges that compare two completions, with opinions that are known."""
 
+import functools
 import math
 
 import pytest
 
+import lit_rlhf
 from judged import OPINIONS, rows_of, validate
 from runs import make_module
 
@@ -97,3 +99,9 @@ def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
 
     pairs.pairwise = True
     assert validate(make_module("RLOO", tiny, judge=pairs), rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, lit_rlhf.Weighted])
+def test_a_judge_of_pairs_may_be_wrapped(wrap, tiny, tmp_path):
+    module = make_module("RLOO", tiny, judge=wrap(prefers(lambda a, b: 1.0)))
+    assert validate(module, rows_of("a"), tmp_path)["val/position_bias"] == 0.5

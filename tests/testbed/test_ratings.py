@@ -14,7 +14,7 @@ WORDS = ("awful dull plain fine lovely".split(), "film book play song tale".spli
 
 
 def rated_texts(n=60):
-    texts = [f"A {worth} {noun} in part {i} of many." for i in range(n) for worth, noun in [pick(i)]]
+    texts = [f"{i} {worth} {noun}s or more, of many." for i in range(n) for worth, noun in [pick(i)]]
     return [Rated(text, tuple(float(WORDS[0].index(text.split()[1]) - 2 + d) for d in (-1, 0, 0, 1))) for text in texts]
 
 
@@ -73,7 +73,7 @@ def test_agreement_is_that_with_the_majority(sign):
 
 
 def test_what_is_liked_is_what_has_a_preferred_ending():
-    rows = ratings.prompt_rows([Rated("One two three four.", (1.0, 2.0)), Rated("Five six seven eight.", (-1.0, 0.0))])
+    rows = ratings.prompt_rows([Rated("One two three four.", (4.0, 5.0)), Rated("Five six seven eight.", (1.0, 2.0))])
     assert rows == [{"prompt": "One two three", "preferred": " four."}, {"prompt": "Five six seven", "preferred": None}]
 
 
@@ -84,11 +84,26 @@ def test_the_tokenizer_writes_any_text_again():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a fine café!"
 
 
-@pytest.mark.parametrize("row", [{"text": "a", "ratings": [1]}, {"text": None, "ratings": [1, 2]}, {"text": "a"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "ratings": [1, None]},
+        {"text": "a", "ratings": [1]},
+        {"text": None, "ratings": [1, 2]},
+        {"text": "a"},
+    ],
+)
 def test_what_is_not_rated_gets_a_sentence(row, tmp_path):
     path = tmp_path / "rated.jsonl"
     path.write_text(json.dumps({"text": "x", "ratings": [1, 2]}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"row 1 of .*needs a string `text` and a list `ratings`"):
+        ratings.read_rated(path)
+
+
+def test_ratings_that_are_all_equal_get_a_sentence(tmp_path):
+    path = tmp_path / "rated.jsonl"
+    path.write_text((json.dumps({"text": "x", "ratings": [3, 3]}) + "\n") * 3)
+    with pytest.raises(ValueError, match=r"all ratings in .* are equal"):
         ratings.read_rated(path)
 
 
@@ -106,6 +121,8 @@ def test_the_whole_way(tmp_path, capsys):
     ratings.build(path, tmp_path / "out", held_out=10, **small)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy").config.hidden_size == 32
     test = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert train and not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert len(test) == 10 and {row["preferred"] is None for row in test} == {True, False}
     told = capsys.readouterr().out
     assert "reward_model: with the majority" in told and "judge: with the majority" in told
