@@ -111,6 +111,14 @@ def fit(*args: str) -> None:
     main(["fit", "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, *FAST, *args])
 
 
+def test_callbacks_of_rollouts_by_flags(place):
+    growing = ["--trainer.callbacks+=lit_rlhf.callbacks.BatchSchedule", "--trainer.callbacks.maximum=8"]
+    noise = ["--trainer.callbacks+=lit_rlhf.callbacks.GradientNoise", "--trainer.callbacks.every_n_rollouts=1"]
+    fit(*growing, "--trainer.callbacks.updates=2", *noise)
+    header = next(place.glob("here/version_0/metrics.csv")).read_text().splitlines()[0]
+    assert "train/prompts" in header and "train/gradient_variance" in header
+
+
 def test_two_runs_into_one_folder_leave_both(place):
     fit()
     fit()

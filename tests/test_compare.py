@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from lit_rlhf import report
+from lit_rlhf import compare, report
 from lit_rlhf.cli import CONFIGS, main
 from lit_rlhf.compare import Cell, cell_folder, sweep
 
@@ -33,7 +36,94 @@ def read_table(place) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
-def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(place, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Cells that leave their files at once: a run of `fit` two updates, a run of `test` one row; `--broken` fails."""
+    asked = []
+
+    def run_logged(args, log, environment):
+        asked.append((args, environment))
+        log.write_text("what went wrong\n")
+        if "--broken" in args:
+            return None
+        root = Path(args[args.index("--trainer.default_root_dir") + 1])
+        folder = root / f"version_{len(list(root.glob('version_*')))}"
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "last.ckpt").touch()
+        seed = float(args[args.index("--seed_everything") + 1])
+        rows = [{"test/win_rate": seed / 10, "test/return": seed}] if args[0] == "test" else UPDATES
+        write_csv(folder / "metrics.csv", [] if "--silent" in args else rows)
+        return 321.0
+
+    monkeypatch.setattr(compare, "run_logged", run_logged)
+    return asked
+
+
+SECONDS = [9.0, 9.0, 1.0, 3.0, 2.0]
+UPDATES = [{"step": i, "time/sample": s / 2, "time/train": s / 2, "train/lr": 0.1} for i, s in enumerate(SECONDS)]
+
+
+def write_csv(path, rows):
+    names = list(dict.fromkeys(name for row in rows for name in row)) or ["step"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(place, quick, capsys):
+    cells = {"start": {}, "broken": {"fit": ["--broken"]}, "good": {"fit": ["--good"], "test": ["--better"]}}
+    write_config(place, cells, seeds=[1, 2], jobs=2)
+    with pytest.raises(SystemExit, match=r"2 of 6 cells failed .*broken, seed"):
+        main(["compare", "--config", "mine.yaml"])
+    assert "what went wrong" in capsys.readouterr().out
+    table = read_table(place)
+    assert {name: row["seeds"] for name, row in table.items()} == {"start": "2", "broken": "0", "good": "2"}
+    assert float(table["good"]["win_rate"]) == pytest.approx(0.15)
+    assert "| broken | 0 of 2 |" in (place / "here" / "table.md").read_text()
+    tests = [args for args, _ in quick if args[0] == "test" and "--better" in args]
+    assert len(tests) == 2 and all("last.ckpt" in args[-1] for args in tests)
+    assert all(environment == {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))} for _, environment in quick)
+
+    quick.clear()
+    write_config(place, {**cells, "broken": {"fit": []}}, seeds=[1, 2], jobs=2)
+    main(["compare", "--config", "mine.yaml"])
+    assert [args[0] for args, _ in quick].count("fit") == 2 and read_table(place)["broken"]["seeds"] == "2"
+
+
+def test_costs_are_measured_after_all_else_and_once(place, quick):
+    """Of the settled rollouts the median; the first two do not count."""
+    cost = {"fit": ["--few"], "rounds": 2}
+    write_config(place, {"start": {}, "good": {"fit": []}}, cost=cost, pairs=[["good", "start"]], jobs=2)
+    for _ in range(2):
+        main(["compare", "--config", "mine.yaml"])
+    measured = [environment for args, environment in quick if "--few" in args]
+    assert measured == [{}, {}] and "--few" in quick[-1][0]
+    table = read_table(place)
+    assert float(table["good"]["seconds"]) == 2 and float(table["good"]["peak_mib"]) == 321
+    assert table["start"]["seconds"] == "nan"
+    assert "| good - start | 1 | 0 | 0 |" in (place / "here" / "table.md").read_text()
+
+
+def test_a_cost_counts_updates_not_rollouts(place, quick, monkeypatch):
+    second = [{"step": 1, "train/lr": 0.1}]  # a rollout's seconds are logged once
+    monkeypatch.setattr(sys.modules[__name__], "UPDATES", [row for update in UPDATES for row in (update, *second)])
+    write_config(place, {"good": {"fit": []}}, seeds=[], cost={"fit": [], "rounds": 1})
+    main(["compare", "--config", "mine.yaml"])
+    assert float(read_table(place)["good"]["seconds"]) == 1
+
+
+def test_a_sweep_runs_every_rate_and_nothing_else(place, quick):
+    write_config(place, {"start": {}, "good": {"fit": []}}, cost={"fit": ["--few"]})
+    main(["compare", "--config", "mine.yaml", "--rates", "[1e-4, 1e-3]"])
+    rates = [args[args.index("--model.optimizer.lr") + 1] for args, _ in quick if args[0] == "fit"]
+    assert rates == ["0.0001", "0.001"]
+    assert "| good | 0.001 | 1 |" in (place / "here" / "table.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_cells_are_processes_that_fail_one_by_one(place, capsys):
     raft = {"fit": ["--model", "RAFT"]}
     write_config(place, {"start": {}, "broken": {"fit": ["--model.num_samples", "1"]}, "RAFT k=4": raft})
     with pytest.raises(SystemExit, match=r"1 of 3 cells failed \(broken, seed 1\)"):
@@ -61,14 +151,14 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(pla
     assert table["start"]["seconds"] == "nan"
 
 
-def test_a_cell_that_leaves_nothing_to_read_is_one_that_failed(place, capsys):
-    write_config(place, {"start": {}, "untested": {"test": ["--trainer.limit_test_batches", "0"]}})
+def test_a_cell_that_leaves_nothing_to_read_is_one_that_failed(place, quick):
+    write_config(place, {"start": {}, "untested": {"test": ["--silent"]}})
     with pytest.raises(SystemExit, match=r"1 of 2 cells failed \(untested, seed 1\)"):
         main(["compare", "--config", "mine.yaml"])
     assert read_table(place)["start"]["seeds"] == "1"
 
 
-def test_only_what_is_asked_for_is_run(place):
+def test_only_what_is_asked_for_is_run(place, quick):
     write_config(place, {"one": {}, "two": {}})
     main(["compare", "--config", "mine.yaml", "--only", "[two]"])
     assert not cell_folder(place / "here", "one", 1).exists()

@@ -101,7 +101,7 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
         ("PPO", {"clip": 0.0}, "clip=0.0 must be above 0"),
         ("PPO", {"value_clip": -1.0}, "value_clip=-1.0 must be above 0"),
         ("VanillaPG", {"critic_lr": -1.0}, "critic_lr=-1.0 must be above 0"),
-        ("RLOO", {"shaping": {"clipp": 3}}, "its options are those of lit_rlhf.rewards.Shaping"),
+        ("RLOO", {"shaping": {"clipp": 3}}, "its options are those of lit_rlhf.rewards.shaping.Shaping"),
         ("VanillaPG", {"value_coef": 0.0}, "value_coef=0.0 must be above 0"),
         ("RAFT", {"num_samples": 1}, "num_samples=1 must be at least 2"),
         ("RAFT", {"sample_minibatches": 2}, "sample_minibatches=2 can't"),

@@ -14,6 +14,14 @@ from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that runs this in the background has it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Kill(Callback):
     def __init__(self, number, batch=None, in_validation=False):
         self.number, self.batch, self.in_validation = number, batch, in_validation
