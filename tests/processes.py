@@ -44,6 +44,12 @@ def raises_on_one_rank(completions, **kwargs):
     return [0.0] * len(completions)
 
 
+def judge_raises_on_one_rank(completions, **kwargs):
+    if os.environ.get("LOCAL_RANK") == "1":
+        raise OSError("the judge has gone home")
+    return [0.0] * len(completions)
+
+
 def sgd(params):
     return torch.optim.SGD(params, lr=0.3)
 
@@ -128,6 +134,19 @@ def run_resumed(folder: Path, root: Path) -> dict:
     return differing
 
 
+def run_failing_judge(folder: Path, root: Path) -> dict:
+    """What each process says of a judge that fails in one of them."""
+    module = make_module("RLOO", folder, rewards=[worth], judge=judge_raises_on_one_rank)
+    said = ""
+    try:
+        trainer_of(root, 2).validate(module, make_data("RLOO", batch_size=2, val=4), verbose=False)
+    except (OSError, RuntimeError) as error:
+        said = str(error)
+    both: list[str] = [""] * 2
+    torch.distributed.all_gather_object(both, said)
+    return dict(enumerate(both))
+
+
 def run_raising(folder: Path, root: Path) -> None:
     module = make_module("RLOO", folder, rewards=[raises_on_one_rank])
     trainer_of(root, 2, max_steps=2, limit_val_batches=0).fit(module, make_data("RLOO", batch_size=2))
@@ -136,6 +155,7 @@ def run_raising(folder: Path, root: Path) -> None:
 def main(folder: Path, root: Path) -> None:
     runs = {case: functools.partial(run_case, case, folder, root, 2) for case in CASES}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
+    runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
     for name, run in runs.items():
         result = run()
         if os.environ["LOCAL_RANK"] == "0":

@@ -68,6 +68,12 @@ def test_a_run_of_two_processes_resumes_bitwise_in_the_middle_of_a_rollout(ended
     assert not any(differing.values()), differing
 
 
+def test_a_judge_that_raises_on_one_rank_stops_both(ended, root):
+    said = result("failing judge", root, ended)
+    assert "the judge has gone home" in said[1]
+    assert "1 other process(es) failed while sampling or scoring" in said[0]
+
+
 def test_a_reward_that_raises_on_one_rank_stops_both_with_its_message(ended, root):
     assert ended.returncode != 0
     assert "the disk of the judge is full" in ended.stderr
