@@ -37,6 +37,9 @@ DIFFERENCES = ("win_rate", "judge", "reward", "return")
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t for 95 %, two-sided, with 1 to 15 degrees of freedom; 1.96 is close enough beyond."""
 
+ROUNDING = 1e-6
+"""What is less is rounding, such as the KL of a policy to itself."""
+
 Results = dict[str, list[dict[str, Any]]]
 """By method, what each seed left."""
 
@@ -135,7 +138,19 @@ def _values(rows: list[dict[str, Any]], metric: str) -> list[float]:
 
 
 def _number(mean: float, half: float) -> str:
-    return "-" if mean != mean else f"{mean:.3g}" if half != half else f"{mean:.3g} ± {half:.2g}"
+    """A mean with its interval, to two digits of the interval and three of the mean."""
+    if mean != mean or half != half:
+        return "-" if mean != mean else f"{mean:.3g}"
+    size = max(abs(mean), half)
+    if size < ROUNDING:
+        return "0 ± 0"
+    places = min(2 - _magnitude(size), 1 - _magnitude(half)) if half > 0 else 2 - _magnitude(size)
+    places = max(places, 0)
+    return f"{round(mean, places) + 0.0:.{places}f} ± {half:.{places}f}"
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(value))
 
 
 def _row(cells: list[str]) -> str:

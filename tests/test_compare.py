@@ -200,7 +200,25 @@ def fabricated(seed, value):
 def test_a_difference_is_that_of_equal_seeds(tmp_path):
     results = {"a": [fabricated(s, float(s)) for s in (1, 2, 3)], "b": [fabricated(s, s - 1.0) for s in (2, 3, 4)]}
     table = report.write(tmp_path, results, {}, 3, [("a", "b")], 1).read_text()
-    assert table.endswith("| a - b | 2 | 1 ± 0 |\n")
+    assert table.endswith("| a - b | 2 | 1.00 ± 0.00 |\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.9, 0.95, 0.97], "0.940 ± 0.090"),
+        ([1.0, -1.2, 0.5], "0.1 ± 2.9"),
+        ([13.8, 13.9, 14.1], "13.9 ± 0.4"),
+        ([2e-4, 4e-4, 3e-4], "0.00030 ± 0.00025"),
+        ([-2e-8, 1e-8, 1e-8], "0 ± 0"),
+        ([1000.0, 3000.0], "2000 ± 12706"),
+        ([0.123456], "0.123"),
+    ],
+)
+def test_a_mean_has_the_digits_that_its_interval_leaves_it(values, expected, tmp_path):
+    results = {"a": [{"seed": i, "metrics": {"reward": value}, "curves": []} for i, value in enumerate(values)]}
+    table = report.write(tmp_path, results, {}, len(values), (), 1).read_text()
+    assert table.endswith(f"| a | {len(values)} | {expected} |\n")
 
 
 def test_the_interval_is_students(tmp_path):
