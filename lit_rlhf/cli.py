@@ -73,6 +73,11 @@ def main(args: Sequence[str] | None = None) -> None:
             run()
     except CellsFailed as error:
         sys.exit(f"{PROGRAM}: {error}")
+    except KeyboardInterrupt:
+        if given[:1] != ["compare"]:
+            raise
+        print(f"{PROGRAM}: interrupted; what is done stays, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, FileNotFoundError) as error:
         sentence = own_sentence(error)
         if sentence is None:

@@ -1,19 +1,23 @@
 """Several methods on one task: each trained and tested in processes of its own, then tables and pictures.
 
 A cell is a method with a seed. It leaves `result.json` in its folder when it is done, and is then not run again; one
-that fails is run again the next time, and the others go on. What a method costs is measured afterwards, by short runs
-with nothing beside them.
+that fails or is interrupted is run again the next time, and the others go on. What a method costs is measured
+afterwards, by short runs with nothing beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +65,10 @@ class Cost:
     fit: list[str]
     rounds: int = 3
 
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"cost.rounds={self.rounds} must be at least 1")
+
 
 def compare(
     cells: dict[str, Cell],
@@ -94,29 +102,36 @@ def compare(
         Where the table stands, as Markdown.
 
     Raises:
-        ValueError: If a name in `only` or `pairs` is no cell, there is no seed, or `jobs` is no number of them.
+        ValueError: If a name in `only` or `pairs` is no cell, two cells or seeds can't be told apart, a number is out
+            of its range, or a result that is there was made with other arguments.
         CellsFailed: At the end, if there is one that failed.
+        KeyboardInterrupt: If it was interrupted; the cells under way are lost.
     """
-    named = {*only, *(name for pair in pairs for name in pair)}
-    if unknown := named - set(cells):
-        raise ValueError(f"{sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
+    check_names(cells, {*only, *(name for pair in pairs for name in pair)})
     chosen = {name: cell for name, cell in cells.items() if not only or name in only}
     if rates:
         chosen, cells, pairs, cost = sweep(chosen, rates), sweep(cells, rates), (), None
-    if jobs < 1 or not (seeds or cost):
-        raise ValueError(f"seeds={list(seeds)} and jobs={jobs}: give at least one of each")
+    if jobs < 1 or not (seeds or cost) or not cells:
+        raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {len(cells)} cells: give at least one of each")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: one of them stands twice")
     folder = Path(out)
     work: dict[str, Callable[[], str | None]] = {}
     for seed in seeds:
         for name, cell in chosen.items():
-            place = cell_folder(folder, name, seed)
-            if not (place / RESULT).is_file():
-                work[f"{name}, seed {seed}"] = bind(run_cell, place, seed, common, cell, evaluation, threads(jobs))
+            place, given = cell_folder(folder, name, seed), arguments(common, cell, evaluation)
+            if not done(place, given):
+                work[f"{name}, seed {seed}"] = bind(run_cell, place, seed, given, threads(jobs))
     failed = run_all(work, jobs)
     measured = measure(folder / "cost", chosen, common, cost, failed) if cost else 0
     results = {name: read_results(folder, name, seeds) for name in cells}
-    costs = {name: read_results(folder / "cost", name, range(1, cost.rounds + 1)) for name in cells} if cost else {}
-    table = report.write(folder, results, costs, len(seeds), pairs, completions)
+    rounds = cost.rounds if cost else 0
+    costs = {
+        name: read_results(folder / "cost", name, range(1, rounds + 1))
+        for name, cell in cells.items()
+        if cost and cell.fit is not None
+    }
+    table = report.write(folder, results, costs, len(seeds), pairs, completions, rounds)
     if rates:
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
@@ -127,8 +142,48 @@ def compare(
     return table
 
 
+def check_names(cells: Iterable[str], named: set[str]) -> None:
+    """Raise a ValueError if a name is no cell's, or two cells would write into one folder."""
+    if unknown := named - set(cells):
+        raise ValueError(f"{sorted(unknown)}: there is no such cell; the cells are {', '.join(cells)}")
+    places: dict[Path, str] = {}
+    for name in cells:
+        other = places.setdefault(cell_folder(Path(), name, 0), name)
+        if other != name:
+            raise ValueError(f"the cells {other!r} and {name!r} would write into one folder: rename one")
+
+
+def arguments(common: list[str], cell: Cell, evaluation: list[str]) -> dict[str, list[str] | None]:
+    """What a cell's runs are given, beside its seed and folder; no `fit` where nothing is trained."""
+    fit = None if cell.fit is None else [*common, *cell.fit]
+    return {"fit": fit, "test": [*evaluation, *cell.test]}
+
+
+def done(place: Path, given: dict[str, list[str] | None]) -> bool:
+    """Whether a result of these arguments is there.
+
+    Raises:
+        ValueError: If there is one of other arguments.
+    """
+    if not (place / RESULT).is_file():
+        return False
+    theirs = json.loads((place / RESULT).read_text(encoding="utf-8"))["arguments"]
+    if theirs != given:
+        raise ValueError(
+            f"{str(place)!r} holds the result of other arguments ({theirs}; now they are {given}): delete that folder, "
+            "or give another --out"
+        )
+    return True
+
+
 def sweep(cells: dict[str, Cell], rates: Sequence[float]) -> dict[str, Cell]:
-    """Every cell that is trained, with every learning rate."""
+    """Every cell that is trained, with every learning rate.
+
+    Raises:
+        ValueError: If a rate is none.
+    """
+    if wrong := [rate for rate in rates if not (rate > 0 and math.isfinite(rate))]:
+        raise ValueError(f"rates={wrong} must be above 0")
     return {
         f"{name}, lr {rate:g}": replace(cell, fit=[*cell.fit, "--model.optimizer.lr", f"{rate:g}"])
         for name, cell in cells.items()
@@ -145,7 +200,7 @@ def bind(function: Callable[..., str | None], *args: Any) -> Callable[[], str | 
 def run_all(work: dict[str, Callable[[], str | None]], jobs: int) -> list[str]:
     """Run pieces of work, some at a time, and show how far it is; return the names of those that failed."""
     failed: list[str] = []
-    with Progress(transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
+    with Progress(transient=True) as progress, ThreadPoolExecutor(jobs) as pool, ended_with(pool):
         task = progress.add_task("", total=len(work))
         waiting = {pool.submit(run): name for name, run in work.items()}
         for done in as_completed(waiting):
@@ -156,6 +211,28 @@ def run_all(work: dict[str, Callable[[], str | None]], jobs: int) -> list[str]:
                 failed.append(name)
                 progress.console.print(f"{name} failed:\n{error}", soft_wrap=True, markup=False)
     return failed
+
+
+RUNNING: set[int] = set()
+"""Processes under way, each the head of a group."""
+
+
+@contextlib.contextmanager
+def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM drop what waits in the pool, and kill the processes under way with all their children."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def threads(jobs: int) -> dict[str, str]:
@@ -169,22 +246,20 @@ def cell_folder(out: Path, name: str, seed: int) -> Path:
     return out / plain / f"seed-{seed}"
 
 
-def run_cell(
-    folder: Path, seed: int, common: list[str], cell: Cell, evaluation: list[str], environment: dict[str, str]
-) -> str | None:
+def run_cell(folder: Path, seed: int, given: dict[str, list[str] | None], environment: dict[str, str]) -> str | None:
     """Train and test one cell; return the last lines of what failed, or None."""
     place, log = prepare(folder, seed)
     checkpoint: list[str] = []
-    if cell.fit is not None:
-        if run_logged(["fit", *common, *cell.fit, *place], log, environment) is None:
+    if given["fit"] is not None:
+        if run_logged(["fit", *given["fit"], *place], log, environment) is None:
             return last_lines(log)
         checkpoint = ["--ckpt_path", str(newest(folder, "checkpoints/last.ckpt"))]
-    if run_logged(["test", *evaluation, *cell.test, *place, *checkpoint], log, environment) is None:
+    if run_logged(["test", *(given["test"] or []), *place, *checkpoint], log, environment) is None:
         return last_lines(log)
     tested = [row for row in read_csv(newest(folder, "metrics.csv")) if any(name.startswith("test/") for name in row)]
     metrics = {name.removeprefix("test/"): value for name, value in tested[-1].items() if name.startswith("test/")}
     curves = read_csv(newest(folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
-    leave(folder, {"seed": seed, "metrics": metrics, "curves": curves})
+    leave(folder, {"seed": seed, "arguments": given, "metrics": metrics, "curves": curves})
     return None
 
 
@@ -193,9 +268,10 @@ def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost,
     work: dict[str, Callable[[], str | None]] = {}
     for number in range(1, cost.rounds + 1):
         for name, cell in cells.items():
-            place = cell_folder(folder, name, number)
-            if cell.fit is not None and not (place / RESULT).is_file():
-                given = ["fit", *common, *cell.fit, *cost.fit]
+            if cell.fit is None:
+                continue
+            place, given = cell_folder(folder, name, number), [*common, *cell.fit, *cost.fit]
+            if not done(place, {"fit": given}):
                 work[f"cost of {name}, round {number}"] = bind(measure_one, place, number, given)
     failed += run_all(work, 1)
     return len(work)
@@ -204,7 +280,7 @@ def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost,
 def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
     """Run a few updates and note their seconds and the peak memory of the process."""
     place, log = prepare(folder, seed)
-    peak = run_logged([*given, *place], log, {})
+    peak = run_logged(["fit", *given, *place], log, {})
     if peak is None:
         return last_lines(log)
     rows = read_csv(newest(folder, "metrics.csv"))
@@ -213,7 +289,7 @@ def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
         return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
     updates = sum("train/lr" in row for row in rows) / len(rollouts)
     seconds = statistics.median(rollouts[UNSETTLED:]) / updates
-    leave(folder, {"metrics": {"seconds": seconds, "peak_mib": peak}})
+    leave(folder, {"arguments": {"fit": given}, "metrics": {"seconds": seconds, "peak_mib": peak}})
     return None
 
 
@@ -241,8 +317,12 @@ def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float
         file.flush()
         command = [sys.executable, "-m", "lit_rlhf", *args]
         given = {**os.environ, **environment}
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=given)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=given, start_new_session=True
+        )
+        RUNNING.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
+        RUNNING.discard(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
     unit = 1024**2 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss / unit if process.returncode == 0 else None

@@ -60,6 +60,7 @@ def write(
     num_seeds: int,
     pairs: Sequence[tuple[str, str]],
     completions: int,
+    rounds: int = 0,
 ) -> Path:
     """Write `table.md`, `table.csv` and, where matplotlib is installed, the pictures; return the first.
 
@@ -70,6 +71,7 @@ def write(
         num_seeds: How many cells of a method there should be.
         pairs: Methods whose difference is to be shown.
         completions: Completions an update.
+        rounds: How many measurements of a method's cost there should be.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = {name: title for name, title in COLUMNS.items() if _any_has(results, name)}
@@ -87,7 +89,8 @@ def write(
         for metric in shown_costs:
             values = _values(costs.get(name, []), metric)
             record[metric] = statistics.median(values) if values else math.nan
-            cells.append(f"{record[metric]:.3g} ({min(values):.3g} - {max(values):.3g})" if values else "-")
+            text = f"{record[metric]:.3g} ({min(values):.3g} - {max(values):.3g})" if values else "-"
+            cells.append(f"{text}, {len(values)} of {rounds}" if name in costs and len(values) < rounds else text)
         lines.append(_row(cells))
         records.append(record)
     if pairs:

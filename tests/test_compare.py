@@ -5,7 +5,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,16 @@ def test_costs_are_measured_after_all_else_and_once(place, quick):
     assert "| good - start | 1 | 0 | 0 |" in (place / "here" / "table.md").read_text()
 
 
+def test_a_cost_that_could_not_be_measured_is_marked(place, quick):
+    cells = {"start": {}, "broken": {"fit": ["--broken"]}, "good": {"fit": []}}
+    write_config(place, cells, cost={"fit": [], "rounds": 2})
+    with pytest.raises(SystemExit, match=r"3 of 7 cells failed .*cost of broken, round 2"):
+        main(["compare", "--config", "mine.yaml"])
+    rows = (place / "here" / "table.md").read_text().splitlines()[-3:]
+    ends = [row.split(" | ")[-2:] for row in rows]
+    assert ends == [["-", "- |"], ["-, 0 of 2", "-, 0 of 2 |"], ["2 (2 - 2)", "321 (321 - 321) |"]]
+
+
 def test_a_cost_counts_updates_not_rollouts(place, quick, monkeypatch):
     second = [{"step": 1, "train/lr": 0.1}]  # a rollout's seconds are logged once
     monkeypatch.setattr(sys.modules[__name__], "UPDATES", [row for update in UPDATES for row in (update, *second)])
@@ -119,6 +132,41 @@ def test_a_sweep_runs_every_rate_and_nothing_else(place, quick):
     rates = [args[args.index("--model.optimizer.lr") + 1] for args, _ in quick if args[0] == "fit"]
     assert rates == ["0.0001", "0.001"]
     assert "| good | 0.001 | 1 |" in (place / "here" / "table.md").read_text()
+
+
+def test_a_result_of_other_arguments_is_not_taken_for_this_ones(place, quick, capsys):
+    write_config(place, {"good": {"fit": []}})
+    main(["compare", "--config", "mine.yaml"])
+    quick.clear()
+    write_config(place, {"good": {"fit": ["--model", "RAFT"]}})
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", "mine.yaml"])
+    assert re.search("good/seed-1' holds the result of other arguments .*RAFT.*--out", capsys.readouterr().err)
+    assert not quick and read_table(place)["good"]["seeds"] == "1"
+
+
+def test_an_interrupt_ends_the_processes_and_leaves_no_result(place, monkeypatch, capsys):
+    """A cell that never ends by itself is interrupted; the one that waits behind it is not begun."""
+    monkeypatch.setattr(compare.sys, "executable", str(place / "endless"))
+    (place / "endless").write_text("#!/bin/sh\n(while true; do touch $0.beats; sleep 0.1; done) &\nwait\n")
+    (place / "endless").chmod(0o755)
+    write_config(place, {"one": {"fit": []}, "two": {"fit": []}})
+
+    def interrupt():
+        while not beats.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    beats = place / "endless.beats"
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", "mine.yaml"])
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    beats.unlink()
+    time.sleep(0.5)
+    assert not compare.RUNNING and not beats.exists()
+    assert [path.name for path in (place / "here").glob("*/*/*")] == ["log.txt"]
+    assert not (place / "here" / "two").exists()
 
 
 @pytest.mark.slow
@@ -171,7 +219,13 @@ def test_only_what_is_asked_for_is_run(place, quick):
         ("--only=[three]", "three.*the cells are one"),
         ("--pairs=[[one, four]]", "four.*the cells are one"),
         ("--seeds=[]", "seeds"),
+        ("--seeds=[1, 2, 1]", "one of them stands twice"),
         ("--jobs=0", "jobs=0"),
+        ("--cells={}", "0 cells"),
+        ("--cells={k=1: {}, k 1: {}}", "'k=1' and 'k 1' would write into one folder"),
+        ("--cost={fit: [], rounds: 0}", "cost.rounds=0 must be at least 1"),
+        ("--rates=[1e-4]", "0 cells"),
+        ("--rates=[0, -1e-4]", r"rates=\[0.0, -0.0001\] must be above 0"),
     ],
 )
 def test_what_can_not_be_compared_is_a_sentence(option, sentence, place, capsys):
