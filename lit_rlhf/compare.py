@@ -284,18 +284,13 @@ def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
     if peak is None:
         return last_lines(log)
     rows = read_csv(newest(folder, "metrics.csv"))
-    rollouts = [seconds for seconds in map(seconds_of, rows) if seconds]
+    rollouts = [seconds for seconds in map(report.seconds_of, rows) if seconds]
     if len(rollouts) <= UNSETTLED:
         return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
     updates = sum("train/lr" in row for row in rows) / len(rollouts)
     seconds = statistics.median(rollouts[UNSETTLED:]) / updates
     leave(folder, {"arguments": {"fit": given}, "metrics": {"seconds": seconds, "peak_mib": peak}})
     return None
-
-
-def seconds_of(row: dict[str, float]) -> float:
-    """Seconds that a row of `metrics.csv` accounts for."""
-    return sum(value for name, value in row.items() if name.startswith("time/"))
 
 
 def prepare(folder: Path, seed: int) -> tuple[list[str], Path]:

@@ -167,7 +167,8 @@ def _head(titles: list[str]) -> list[str]:
 def draw(path: Path, results: Results, completions: int) -> None:
     """Draw reward against completions and against seconds, and the judge's score against the KL.
 
-    Lines are means over the seeds at each validation; a method without validations of its own is a point.
+    Lines are means over the seeds at each validation. Of a method whose validations write nothing, a star shows where
+    the test found it at the end; of one that is not trained, a dashed line shows it for scale.
     """
     import matplotlib
 
@@ -194,9 +195,14 @@ def draw(path: Path, results: Results, completions: int) -> None:
             _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], style)
             _line(axes[1], [p["seconds"] for p in means], [p["reward"] for p in means], style)
             _line(axes[2], [p["kl"] for p in means], [p["judge"] for p in means], style)
-        elif _values(rows, "judge"):
-            kl, judge = (statistics.fmean(_values(rows, metric)) for metric in ("kl", "judge"))
-            axes[2].plot([kl], [judge], marker="*", markersize=12, linestyle="none", **style)
+        elif _values(rows, "reward"):
+            point = mean_point([end(row) for row in rows])
+            for place, spent in ((axes[0], point["step"] * completions), (axes[1], point["seconds"])):
+                if point["step"]:
+                    _star(place, spent, point["reward"], style)
+                else:
+                    place.axhline(point["reward"], linestyle="--", linewidth=1, **style)
+            _star(axes[2], point["kl"], point["judge"], style)
     if handles := axes[2].get_legend_handles_labels()[0]:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), fontsize=8)
     figure.savefig(path, dpi=110)
@@ -207,9 +213,28 @@ def _line(axes: Axes, x: list[float], y: list[float], style: dict[str, Any]) -> 
     axes.plot(x, y, marker="o", markersize=3, linewidth=1.5, **style)
 
 
+def _star(axes: Axes, x: float, y: float, style: dict[str, Any]) -> None:
+    axes.plot([x], [y], marker="*", markersize=12, linestyle="none", **style)
+
+
+def end(result: dict[str, Any]) -> dict[str, float]:
+    """Updates and seconds of a whole run, 0 where nothing is trained, and what the test found."""
+    rows, metrics = result["curves"], result["metrics"]
+    return {
+        "step": max((row["step"] for row in rows if "step" in row), default=0.0),
+        "seconds": sum(seconds_of(row) for row in rows),
+        **{name: metrics.get(name, math.nan) for name in ("reward", "kl", "judge")},
+    }
+
+
+def seconds_of(row: dict[str, float]) -> float:
+    """Seconds that a row of `metrics.csv` accounts for."""
+    return sum(value for name, value in row.items() if name.startswith("time/"))
+
+
 def course(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """The validations of a run: updates and seconds before each, reward, KL and the judge's score."""
-    seconds = list(accumulate(sum(v for name, v in row.items() if name.startswith("time/")) for row in rows))
+    seconds = list(accumulate(map(seconds_of, rows)))
     return [
         {
             "step": row["step"],

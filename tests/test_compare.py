@@ -257,6 +257,34 @@ def test_a_difference_is_that_of_equal_seeds(tmp_path):
     assert table.endswith("| a - b | 2 | 1.00 ± 0.00 |\n")
 
 
+def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    def result(*curves, **metrics):
+        return {"seed": 1, "metrics": metrics, "curves": list(curves)}
+
+    def validated(step, reward):
+        return {"step": step, "val/reward": reward, "val/kl": step / 2, "val/judge": reward - 1}
+
+    took = {"step": 4.0, "time/sample": 3.0, "time/train": 2.0}
+    results = {
+        "online": [result(validated(0, r), took, validated(5, r + 2), reward=9.0) for r in (0.0, 1.0)],
+        "offline": [result(took, reward=0.5, judge=0.25, kl=3.0)],
+        "start": [result(reward=-1.0, judge=-2.0, kl=0.0)],
+        "failed": [],
+    }
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    report.draw(tmp_path / "curves.png", results, completions=10)
+    panels = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in plt.gcf().axes]
+    monkeypatch.undo()
+    plt.close("all")
+    assert panels == [
+        {"online": [[0, 0.5], [50, 2.5]], "offline": [[40, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, 0.5], [5, 2.5]], "offline": [[5, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, -0.5], [2.5, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
+    ]
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
