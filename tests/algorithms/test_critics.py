@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import lit_rlhf
-from enumerable import make_completions, make_prompts
+from enumerable import make_completions, make_prompts, plain_logprobs
 from enumeration import (
     ALL,
     BETA,
@@ -93,6 +93,83 @@ def test_the_ratio_of_ppo_is_one_in_the_first_update_and_changes_no_gradient(cli
         gradients.append(step_gradient(module, [ALL[4], ALL[1]]))
     assert_same(*gradients)
     assert logged["train/ratio"] == 1 and logged["train/clip_fraction"] == 0
+
+
+def values_of(critic, completion) -> torch.Tensor:
+    """The critic's value before each token, by one plain forward."""
+    hidden = critic.model.base_model(torch.tensor([[*PROMPT, *completion]])).last_hidden_state[0]
+    return critic.model.score(hidden[len(PROMPT) - 1 : -1]).squeeze(-1)
+
+
+def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor, int]:
+    """PPO's gradient and how many values its clip holds, token by token from the papers' formulas.
+
+    Args:
+        module: The method, at the weights of the update.
+        group: The completions.
+        sampled: What the sampler said of their log-probabilities.
+        before: Their log-probabilities and values before the first update.
+        rewards: What each is worth at its end.
+    """
+    rows, held = [], 0
+    for y, drawn, (_, values), reward in zip(group, sampled, before, rewards, strict=True):
+        earned = -BETA * (drawn - plain_logprobs(module.initial, PROMPT, y).detach())
+        earned[-1] += reward
+        advantages, ahead = [], 0.0
+        for t in reversed(range(len(y))):
+            delta = earned[t] + (values[t + 1] if t + 1 < len(y) else 0.0) - values[t]
+            ahead = delta + module.gae_lambda * ahead
+            advantages.insert(0, ahead)
+        rows.append((torch.stack(advantages), values))
+    everything = torch.cat([advantages for advantages, _ in rows])
+    mean, variance = (everything.mean(), everything.var(correction=0) + 1e-8) if module.whiten else (0.0, 1.0)
+    total = 0.0
+    for y, (advantages, values), (old, _) in zip(group, rows, before, strict=True):
+        ratio = (plain_logprobs(module.policy.causal_lm, PROMPT, y) - old).exp()
+        wanted, now = (advantages - mean) / variance**0.5, values_of(module.critic, y)
+        total -= torch.minimum(ratio * wanted, ratio.clamp(1 - module.clip, 1 + module.clip) * wanted).sum()
+        miss = (now - advantages - values) ** 2
+        if module.value_clip is not None:
+            near = values + (now - values).clamp(-module.value_clip, module.value_clip)
+            held += int((near != now).sum())
+            miss = torch.maximum(miss, (near - advantages - values) ** 2)
+        total += module.value_coef * miss.sum() / 2
+    module.zero_grad()
+    (total / len(group)).backward()
+    return flat_gradient(module), held
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gae_lambda": 0.5}, {"gae_lambda": 1.0, "whiten": True}, {"gae_lambda": 0.0, "value_clip": 0.05}],
+    ids=["lambda", "whitened", "values clipped"],
+)
+def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(options):
+    """What the sampler rounds differently changes the KL that it is rewarded by, but no ratio."""
+    settings = {"whiten": False, "value_clip": None, "value_coef": 0.7, "epochs": 2, "clip": 0.2, **options}
+    module = make_module(lit_rlhf.PPO, num_samples=4, critic="head", **settings)
+    module.critic = copied_critic(module, 0.5)
+    group, prompts = [ALL[4], ALL[1], ALL[5], ALL[0]], make_prompts(PROMPT)
+    drawn = make_completions(module.policy, prompts, [group])
+    noise = torch.linspace(-0.3, 0.3, drawn.logprobs.numel(), dtype=torch.float64).view_as(drawn.logprobs)
+    drawn = drawn.replace(logprobs=drawn.logprobs + noise)
+    sampled = [drawn.logprobs[0, i, : len(y)] for i, y in enumerate(group)]
+    module.sample, logged = lambda prompts: drawn, {}
+    module.log_dict = lambda metrics, **kwargs: logged.update(metrics)
+    with torch.no_grad():
+        before = [(plain_logprobs(module.policy.causal_lm, PROMPT, y), values_of(module.critic, y)) for y in group]
+    for step in range(2):
+        module.zero_grad()
+        module.training_step(prompts, step).backward()
+        module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
+        actual = flat_gradient(module)
+        expected, held = ppo_gradient(module, group, sampled, before, [DELAYED[y] for y in group])
+        assert_same(actual, expected)
+        assert (held > 0) == (step == 1 and module.value_clip is not None)
+        assert (logged["train/clip_fraction"] > 0) == (step == 1)
+        torch.manual_seed(step)
+        for parameter in module.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
 
 
 def best_of_two_gradient(module, rewards: torch.Tensor) -> torch.Tensor:
