@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf import functional as F
-from lit_rlhf.loading import add_lora, disable_dropout, embedding_rows, is_adapter, resolve
+from lit_rlhf.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
 from lit_rlhf.prefix import (
     Given,
     checkpoints_activations,
@@ -72,7 +72,7 @@ class Critic(nn.Module):
                 f"the critic {name!r} is an adapter, and a critic starts from a whole model: merge it first, with "
                 "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true, or use critic='head'"
             )
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **hub_options(options))
         labelled = any("SequenceClassification" in architecture for architecture in config.architectures or ())
         if labelled and config.num_labels != 1:
             raise ValueError(f"the critic {name!r} has {config.num_labels} labels, and a value is one number")

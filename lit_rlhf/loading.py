@@ -26,7 +26,7 @@ def resolve(source: str | Path) -> str:
     text = str(source)
     looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
     if looks_like_a_path and not Path(text).expanduser().is_dir():
-        raise FileNotFoundError(f"policy {text!r}: there is no such folder; give a folder or a model's id on the hub")
+        raise FileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
     return str(Path(text).expanduser()) if Path(text).expanduser().is_dir() else text
 
 
@@ -37,8 +37,12 @@ def is_adapter(name: str) -> bool:
 
 def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used."""
-    kept = {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
-    return AutoTokenizer.from_pretrained(resolve(source), **kept)
+    return AutoTokenizer.from_pretrained(resolve(source), **hub_options(options))
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of `from_pretrained`, return those that a tokenizer or a configuration takes too."""
+    return {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
 
 
 def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:

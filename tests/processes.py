@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+import lit_rlhf
 from runs import make_data, make_module, make_trainer
 
 SEED, ROWS, BATCH = 7, 24, 8
@@ -59,6 +60,7 @@ CASES = {
     "invalid on one rank": ("RLOO", {"rewards": [silent_on_one_rank], "minibatches": 2}),
     "left out": ("Reinforce", {"rewards": [worth], "truncated": "leave_out", "baseline": "mean"}),
     "cut both ways": ("RLOO", {"rewards": [worth], "minibatches": 2, "sample_minibatches": 3}),
+    "adaptive KL": ("RLOO", {"rewards": [worth], "kl_coef": 0.5}),
     "raft": ("RAFT", {"rewards": [some_opinion]}),
     "ppo": ("PPO", {"rewards": [worth], "minibatches": 2, "value_coef": 0.01}),
     "vanilla_pg": ("VanillaPG", {"rewards": [some_opinion], "critic": "head", "value_coef": 0.01}),
@@ -68,6 +70,9 @@ CASES = {
     "reward model": ("RewardModeling", {}),
 }
 """A method and its options; however a rollout is cut, it makes one update."""
+
+TARGET = 1.9
+"""Of the adaptive KL: near that of the second rollout, so that the step is not cut."""
 
 
 def trainer_of(root: Path, devices: int, **options):
@@ -91,17 +96,38 @@ class Metrics(Callback):
 
 
 def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
-    """Weights and metrics after two updates of 8 prompts, spread over the devices."""
+    """Weights and metrics after three updates of 8 prompts, spread over the devices."""
     name, options = CASES[case]
     torch.manual_seed(0)  # the reward model's head
     module = make_module(name, folder, optimizer=sgd, **options)
     module.configure_model()
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
     metrics = Metrics()
-    trainer = trainer_of(root, devices, max_steps=2, accumulate_grad_batches=module.repeats, callbacks=[metrics])
+    callbacks: list[Callback] = [metrics]
+    if case == "adaptive KL":
+        callbacks.append(lit_rlhf.callbacks.AdaptiveKL(target=TARGET, gain=4.0))
+    trainer = trainer_of(root, devices, max_steps=3, accumulate_grad_batches=module.repeats, callbacks=callbacks)
     trainer.fit(module, make_data(name, rows=ROWS, batch_size=BATCH // devices, val=4))
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
     return {"weights": weights, "start": start, "metrics": metrics.updates}
+
+
+def either(completions, opponents, **kwargs):
+    """A judge of pairs that likes vowels, with a liking for the first."""
+    pairs = zip(completions, opponents, strict=True)
+    return [0.4 + 0.5 * (a.count("a") > b.count("a")) if len(a) % 3 else None for a, b in pairs]
+
+
+either.pairwise = True
+
+
+def run_validated(folder: Path, root: Path, devices: int) -> dict:
+    """What a validation finds of seven prompts, with a judge of pairs and completions that people preferred."""
+    rows = [{"prompt": f"film {i}", "preferred": "a" * i or None, "other": "ab" * i} for i in range(7)]
+    judged = dict(judge=either, opponent="other", evaluation={"preferred": "preferred"})
+    module = make_module("RLOO", folder, rewards=[some_opinion], **judged)
+    data = lit_rlhf.PromptData(val=rows, batch_size=2)
+    return dict(trainer_of(root, devices).validate(module, data, verbose=False)[0])
 
 
 class Save(Callback):
@@ -155,6 +181,7 @@ def run_raising(folder: Path, root: Path) -> None:
 def main(folder: Path, root: Path) -> None:
     runs = {case: functools.partial(run_case, case, folder, root, 2) for case in CASES}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
+    runs["validated"] = functools.partial(run_validated, folder, root, 2)
     runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
     for name, run in runs.items():
         result = run()

@@ -143,3 +143,18 @@ def test_a_file_without_a_row_is_empty(part, name, content, tmp_path):
     data.tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=rf"{name}' is empty: give a data set with at least one row"):
         data.setup()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("DPO", "RLOO"), ("RLOO", "DPO"), ("SFT", "DPO"), ("RewardModeling", "SFT")]
+)
+def test_data_of_another_method(name, data, folder, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} learns from .* give --data [A-Z][a-z]+Data"):
+        make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(data))
+
+
+@pytest.mark.parametrize("name", ["DPO", "SFT", "RewardModeling"])
+def test_a_row_longer_than_the_positions_of_the_model(name, tmp_path):
+    folder = write_policy(tmp_path / "short", max_position_embeddings=8)
+    with pytest.raises(ValueError, match=r"a row of \d+ tokens exceeds the 8 positions of the"):
+        make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(name))

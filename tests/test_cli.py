@@ -216,6 +216,7 @@ WRONG = {
     "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
     "a column that is not there": (["--data.prompt_column=question"], "question"),
     "an opponent that is no column": (["--model.opponent=gpt"], "opponent='gpt' is no column"),
+    "data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
     "too few prompts": (["--data.batch_size=64"], "64"),
     "weights that cannot move": (
         ["--model.load.dtype=bfloat16", "--model.lora=null", "--model.optimizer.lr=1e-7"],

@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.monitor import now
+from lit_rlhf.algorithms.plan import check_positions, check_record
 from lit_rlhf.export import snapshot, write_folder
 from lit_rlhf.loading import load_tokenizer
 from lit_rlhf.policy import Policy
 from lit_rlhf.schedules import Warmup
+from lit_rlhf.types import Record
 
 
 class Method(LightningModule, ABC):
@@ -40,10 +42,14 @@ class Method(LightningModule, ABC):
     """
 
     policy: Policy
+    record: type[Record] | None = None
+    """What it learns from: what the data module must yield."""
     trained = "policy.model."
     """Prefix in the module's `state_dict` of the model that an export writes."""
     repeats = 1
     """Training steps that share one batch of the data module (R)."""
+    longest_new = 0
+    """Tokens that it may write behind a prompt."""
 
     def __init__(
         self,
@@ -79,13 +85,23 @@ class Method(LightningModule, ABC):
         return self._tokenizer
 
     def setup(self, stage: str) -> None:
-        """Take the run's seed: the address of all randomness, kept in checkpoints."""
+        """Take the run's seed: the address of all randomness, kept in checkpoints. Check that the data fit.
+
+        Raises:
+            ValueError: If the data module yields something else than what the method learns from.
+        """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        check_record(self)
 
     def configure_model(self) -> None:
-        """Load the policy, once the data have been found fit for use."""
+        """Load the policy, once the data have been found fit for use.
+
+        Raises:
+            ValueError: If a row of the data is longer than the policy has positions.
+        """
         if "policy" not in self._modules:
             self.policy = Policy.from_pretrained(self.source, self.lora, **self.load_options)
+        check_positions(self, self.policy.causal_lm.config, "policy")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimizer trains, as groups with a name; the policy's comes first."""

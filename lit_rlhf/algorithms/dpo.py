@@ -5,6 +5,7 @@ Rafailov et al., 2023, arXiv 2305.18290. `IPO` shows how a variant overrides one
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ class DPO(Method):
         ValueError: If beta is not above 0.
     """
 
+    record = Preferences
     reference: Reference
 
     def __init__(self, policy: str | Policy, beta: float = 0.1, **options: Any) -> None:
         super().__init__(policy, **options)
-        if not beta > 0:
-            raise ValueError(f"beta={beta} must be above 0: at 0 nothing is learned")
+        if not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
         self.beta = beta
         self.reference_logprobs: dict[int, Tensor] = {}
 

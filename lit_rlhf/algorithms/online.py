@@ -31,7 +31,6 @@ from lit_rlhf.algorithms.plan import (
     check_loader,
     check_minibatches,
     check_plan,
-    check_positions,
     make_judge,
     make_options,
     read_kl_penalty,
@@ -77,6 +76,7 @@ class Online(Method):
         ValueError: If a number is out of its range.
     """
 
+    record = Prompts
     rollout_type: type[Rollout] = Rollout
     corrects_off_policy = False
     """Whether the loss takes into account that the policy has been updated since it sampled."""
@@ -111,7 +111,8 @@ class Online(Method):
             raise ValueError(f"sample_minibatches={sample_minibatches} is more than num_samples={num_samples}")
         if not (kl_coef >= 0 and math.isfinite(kl_coef)):
             raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
-        if isinstance(truncated, str) and truncated not in ("keep", "leave_out"):
+        known = truncated in ("keep", "leave_out") if isinstance(truncated, str) else math.isfinite(truncated)
+        if not known:
             raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number to subtract")
         self.kl_estimator, self.kl_place = read_kl_penalty(kl_penalty)
         self.scorer = Scorer(rewards)
@@ -134,6 +135,11 @@ class Online(Method):
         self._mismatch: Tensor | None = None
         self._logprobs: Tensor | None = None
         self._validated_at = -1
+
+    @property
+    def longest_new(self) -> int:  # type: ignore[override]
+        """Tokens that a completion may have."""
+        return self.sampling.max_new_tokens
 
     # What a method overrides
 
@@ -309,7 +315,6 @@ class Online(Method):
         self.reference.to(self.device, next(self.policy.parameters()).dtype)
         self.scorer.setup(self.device)
         self.judge.setup(self.device)
-        check_positions(self, self.policy.causal_lm.config, "policy")
 
     def on_fit_start(self) -> None:
         """Get ready."""

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_rlhf.algorithms.evaluation import check_completions, check_opponent
 from lit_rlhf.data.sampler import ResumableLoader
 from lit_rlhf.rewards import BothOrders, Scorer, Weighted
+from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
 if TYPE_CHECKING:
+    from lit_rlhf.algorithms.base import Method
     from lit_rlhf.algorithms.online import Online
     from lit_rlhf.data import TextData
 
@@ -37,8 +39,15 @@ def make_judge(judge: Callable[..., Any]) -> Scorer | BothOrders:
     while isinstance(bare, Weighted):
         bare = bare.reward
     pairwise = getattr(bare, "pairwise", getattr(getattr(bare, "func", None), "pairwise", False))
-    return BothOrders(bare) if pairwise else Scorer([judge])
+    return BothOrders(bare) if pairwise else Scorer([judge], "judge")
 
+
+DATA: dict[type[Record], str] = {
+    Prompts: "PromptData",
+    Demonstrations: "DemonstrationData",
+    Preferences: "PreferenceData",
+}
+"""The data module that yields each record."""
 
 WRONG_KL = {
     "k1_loss": "its gradient is 0 on average, so nothing holds the policy",
@@ -86,16 +95,39 @@ def check_minibatches(minibatches: int, batch_size: int) -> None:
         )
 
 
-def check_positions(module: Online, config: Any, whose: str) -> None:
+def data_module(module: Method) -> Any:
+    """The data module that a run was given, None without one or outside a run."""
+    return getattr(module._trainer, "datamodule", None)
+
+
+def check_record(module: Method) -> None:
+    """Raise a ValueError if the data module hands over something else than what the method learns from."""
+    data, wanted = data_module(module), module.record
+    given = getattr(data, "record", None)
+    if wanted is None or given is None or given is wanted:
+        return
+    if given in DATA or not issubclass(given, wanted):
+        raise ValueError(
+            f"{type(module).__name__} learns from {wanted.__name__} and {type(data).__name__} yields "
+            f"{given.__name__}: give --data {DATA[wanted]}"
+        )
+
+
+def check_positions(module: Method, config: Any, whose: str) -> None:
     """Raise a ValueError if prompt and completion together can be longer than a model's positions."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = getattr(getattr(module.trainer, "datamodule", None), "longest_prompt", 0)
-    length = module.sampling.max_new_tokens
-    if known is not None and longest + length > known:
+    longest, length = getattr(data_module(module), "longest_row", 0), module.longest_new
+    if known is None or longest + length <= known:
+        return
+    if length == 0:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the {whose}: "
-            f"lower one of them, the prompts by data.max_prompt_tokens={max(1, known - length)}"
+            f"a row of {longest} tokens exceeds the {known} positions of the {whose}: leave out longer ones with "
+            "data.max_prompt_tokens and data.max_completion_tokens"
         )
+    raise ValueError(
+        f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the {whose}: "
+        f"lower one of them, the prompts by data.max_prompt_tokens={max(1, known - length)}"
+    )
 
 
 def check_loader(module: Online) -> None:

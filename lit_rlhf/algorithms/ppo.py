@@ -65,7 +65,7 @@ class PPO(VanillaPG):
         if not 0 <= gae_lambda <= 1:
             raise ValueError(f"gae_lambda={gae_lambda} must be between 0 and 1")
         for name, value in {"clip": clip, "value_clip": value_clip}.items():
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0, or null for none")
         self.gae_lambda, self.clip, self.value_clip = gae_lambda, clip, value_clip
         self.ratio = self.corrects_off_policy = ratio

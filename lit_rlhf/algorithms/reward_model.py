@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.plan import check_positions
 from lit_rlhf.export import snapshot
 from lit_rlhf.loading import add_lora, check_vocabulary, disable_dropout, is_adapter, resolve
 from lit_rlhf.policy import Policy
@@ -33,6 +34,7 @@ class RewardModeling(Method):
         **options: See `Method`.
     """
 
+    record = Preferences
     reward_model: PreTrainedModel | PeftModel
     trained = "reward_model."
 
@@ -59,6 +61,7 @@ class RewardModeling(Method):
         model = AutoModelForSequenceClassification.from_pretrained(name, **options)
         model.config.pad_token_id = pad_token_id(self.tokenizer)
         check_vocabulary(model, self.tokenizer)
+        check_positions(self, model.config, "model")
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
         disable_dropout(self.reward_model)
         self.reward_model.train()

@@ -21,6 +21,8 @@ class SFT(Method):
         **options: See `Method`.
     """
 
+    record = Demonstrations
+
     def __init__(self, policy: Any, **options: Any) -> None:
         super().__init__(policy, **options)
 

@@ -51,7 +51,8 @@ class VanillaPG(Online):
         **kwargs: See `Online`.
 
     Raises:
-        ValueError: At `fit`, if the critic does not fit the policy.
+        ValueError: If a number is out of its range, or there is nothing to copy the critic from; at `fit`, if the
+            critic does not fit the policy.
     """
 
     rollout_type = ValuedRollout
@@ -66,10 +67,15 @@ class VanillaPG(Online):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if value_coef <= 0:
+        if not value_coef > 0:
             raise ValueError(f"value_coef={value_coef} must be above 0: the critic would learn nothing")
-        if critic_lr is not None and critic_lr <= 0:
+        if critic_lr is not None and not critic_lr > 0:
             raise ValueError(f"critic_lr={critic_lr} must be above 0, or null for the policy's")
+        if critic == "policy" and not self.source:
+            raise ValueError(
+                "critic='policy' copies what the policy is loaded from, and this one came in memory: give "
+                "the critic a folder or a hub id, or 'head'"
+            )
         self.critic_source, self.critic_lr, self.value_coef = critic, critic_lr, value_coef
 
     def prepare(self, rollout: Rollout) -> ValuedRollout:
@@ -131,13 +137,14 @@ class VanillaPG(Online):
             self.critic = new_head(self.policy.causal_lm)
             return
         source = self.source if self.critic_source == "policy" else self.critic_source
-        if not source:
-            raise ValueError(
-                "critic='policy' copies what the policy is loaded from, and this one came in memory: give "
-                "the critic a folder or a hub id, or 'head'"
-            )
         options = {n: v for n, v in self.load_options.items() if n != "revision" or source == self.source}
-        self.critic = Critic.from_pretrained(source, self.lora, **options)
+        try:
+            self.critic = Critic.from_pretrained(source, self.lora, **options)
+        except OSError as error:
+            raise ValueError(
+                f"critic={self.critic_source!r} can't be loaded: give 'policy', 'head', a folder, or a model's id on "
+                f"the hub ({error})"
+            ) from error
         self.critic.check_vocabulary(self.policy.causal_lm)
 
     def place(self) -> None:

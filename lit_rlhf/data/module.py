@@ -19,7 +19,7 @@ from lit_rlhf.data.formats import Example, read_demonstration, read_preference, 
 from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import Row, Source, load_rows
 from lit_rlhf.text import pad_token_id
-from lit_rlhf.types import Record
+from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,8 @@ class TextData(lightning.LightningDataModule):
         ValueError: In `setup`, where the data can't be trained on; the sentence says why and what helps.
     """
 
+    record: type[Record]
+    """What a batch is."""
     collate: Callable[..., Record]
 
     def __init__(
@@ -95,10 +97,10 @@ class TextData(lightning.LightningDataModule):
         return list(rows[0].example.columns) if rows else None
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt, 0 before `setup`."""
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt with its completion, if it has one; 0 before `setup`."""
         rows = (row for part in (self.train_set, self.val_set) for row in part or ())
-        return max((len(row.prompt) for row in rows), default=0)
+        return max((len(row.prompt) + max(map(len, row.completions), default=0) for row in rows), default=0)
 
     @abstractmethod
     def read(self, row: Row) -> Example:
@@ -249,6 +251,7 @@ def _check_numbers(data: TextData) -> None:
 class PromptData(TextData):
     """Prompts to sample completions of; every other column reaches the rewards. Yields `Prompts`."""
 
+    record = Prompts
     collate = staticmethod(batches.collate_prompts)
 
     def read(self, row: Row) -> Example:
@@ -271,6 +274,7 @@ class DemonstrationData(TextData):
         **rest: As in `TextData`.
     """
 
+    record = Demonstrations
     collate = staticmethod(batches.collate_demonstrations)
 
     def __init__(
@@ -302,6 +306,7 @@ class PreferenceData(TextData):
         **rest: As in `TextData`.
     """
 
+    record = Preferences
     collate = staticmethod(batches.collate_preferences)
 
     def __init__(

@@ -83,9 +83,10 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Entry:
-    """A reward of the list with all that is known about it before it is called."""
+    """A reward of the list, or a judge, with all that is known about it before it is called."""
 
     name: str
+    title: str  # what messages call it: the reward 'x'
     weights: tuple[Weighted, ...]
     reward: Callable[..., Any]
     token_level: bool
@@ -93,7 +94,7 @@ class Entry:
     requires: frozenset[str]
 
     @classmethod
-    def of(cls, reward: Any, taken: set[str]) -> Entry:
+    def of(cls, reward: Any, taken: set[str], role: str = "reward") -> Entry:
         """Take a reward apart and find out what it needs; `taken` are names that other entries have.
 
         Raises:
@@ -104,10 +105,11 @@ class Entry:
             weights.append(reward)
             reward = reward.reward
         name = next((weighted.name for weighted in weights if weighted.name), None)
-        _check_is_reward(reward)
+        _check_is_reward(reward, role)
         bare = reward.func if isinstance(reward, functools.partial) else reward
         token_level = bool(getattr(reward, "token_level", getattr(bare, "token_level", False)))
-        return cls(_unique(name or _name(bare), taken), tuple(weights), reward, token_level, *_signature(reward))
+        name = _unique(name or _name(bare), taken)
+        return cls(name, f"the {role} {name!r}", tuple(weights), reward, token_level, *_signature(reward))
 
     def weight(self, step: int) -> float:
         """What the numbers are multiplied by after `step` updates."""
@@ -118,7 +120,7 @@ class Entry:
         if missing := sorted(self.requires - names):
             columns = sorted(names.difference(GIVEN))
             raise ValueError(
-                f"the reward {self.name!r} asks for {missing}, but the columns of the data are {columns}: "
+                f"{self.title} asks for {missing}, but the columns of the data are {columns}: "
                 "add the column to the data, or give the parameter a default"
             )
 
@@ -129,17 +131,17 @@ class Entry:
         try:
             return self.reward(**arguments)
         except Exception as error:
-            fail(self.name, error)
+            fail(self.title, error)
 
 
-def fail(name: str, error: BaseException) -> NoReturn:
+def fail(title: str, error: BaseException) -> NoReturn:
     """Raise a RuntimeError that names the reward, in place of what the reward raised."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error  # as it is, for those who try again with less
-    raise RuntimeError(f"the reward {name!r} raised {type(error).__name__}: {error}") from error
+    raise RuntimeError(f"{title} raised {type(error).__name__}: {error}") from error
 
 
-def _check_is_reward(reward: Any) -> None:
+def _check_is_reward(reward: Any, role: str) -> None:
     if isinstance(reward, str):
         cure = f"import the function, or use RewardModel({reward!r}) for a model"
     elif isinstance(reward, type):
@@ -150,7 +152,7 @@ def _check_is_reward(reward: Any) -> None:
         cure = "give a function or an object with __call__(prompts=, completions=, ...)"
     else:
         return
-    raise TypeError(f"{reward!r} is not a reward: {cure}")
+    raise TypeError(f"{reward!r} is not a {role}: {cure}")
 
 
 def _name(reward: Any) -> str:

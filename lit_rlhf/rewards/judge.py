@@ -45,7 +45,7 @@ class BothOrders:
     """
 
     def __init__(self, judge: Callable[..., Any]) -> None:
-        self._entry = Entry.of(judge, taken=set())
+        self._entry = Entry.of(judge, taken=set(), role="judge")
 
     @property
     def names(self) -> list[str]:
@@ -97,10 +97,10 @@ class BothOrders:
     ) -> Float[Tensor, " pairs"]:
         own = dict(prompts=prompts, completions=completions, opponents=opponents, trainer_state=state)
         (output,) = call_all([self._entry], {**columns, **own})
-        answers = read_numbers(output, len(prompts), self._entry.name, "pairs")
+        answers = read_numbers(output, len(prompts), self._entry.title, "pairs")
         for i in ((answers < 0) | (answers > 1)).nonzero().flatten().tolist():
             raise ValueError(
-                f"the judge {self._entry.name!r} answered {float(answers[i]):g} at place {i}: it must answer from 0 "
+                f"{self._entry.title} answered {float(answers[i]):g} at place {i}: it must answer from 0 "
                 "(the opponent is better) to 1, 0.5 for a tie, or None for neither"
             )
         return answers

@@ -51,13 +51,14 @@ class Scorer:
 
     Args:
         rewards: Rewards, bare or `Weighted`. Two of one name (two reward models, say) become `name` and `name_2`.
+        role: What messages call them.
 
     Raises:
         ValueError: If the list is empty.
         TypeError: If an entry is not a reward: a string, a class that was not instantiated, a bare model.
     """
 
-    def __init__(self, rewards: Sequence[Callable[..., Any]]) -> None:
+    def __init__(self, rewards: Sequence[Callable[..., Any]], role: str = "reward") -> None:
         if isinstance(rewards, str) or not isinstance(rewards, Sequence):
             raise TypeError(f"rewards must be a list of callables, not {rewards!r}: put it in brackets")
         if not rewards:
@@ -66,7 +67,7 @@ class Scorer:
             )
         self._entries: list[Entry] = []
         for reward in rewards:
-            self._entries.append(Entry.of(reward, taken={entry.name for entry in self._entries}))
+            self._entries.append(Entry.of(reward, {entry.name for entry in self._entries}, role))
 
     def weights(self, step: int) -> list[float]:
         """What the rewards are multiplied by after `step` updates."""
@@ -132,12 +133,12 @@ class Scorer:
         token_rewards: list[Tensor] | None = None
         for entry, output in zip(self._entries, outputs, strict=True):
             if entry.token_level:
-                rows = _token_rows(output, lengths, entry.name)
+                rows = _token_rows(output, lengths, entry.title)
                 parts[entry.name] = torch.stack([row.sum() for row in rows])
                 kept = [entry.weight(step) * row.nan_to_num() for row in rows]
                 token_rewards = [a + b for a, b in zip(token_rewards, kept, strict=True)] if token_rewards else kept
             else:
-                parts[entry.name] = read_numbers(output, len(lengths), entry.name)
+                parts[entry.name] = read_numbers(output, len(lengths), entry.title)
                 rewards = rewards + entry.weight(step) * parts[entry.name].nan_to_num()
         valid = ~torch.stack(list(parts.values())).isnan().all(0)
         whole = torch.zeros_like(valid)
@@ -166,7 +167,7 @@ def call_all(entries: Sequence[Entry], given: dict[str, Any]) -> list[Any]:
         results = asyncio.run_coroutine_threadsafe(_gather(waiting.values()), _event_loop(os.getpid())).result()
         for i, result in zip(waiting, results, strict=True):
             if isinstance(result, BaseException):
-                fail(entries[i].name, result)
+                fail(entries[i].title, result)
             outputs[i] = result
     return outputs
 
@@ -216,42 +217,40 @@ async def _settled(waiting: Awaitable[Any]) -> Any:
         return error
 
 
-def read_numbers(output: Any, count: int, name: str, per: str = "completions") -> Float[Tensor, " completions"]:
+def read_numbers(output: Any, count: int, title: str, per: str = "completions") -> Float[Tensor, " completions"]:
     """Check and convert what a reward returned; None becomes NaN."""
-    _check_count(output, count, name, per)
+    _check_count(output, count, title, per)
     values = output.tolist() if hasattr(output, "tolist") else list(output)
     try:
         values = [value.item() if hasattr(value, "item") else value for value in values]
         numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         kinds = sorted({type(value).__name__ for value in values})
-        raise ValueError(f"the reward {name!r} returned {kinds}: it must return plain numbers (or None)") from error
+        raise ValueError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
     if numbers.ndim != 1:
-        raise ValueError(f"the reward {name!r} returned the shape {tuple(numbers.shape)}: it must be one number each")
+        raise ValueError(f"{title} returned the shape {tuple(numbers.shape)}: it must be one number each")
     for i in numbers.isfinite().logical_not().nonzero().flatten().tolist():
         if values[i] is not None:
-            raise ValueError(f"the reward {name!r} returned {values[i]} at place {i}; for no opinion return None")
+            raise ValueError(f"{title} returned {values[i]} at place {i}; for no opinion return None")
     return numbers
 
 
-def _token_rows(output: Any, lengths: list[int], name: str) -> list[Float[Tensor, " _"]]:
+def _token_rows(output: Any, lengths: list[int], title: str) -> list[Float[Tensor, " _"]]:
     """One row of numbers a completion, as long as its ids; all NaN where the reward had no opinion."""
-    _check_count(output, len(lengths), name, "completions")
+    _check_count(output, len(lengths), title, "completions")
     rows = []
     for i, (row, length) in enumerate(zip(output, lengths, strict=True)):
         if row is None:
             rows.append(torch.full((length,), math.nan, dtype=torch.float32))
             continue
-        rows.append(read_numbers(row, length, name, f"tokens of completion {i}"))
+        rows.append(read_numbers(row, length, title, f"tokens of completion {i}"))
         if rows[-1].isnan().any():
-            raise ValueError(f"the reward {name!r} returned None for a token: None stands for a whole completion")
+            raise ValueError(f"{title} returned None for a token: None stands for a whole completion")
     return rows
 
 
-def _check_count(output: Any, count: int, name: str, per: str) -> None:
+def _check_count(output: Any, count: int, title: str, per: str) -> None:
     if isinstance(output, str | dict) or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
-        raise ValueError(
-            f"the reward {name!r} returned {type(output).__name__}, not {count} numbers: one for each of the {per}"
-        )
+        raise ValueError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
     if len(output) != count:
-        raise ValueError(f"the reward {name!r} returned {len(output)} values for {count} {per}")
+        raise ValueError(f"{title} returned {len(output)} values for {count} {per}")

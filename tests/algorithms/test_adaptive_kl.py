@@ -76,7 +76,3 @@ def test_a_method_without_a_kl_is_refused(name, options, tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[AdaptiveKL()])
     with pytest.raises(ValueError, match=f"{name} has no kl_coef above 0"):
         trainer.fit(make_module(name, tiny, **options), make_data(name))
-
-
-def test_it_is_public():
-    assert lit_rlhf.callbacks.AdaptiveKL is AdaptiveKL

@@ -89,9 +89,12 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=f"the critic embeds 50 token ids and the policy {SIZE}"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
     policy = lit_rlhf.Policy(make_llama(SIZE), make_tokenizer())
-    module = lit_rlhf.VanillaPG(policy, rewards=[lit_rlhf.rewards.Length(maximum=3)])
     with pytest.raises(ValueError, match="came in memory"):
-        make_trainer(tmp_path, max_steps=1).fit(module, make_data("VanillaPG"))
+        lit_rlhf.VanillaPG(policy, rewards=[lit_rlhf.rewards.Length(maximum=3)])
+    for source in ("hed", "./nowhere"):
+        module = make_module("VanillaPG", tiny, critic=source)
+        with pytest.raises(ValueError, match=f"critic='{source}' can't be loaded: give 'policy', 'head', a folder"):
+            make_trainer(tmp_path, max_steps=1).fit(module, make_data("VanillaPG"))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,10 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
     [
         ("PPO", {"gae_lambda": 1.5}, "gae_lambda=1.5 must be between 0 and 1"),
         ("PPO", {"clip": 0.0}, "clip=0.0 must be above 0"),
+        ("PPO", {"clip": float("nan")}, "clip=nan must be above 0"),
+        ("VanillaPG", {"value_coef": float("nan")}, "value_coef=nan must be above 0"),
+        ("RLOO", {"truncated": float("nan")}, "truncated=nan must be 'keep', 'leave_out', or a number"),
+        ("DPO", {"beta": float("inf")}, "beta=inf must be a number above 0"),
         ("PPO", {"value_clip": -1.0}, "value_clip=-1.0 must be above 0"),
         ("VanillaPG", {"critic_lr": -1.0}, "critic_lr=-1.0 must be above 0"),
         ("RLOO", {"shaping": {"clipp": 3}}, "its options are those of lit_rlhf.rewards.shaping.Shaping"),

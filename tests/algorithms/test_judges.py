@@ -70,7 +70,7 @@ def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
     metrics = validate(
         make_module("RLOO", tiny, judge=prefers(lambda a, b: 0.5 + 0.5 * (a != b))), rows_of("a"), tmp_path
     )
-    assert metrics["val/win_rate"] == 0.5  # the untrained policy writes the same
+    assert metrics["val/win_rate"] == 0.5 and metrics["val/position_bias"] == 0  # the untrained policy writes the same
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,21 @@ def test_a_judge_that_raises_is_named(tiny, tmp_path):
         raise OSError("no credit left")
 
     pairs.pairwise = True
-    with pytest.raises(RuntimeError, match="'pairs' raised OSError: no credit left"):
+    with pytest.raises(RuntimeError, match="the judge 'pairs' raised OSError: no credit left"):
         validate(make_module("RLOO", tiny, judge=pairs), rows_of("a"), tmp_path)
 
 
 def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
+    second = []
+
     async def pairs(opponents, reference):
-        assert opponents == reference or len(opponents) == len(reference)
+        second.append(opponents == reference)
         return [0.25] * len(opponents)
 
     pairs.pairwise = True
-    assert validate(make_module("RLOO", tiny, judge=pairs), rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5
+    module = make_module("RLOO", tiny, judge=pairs, opponent="reference")
+    assert validate(module, rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5
+    assert second == [True, False]
 
 
 @pytest.mark.parametrize("wrap", [functools.partial, lit_rlhf.Weighted])

@@ -62,6 +62,13 @@ def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, folder,
         assert expected["metrics"][0]["train/skipped_groups"] == 0.5
 
 
+def test_two_processes_find_what_one_does_in_validation(ended, root, folder, tmp_path):
+    expected, actual = processes.run_validated(folder, tmp_path, devices=1), result("validated", root, ended)
+    assert {"val/perplexity", "val/position_bias", "val/undecided", "val/reward_variance"} < expected.keys()
+    assert 0 < expected["val/undecided"] < 1 and expected["val/position_bias"] != 0
+    assert actual == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+
 def test_a_run_of_two_processes_resumes_bitwise_in_the_middle_of_a_rollout(ended, root):
     differing = result("resumed", root, ended)
     assert len(differing) == 3
