@@ -64,6 +64,16 @@ class GradientNoise(Callback):
             raise ValueError(
                 f"{type(self).__name__} is for methods that sample, and {type(pl_module).__name__} does not"
             )
+        prompts = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        if prompts is not None:
+            self._check_parts(pl_module, prompts)
+
+    def _check_parts(self, module: Online, prompts: int) -> int:
+        """Return how many parts a rollout is cut into; raise a ValueError if it has too few prompts for that."""
+        cuts = max(self.parts, module.minibatches)
+        if cuts > prompts:
+            raise ValueError(f"a rollout of {prompts} prompts can't be cut into {cuts} parts: raise data.batch_size")
+        return cuts
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure a rollout before its first update."""
@@ -77,12 +87,9 @@ class GradientNoise(Callback):
     def measure(self, trainer: Trainer, module: Online) -> None:
         """Measure the gradient of the current rollout, and log it."""
         assert module.rollout is not None
-        rollout, cuts = module.rollout, max(self.parts, module.minibatches)
+        rollout = module.rollout
+        cuts = self._check_parts(module, len(rollout.prompts))
         size = len(rollout.prompts) // cuts
-        if size == 0:
-            raise ValueError(
-                f"a rollout of {len(rollout.prompts)} prompts can't be cut into {cuts} parts: raise data.batch_size"
-            )
         parameters = [p for p in module.policy.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         squares = torch.zeros((), dtype=torch.float64, device=module.device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import logging
 import sys
 import traceback
@@ -84,6 +86,28 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"{PROGRAM}: {sentence}", file=sys.stderr)
         sys.exit(1)
+
+
+def complaint(args: Sequence[str]) -> str | None:
+    """Return what is wrong with the arguments of a command, as far as the parser can tell, or None.
+
+    Args:
+        args: The command and its arguments. Nothing is run or built.
+    """
+    before, said = sys.argv, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            given = expand_configs(list(args))
+            check_class_names(given)
+            sys.argv = [PROGRAM, *given, "--print_config"]
+            run()
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            return None
+        return said.getvalue().rpartition("error: ")[2].strip() or str(stopped.code)
+    finally:
+        sys.argv = before
+    return None
 
 
 def run() -> None:

@@ -36,6 +36,10 @@ UNSETTLED = 2
 """Rollouts at the start of a run (steps, where nothing is sampled) whose seconds do not count: memory is taken then."""
 
 
+Arguments = dict[str, list[str] | None]
+"""By command, what `lit-rlhf` is given; no `fit` where nothing is trained."""
+
+
 class CellsFailed(RuntimeError):
     """Some cells failed; all others are done."""
 
@@ -68,6 +72,47 @@ class Cost:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"cost.rounds={self.rounds} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a seed, or a measurement of its cost.
+
+    Attributes:
+        cell: The cell's name.
+        label: What the progress bar calls it.
+        folder: Where it writes.
+        seed: Its seed.
+        given: What its commands are given, beside seed and folder.
+    """
+
+    cell: str
+    label: str
+    folder: Path
+    seed: int
+    given: Arguments
+
+    def is_done(self) -> bool:
+        """Whether its result is there.
+
+        Raises:
+            ValueError: If there is one of other arguments.
+        """
+        if not (self.folder / RESULT).is_file():
+            return False
+        theirs = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))["arguments"]
+        if theirs != self.given:
+            raise ValueError(
+                f"{str(self.folder)!r} holds the result of other arguments ({theirs}; now they are {self.given}): "
+                "delete that folder, or give another --out"
+            )
+        return True
+
+    def leave(self, **result: Any) -> None:
+        """Write the result, whole or not at all."""
+        partial = self.folder / f"partial-{RESULT}"
+        partial.write_text(json.dumps({"seed": self.seed, "arguments": self.given, **result}), encoding="utf-8")
+        partial.replace(self.folder / RESULT)
 
 
 def compare(
@@ -103,7 +148,8 @@ def compare(
 
     Raises:
         ValueError: If a name in `only` or `pairs` is no cell, two cells or seeds can't be told apart, a number is out
-            of its range, or a result that is there was made with other arguments.
+            of its range, the command line would not take a cell's arguments, or a result that is there was made with
+            other ones.
         CellsFailed: At the end, if there is one that failed.
         KeyboardInterrupt: If it was interrupted; the cells under way are lost.
     """
@@ -115,16 +161,13 @@ def compare(
         raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {len(cells)} cells: give at least one of each")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: one of them stands twice")
-    folder = Path(out)
-    work: dict[str, Callable[[], str | None]] = {}
-    for seed in seeds:
-        for name, cell in chosen.items():
-            place, given = cell_folder(folder, name, seed), arguments(common, cell, evaluation)
-            if not done(place, given):
-                work[f"{name}, seed {seed}"] = bind(run_cell, place, seed, given, threads(jobs))
-    failed = run_all(work, jobs)
-    measured = measure(folder / "cost", chosen, common, cost, failed) if cost else 0
-    results = {name: read_results(folder, name, seeds) for name in cells}
+    folder, environment = Path(out), threads(jobs)
+    runs = [run for run in cell_runs(folder, chosen, seeds, common, evaluation) if not run.is_done()]
+    measurements = [run for run in cost_runs(folder / "cost", chosen, common, cost) if not run.is_done()]
+    check_arguments([*runs, *measurements])
+    failed = run_all(runs, lambda run: run_cell(run, environment), jobs) + run_all(measurements, measure, 1)
+    found = {name: read_results(folder, name, seeds) for name in cells}
+    results = {name: rows for name, rows in found.items() if rows or name in chosen}
     rounds = cost.rounds if cost else 0
     costs = {
         name: read_results(folder / "cost", name, range(1, rounds + 1))
@@ -136,9 +179,8 @@ def compare(
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
     if failed:
-        raise CellsFailed(
-            f"{len(failed)} of {len(work) + measured} cells failed ({'; '.join(failed)}): see log.txt in their folders"
-        )
+        count = len(runs) + len(measurements)
+        raise CellsFailed(f"{len(failed)} of {count} cells failed ({'; '.join(failed)}): see log.txt in their folders")
     return table
 
 
@@ -153,27 +195,35 @@ def check_names(cells: Iterable[str], named: set[str]) -> None:
             raise ValueError(f"the cells {other!r} and {name!r} would write into one folder: rename one")
 
 
-def arguments(common: list[str], cell: Cell, evaluation: list[str]) -> dict[str, list[str] | None]:
-    """What a cell's runs are given, beside its seed and folder; no `fit` where nothing is trained."""
-    fit = None if cell.fit is None else [*common, *cell.fit]
-    return {"fit": fit, "test": [*evaluation, *cell.test]}
+def cell_runs(
+    folder: Path, cells: dict[str, Cell], seeds: Sequence[int], common: list[str], evaluation: list[str]
+) -> Iterator[Run]:
+    """Every cell with every seed."""
+    for seed in seeds:
+        for name, cell in cells.items():
+            fit = None if cell.fit is None else [*common, *cell.fit]
+            given: Arguments = {"fit": fit, "test": [*evaluation, *cell.test]}
+            yield Run(name, f"{name}, seed {seed}", cell_folder(folder, name, seed), seed, given)
 
 
-def done(place: Path, given: dict[str, list[str] | None]) -> bool:
-    """Whether a result of these arguments is there.
+def cost_runs(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost | None) -> Iterator[Run]:
+    """Every cell that is trained, round by round; its number is the seed."""
+    for number in range(1, cost.rounds + 1) if cost else ():
+        for name, cell in cells.items():
+            if cost and cell.fit is not None:
+                given: Arguments = {"fit": [*common, *cell.fit, *cost.fit]}
+                place = cell_folder(folder, name, number)
+                yield Run(name, f"cost of {name}, round {number}", place, number, given)
 
-    Raises:
-        ValueError: If there is one of other arguments.
-    """
-    if not (place / RESULT).is_file():
-        return False
-    theirs = json.loads((place / RESULT).read_text(encoding="utf-8"))["arguments"]
-    if theirs != given:
-        raise ValueError(
-            f"{str(place)!r} holds the result of other arguments ({theirs}; now they are {given}): delete that folder, "
-            "or give another --out"
-        )
-    return True
+
+def check_arguments(runs: Iterable[Run]) -> None:
+    """Raise a ValueError if the command line would not take what a run is given, before any has taken its time."""
+    from lit_rlhf.cli import complaint  # late: it knows this module
+
+    commands = {(command, *args): run.cell for run in runs for command, args in run.given.items() if args is not None}
+    for command, cell in commands.items():
+        if said := complaint(command):
+            raise ValueError(f"the cell {cell!r}: lit-rlhf {command[0]} does not take what it is given: {said}")
 
 
 def sweep(cells: dict[str, Cell], rates: Sequence[float]) -> dict[str, Cell]:
@@ -192,17 +242,12 @@ def sweep(cells: dict[str, Cell], rates: Sequence[float]) -> dict[str, Cell]:
     }
 
 
-def bind(function: Callable[..., str | None], *args: Any) -> Callable[[], str | None]:
-    """A call for later."""
-    return lambda: function(*args)
-
-
-def run_all(work: dict[str, Callable[[], str | None]], jobs: int) -> list[str]:
-    """Run pieces of work, some at a time, and show how far it is; return the names of those that failed."""
+def run_all(runs: Sequence[Run], run_one: Callable[[Run], str | None], jobs: int) -> list[str]:
+    """Do runs, some at a time, and show how far it is; return the labels of those that failed."""
     failed: list[str] = []
     with Progress(transient=True) as progress, ThreadPoolExecutor(jobs) as pool, ended_with(pool):
-        task = progress.add_task("", total=len(work))
-        waiting = {pool.submit(run): name for name, run in work.items()}
+        task = progress.add_task("", total=len(runs))
+        waiting = {pool.submit(run_one, run): run.label for run in runs}
         for done in as_completed(waiting):
             name, raised = waiting[done], done.exception()
             error = done.result() if raised is None else f"{type(raised).__name__}: {raised}"
@@ -246,59 +291,46 @@ def cell_folder(out: Path, name: str, seed: int) -> Path:
     return out / plain / f"seed-{seed}"
 
 
-def run_cell(folder: Path, seed: int, given: dict[str, list[str] | None], environment: dict[str, str]) -> str | None:
+def run_cell(run: Run, environment: dict[str, str]) -> str | None:
     """Train and test one cell; return the last lines of what failed, or None."""
-    place, log = prepare(folder, seed)
+    place, log = prepare(run)
     checkpoint: list[str] = []
-    if given["fit"] is not None:
-        if run_logged(["fit", *given["fit"], *place], log, environment) is None:
+    fit, test = run.given["fit"], run.given["test"] or []
+    if fit is not None:
+        if run_logged(["fit", *fit, *place], log, environment) is None:
             return last_lines(log)
-        checkpoint = ["--ckpt_path", str(newest(folder, "checkpoints/last.ckpt"))]
-    if run_logged(["test", *(given["test"] or []), *place, *checkpoint], log, environment) is None:
+        checkpoint = ["--ckpt_path", str(newest(run.folder, "checkpoints/last.ckpt"))]
+    if run_logged(["test", *test, *place, *checkpoint], log, environment) is None:
         return last_lines(log)
-    tested = [row for row in read_csv(newest(folder, "metrics.csv")) if any(name.startswith("test/") for name in row)]
+    tested = [row for row in read_csv(newest(run.folder, "metrics.csv")) if any(n.startswith("test/") for n in row)]
     metrics = {name.removeprefix("test/"): value for name, value in tested[-1].items() if name.startswith("test/")}
-    curves = read_csv(newest(folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
-    leave(folder, {"seed": seed, "arguments": given, "metrics": metrics, "curves": curves})
+    curves = read_csv(newest(run.folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
+    run.leave(metrics=metrics, curves=curves)
     return None
 
 
-def measure(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost, failed: list[str]) -> int:
-    """Measure what an update of each method costs, one process at a time; return how many had to be run."""
-    work: dict[str, Callable[[], str | None]] = {}
-    for number in range(1, cost.rounds + 1):
-        for name, cell in cells.items():
-            if cell.fit is None:
-                continue
-            place, given = cell_folder(folder, name, number), [*common, *cell.fit, *cost.fit]
-            if not done(place, {"fit": given}):
-                work[f"cost of {name}, round {number}"] = bind(measure_one, place, number, given)
-    failed += run_all(work, 1)
-    return len(work)
-
-
-def measure_one(folder: Path, seed: int, given: list[str]) -> str | None:
-    """Run a few updates and note their seconds and the peak memory of the process."""
-    place, log = prepare(folder, seed)
+def measure(run: Run) -> str | None:
+    """Do a few updates and note their seconds and the peak memory of the process; return what failed, or None."""
+    place, log = prepare(run)
+    given = run.given["fit"] or []
     peak = run_logged(["fit", *given, *place], log, {})
     if peak is None:
         return last_lines(log)
-    rows = read_csv(newest(folder, "metrics.csv"))
+    rows = read_csv(newest(run.folder, "metrics.csv"))
     rollouts = [seconds for seconds in map(report.seconds_of, rows) if seconds]
     if len(rollouts) <= UNSETTLED:
         return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
     updates = sum("train/lr" in row for row in rows) / len(rollouts)
-    seconds = statistics.median(rollouts[UNSETTLED:]) / updates
-    leave(folder, {"arguments": {"fit": given}, "metrics": {"seconds": seconds, "peak_mib": peak}})
+    run.leave(metrics={"seconds": statistics.median(rollouts[UNSETTLED:]) / updates, "peak_mib": peak})
     return None
 
 
-def prepare(folder: Path, seed: int) -> tuple[list[str], Path]:
-    """Make a cell's folder; return the arguments that send a run there, and where its output goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
+def prepare(run: Run) -> tuple[list[str], Path]:
+    """Make a run's folder; return the arguments that send its commands there, and where their output goes."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = run.folder / "log.txt"
     log.unlink(missing_ok=True)
-    return ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)], log
+    return ["--seed_everything", str(run.seed), "--trainer.default_root_dir", str(run.folder)], log
 
 
 def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float | None:
@@ -321,13 +353,6 @@ def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float
         process.returncode = os.waitstatus_to_exitcode(status)
     unit = 1024**2 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss / unit if process.returncode == 0 else None
-
-
-def leave(folder: Path, result: dict[str, Any]) -> None:
-    """Write a cell's result, whole or not at all."""
-    partial = folder / f"partial-{RESULT}"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(folder / RESULT)
 
 
 def last_lines(log: Path) -> str:

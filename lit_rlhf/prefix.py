@@ -1,14 +1,16 @@
 """Forward passes over completions that share their prompt, and the search for what a model allows of them.
 
 The k completions of a prompt share it: its keys and values are computed for n rows and repeated k times, with gradient
-through the cache. A `Forward` gives the features of the last columns of a batch: hidden states, or logits.
+through the cache. Completions of like length go together, so that little padding is computed. A `Forward` gives the
+features of the last columns of a batch: hidden states, or logits.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lit_rlhf.padding import groups_of_like_length
 from lit_rlhf.types import Prompts
 
 
@@ -94,12 +97,17 @@ def completion_features(
     prompts, mask = defined(prompts), completions.mask.flatten(0, 1)
     tokens = completions.tokens.flatten(0, 1).where(mask, prompts.tokens[:, -1:].repeat_interleave(k, 0))
     if shared:
-        return shared_features(forward, config, prompts, tokens, k).view(n, k, t, -1)
+        return shared_features(forward, config, prompts, tokens, k, mask.sum(1).tolist()).view(n, k, t, -1)
     return plain_features(forward, prompts, tokens, k).view(n, k, t, -1)
 
 
 def shared_features(
-    forward: Forward, config: Any, prompts: Prompts, tokens: Int[Tensor, "rows tokens"], k: int
+    forward: Forward,
+    config: Any,
+    prompts: Prompts,
+    tokens: Int[Tensor, "rows tokens"],
+    k: int,
+    lengths: Sequence[int] | None = None,
 ) -> Float[Tensor, "rows tokens features"]:
     """Features that stand before each completion token, each prompt computed once. Differentiable.
 
@@ -109,18 +117,35 @@ def shared_features(
         prompts: The prompts.
         tokens: Completions, k rows a prompt.
         k: Completions of each prompt.
+        lengths: How many tokens of each row count; what stands behind those means nothing. All where None.
     """
+    length = tokens.shape[1]
+    lengths = [length] * len(tokens) if lengths is None else lengths
     cache = DynamicCache(config=config)
-    features = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1)
-    features = features.repeat_interleave(k, 0)
-    if tokens.shape[1] == 1:
-        return features
-    cache.batch_repeat_interleave(k)
-    fed = tokens[:, :-1]
-    mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(fed, dtype=torch.bool)], 1)
-    steps = torch.arange(fed.shape[1], device=fed.device)
-    positions = prompts.mask.sum(1).repeat_interleave(k).unsqueeze(1) + steps
-    return torch.cat([features, forward(fed, mask, positions, cache, fed.shape[1])], 1)
+    first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1).repeat_interleave(k, 0)
+    groups, parts = groups_of_like_length(lengths), []
+    for group in groups:
+        rows = torch.tensor(group, device=tokens.device)
+        longest = max(1, *(lengths[i] for i in group))
+        fed, part = tokens[rows, : longest - 1], first[rows]
+        if longest > 1:
+            prompt_mask = prompts.mask[rows // k]
+            mask = torch.cat([prompt_mask, torch.ones_like(fed, dtype=torch.bool)], 1)
+            positions = prompt_mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=fed.device)
+            part = torch.cat([part, forward(fed, mask, positions, selected(cache, rows // k), longest - 1)], 1)
+        parts.append(nn.functional.pad(part, (0, 0, 0, length - longest)))
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([i for group in groups for i in group], device=tokens.device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def selected(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
+    """A cache of some rows of another one, which stays as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen
 
 
 def plain_features(

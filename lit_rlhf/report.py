@@ -89,7 +89,8 @@ def write(
         for metric in shown_costs:
             values = _values(costs.get(name, []), metric)
             record[metric] = statistics.median(values) if values else math.nan
-            text = f"{record[metric]:.3g} ({min(values):.3g} - {max(values):.3g})" if values else "-"
+            median, low, high = (_plain(value) for value in (record[metric], *_range(values)))
+            text = f"{median} ({low} - {high})" if values else "-"
             cells.append(f"{text}, {len(values)} of {rounds}" if name in costs and len(values) < rounds else text)
         lines.append(_row(cells))
         records.append(record)
@@ -122,6 +123,8 @@ def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str
     shown = {name: COLUMNS[name] for name in DIFFERENCES if _any_has(results, name)}
     lines = _head(["difference", "seeds", *shown.values()])
     for first, second in pairs:
+        if not {first, second} <= results.keys():
+            continue
         theirs = {row["seed"]: row["metrics"] for row in results[second]}
         both = [(row["metrics"], theirs[row["seed"]]) for row in results[first] if row["seed"] in theirs]
         cells = [f"{first} - {second}", f"{len(both)}"]
@@ -150,6 +153,15 @@ def _number(mean: float, half: float) -> str:
     places = min(2 - _magnitude(size), 1 - _magnitude(half)) if half > 0 else 2 - _magnitude(size)
     places = max(places, 0)
     return f"{round(mean, places) + 0.0:.{places}f} ± {half:.{places}f}"
+
+
+def _plain(value: float) -> str:
+    """Three digits, without an exponent for what is large."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    return min(values, default=math.nan), max(values, default=math.nan)
 
 
 def _magnitude(value: float) -> int:

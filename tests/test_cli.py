@@ -71,15 +71,23 @@ STAND_INS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))  # those in folders: test_compare
-def test_every_configuration_that_ships_runs(name, place):
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))  # those in folders: test_compare, test_paper_configs
+
+
+@pytest.mark.parametrize("given", [*SHIPPED, "dpo --model=IPO"])
+def test_every_configuration_that_ships_runs_and_its_checkpoint_exports(given, place):
+    name, *flags = given.split()
     policy = [] if name in ("quickstart", "shaping") else ["--model.policy=tiny"]
-    main(["fit", "--config", name, *policy, *STAND_INS[name], *FAST, "--trainer.default_root_dir=here"])
+    main(["fit", "--config", name, *flags, *policy, *STAND_INS[name], *FAST, "--trainer.default_root_dir=here"])
     assert list(place.glob("here/policy/last/*.safetensors"))
     assert list(place.glob("here/version_0/metrics.csv"))
     assert {path.name for path in place.iterdir()} - {"here", "__pycache__"} == {
         "tiny", "mine.py", "prompts.jsonl", "demonstrations.jsonl", "preferences.jsonl", "reviews.jsonl"
     }  # fmt: skip
+    main(["export", "--ckpt_path", str(next(place.glob("here/version_0/checkpoints/last.ckpt"))), "--out", "exported"])
+    exported, fitted = load_weights(Path("exported")), load_weights(Path("here/policy/last"))
+    assert exported.keys() == fitted.keys() and not any("critic" in weight for weight in exported)
+    assert all(torch.equal(weight, fitted[key]) for key, weight in exported.items())
 
 
 EVERY_UPDATE = """

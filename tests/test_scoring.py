@@ -54,6 +54,22 @@ def make_policy(**config) -> Policy:
     return Policy(make_llama(SIZE, **config), make_tokenizer())
 
 
+@pytest.mark.parametrize(("family", "own"), [("llama", {}), ("mistral", {"sliding_window": 6})])
+def test_rows_of_like_length_go_together_to_the_same_values_and_gradients(family, own):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **own)
+    config = AutoConfig.for_model(family, vocab_size=SIZE, num_key_value_heads=2, initializer_range=0.2, **shape)
+    policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
+    (prompts, completions), seen = make_input(k=12, t=20), []
+    policy.probe()
+    policy.causal_lm.get_input_embeddings().register_forward_hook(lambda m, i, output: seen.append(output.shape[:2]))
+    grouped = value_and_gradient(policy, prompts, completions)
+    assert len(seen) == 5 and sum(rows for rows, _ in seen[1:]) == 36
+    assert sum(rows * columns for rows, columns in seen[1:]) < 0.8 * 36 * 19
+    policy.shares_prompt = False
+    assert_alike(grouped, value_and_gradient(policy, prompts, completions))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_chunked_logprobs_are_the_unchunked_ones(rows, tied, monkeypatch):

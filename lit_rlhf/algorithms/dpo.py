@@ -45,7 +45,8 @@ class DPO(Method):
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
         self.beta = beta
-        self.reference_logprobs: dict[int, Tensor] = {}
+        self.reference_logprobs: dict[int, Tensor] = {}  # by the pair's index
+        self.held_out_reference: dict[int, Tensor] = {}
 
     def pair_loss(self, margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
         """The term of each pair."""
@@ -81,6 +82,11 @@ class DPO(Method):
 
     # The reference
 
+    def setup(self, stage: str) -> None:
+        """See `Method`; forget what the reference said of other data."""
+        super().setup(stage)
+        self.held_out_reference = {}
+
     def configure_model(self) -> None:
         """Load the policy and keep what it is now as the reference."""
         super().configure_model()
@@ -115,11 +121,19 @@ class DPO(Method):
 
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:
         """Log `val/loss`, `val/accuracy` (the share of pairs whose chosen completion gained more) and the rewards."""
-        self._log("val", self.log_ratios(batch))
+        self._log("val", self.held_out_log_ratios(batch))
 
     def test_step(self, batch: Preferences, batch_idx: int) -> None:
         """Log the same under `test/`."""
-        self._log("test", self.log_ratios(batch))
+        self._log("test", self.held_out_log_ratios(batch))
+
+    def held_out_log_ratios(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
+        """`log_ratios` of held-out pairs, which are validated again and again: the reference is asked once."""
+        index, kept = batch.prompts.index.tolist(), self.held_out_reference
+        if any(i not in kept for i in index):
+            asked = F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)
+            kept.update(zip(index, asked.cpu(), strict=True))
+        return self.log_ratios(batch, torch.stack([kept[i] for i in index]).to(self.device))
 
     def predict_step(self, batch: Preferences, batch_idx: int) -> list[dict[str, Any]]:
         """Return what the policy makes of both completions: beta times the log-ratio to the reference."""

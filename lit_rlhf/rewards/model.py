@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.padding import groups_of_like_length
 from lit_rlhf.text import encode_completion, encode_prompt
 from lit_rlhf.types import Text
 
@@ -115,12 +116,13 @@ class RewardModel:
             self.setup("cpu")
         finished = [True] * len(completions) if finished is None else finished
         rows = [self._encode(*row) for row in zip(prompts, completions, finished, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # little padding; the largest first
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         size = min(self.batch_size, self._model.config.get_text_config().vocab_size - 1)  # leaves an id to pad with
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
         scores = torch.empty(len(rows), dtype=torch.float32)
-        if batches:
-            scores[order] = torch.cat([self._forward([rows[i] for i in batch]) for batch in batches]).cpu()
+        for batch in [order[i : i + size] for i in range(0, len(order), size)]:  # the largest first
+            for group in groups_of_like_length([len(rows[i]) for i in batch]):
+                chosen = [batch[i] for i in group]
+                scores[chosen] = self._forward([rows[i] for i in chosen]).cpu()
         return scores
 
     def _encode(self, prompt: Text, completion: Text, finished: bool) -> list[int]:

@@ -71,8 +71,10 @@ def test_the_reference_is_asked_once_for_each_pair(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(lit_rlhf.policy.Reference, "logprobs", counting)
     module = make_module("DPO", tiny)
-    fit(module, tmp_path, max_epochs=3, limit_val_batches=0)
-    assert sorted(asked) == sorted(set(asked)) == sorted(module.reference_logprobs)
+    fit(module, tmp_path, max_epochs=3)
+    held_out = module.held_out_reference
+    assert sorted(asked) == sorted(set(asked)) == sorted([*module.reference_logprobs, *held_out])
+    assert len(held_out) == 3
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")

@@ -30,6 +30,7 @@ from enumeration import (
     true_gradient,
 )
 from lit_rlhf import functional as F
+from lit_rlhf.testbed.tokenizer import vocabulary
 from lit_rlhf.types import Rollout
 from runs import make_trainer
 
@@ -38,6 +39,38 @@ from runs import make_trainer
 def test_rloo_of_two_is_unbiased(rewards):
     module = make_module(rewards=rewards, num_samples=2)
     assert_same(expected_gradient(module), true_gradient(module, totals(rewards)))
+
+
+WORDS = {0: "<eos>", 1: "golden", 2: "but"}
+"""What the enumerable policy says, behind `The breakfast was`."""
+
+
+def in_words(completion_ids):
+    return [["The", "breakfast", "was", *(WORDS[i] for i in ids)] for ids in completion_ids]
+
+
+def grammar_signal(completion_ids, **kwargs):
+    rows = [[vocabulary().index(word) for word in words] for words in in_words(completion_ids)]
+    return [verdicts[3:] for verdicts in lit_rlhf.testbed.Grammatical()(completion_ids=rows)]
+
+
+grammar_signal.token_level = True
+
+
+def coherence_signal(completion_ids, **kwargs):
+    texts = [" ".join(word for word in words if word != "<eos>") for words in in_words(completion_ids)]
+    prompt = "A kind critic on the breakfast of the new hotel, in one sentence:"
+    return lit_rlhf.testbed.coherence(prompts=[prompt] * len(texts), completions=texts)
+
+
+def test_grammar_by_the_token_and_coherence_at_the_end_are_unbiased_together():
+    """The signals of `configs/shaping.yaml`, with its weights."""
+    grammar = lit_rlhf.Weighted(grammar_signal, weight=0.5, final_weight=0.1, updates=60)
+    module = make_module(rewards=(grammar, coherence_signal), num_samples=2)
+    verdicts = torch.tensor([sum(row) for row in grammar_signal(ALL)], dtype=torch.float64)
+    coherent = torch.tensor(coherence_signal(ALL), dtype=torch.float64)
+    assert len(verdicts.unique()) > 1 and len(coherent.unique()) > 1
+    assert_same(expected_gradient(module), true_gradient(module, 0.5 * verdicts + coherent))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -107,6 +108,23 @@ def test_a_schedule_grows_in_a_straight_line_over_epochs(tiny, tmp_path):
     assert float(module.trainer.callback_metrics["train/prompts"]) == 8
 
 
+def test_the_bar_knows_how_many_steps_are_left(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # else lines are written instead of a bar
+    totals = []
+
+    class Bar(lit_rlhf.callbacks.RLHFProgressBar):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            totals.append(self.progress.tasks[self.train_progress_bar_id].total)
+
+    recorder, growing = Recorder(), BatchSchedule(maximum=8, updates=12)
+    trainer = make_trainer(
+        tmp_path, max_epochs=1, callbacks=[growing, Bar(), recorder], enable_progress_bar=True, limit_val_batches=0
+    )
+    trainer.fit(make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2))
+    assert totals == [10] * 10 and recorder.lengths == [10]  # 20 without growth
+
+
 def test_a_schedule_counts_updates_not_steps(tiny, tmp_path):
     options = dict(minibatches=2, trainer={"accumulate_grad_batches": 4, "max_epochs": 1})
     _, recorder = train(tiny, tmp_path, BatchSchedule(maximum=4, updates=2), **options)
@@ -187,7 +205,7 @@ def test_measuring_leaves_training_as_it_is(name, tiny, tmp_path):
     plain, _ = train(tiny, tmp_path, Callback(), **options)
     weights = plain.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in measured.state_dict().items())
-    assert all(float(noise) >= 0 for noise in recorder.noise)
+    assert all(0 < float(noise) < math.inf for noise in recorder.noise)
     assert measured.trainer.callback_metrics["train/gradient_variance"] > 0
 
 

@@ -78,6 +78,17 @@ def test_padding_in_a_batch_changes_nothing(kind, pad, rows, tmp_path):
     torch.testing.assert_close(in_ones, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_inputs_of_like_length_go_together(tokenizer):
+    model, shapes = make_model(), []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, output: shapes.append(output.shape[:2]))
+    reward = RewardModel(model, tokenizer, batch_size=32)
+    prompts, completions = [""] * 40, ["a" * (1 + i * 11 % 40) for i in range(40)]
+    together = reward(prompts, completions)
+    assert [rows for rows, _ in shapes] == [8, 8, 8, 8, 8]
+    reward.batch_size = 1
+    torch.testing.assert_close(together, reward(prompts, completions), atol=1e-4, rtol=1e-4)
+
+
 def test_conversations_go_through_the_template_of_the_reward_model(tokenizer):
     model = make_model()
     prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]

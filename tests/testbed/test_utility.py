@@ -109,6 +109,20 @@ def test_a_scrambled_sentence_is_flagged():
         assert sum(judge(scrambled)) <= -2
 
 
+def test_no_verdict_changes_with_what_is_written_later():
+    """A token-level reward that looked ahead would bias the gradient."""
+    rng, tokenizer, flagged = Random(3), make_tokenizer(), 0
+    for brief in briefs(20):
+        ids = tokenizer(write(brief, rng))["input_ids"] + [tokenizer.eos_token_id]
+        for place in rng.sample(range(len(ids) - 1), 2):
+            ids[place] = rng.randrange(4, len(tokenizer))
+        verdicts = Grammatical()(completion_ids=[ids])[0]
+        flagged += any(verdicts)
+        for end in range(1, len(ids)):
+            assert Grammatical()(completion_ids=[ids[:end]])[0] == verdicts[:end]
+    assert flagged > 10
+
+
 def test_coherence_is_about_subject_and_contradiction():
     texts = [GOOD, "The breakfast was golden. The plot was witty.", "The breakfast was golden but fresh.", BOTH, ""]
     values = coherence(prompts=[KIND] * 5, completions=texts)
