@@ -100,7 +100,7 @@ class Run:
         """
         if not (self.folder / RESULT).is_file():
             return False
-        theirs = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))["arguments"]
+        theirs = json.loads((self.folder / RESULT).read_text(encoding="utf-8")).get("arguments")
         if theirs != self.given:
             raise ValueError(
                 f"{str(self.folder)!r} holds the result of other arguments ({theirs}; now they are {self.given}): "
