@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
 from lit_rlhf.algorithms.base import Method
+from lit_rlhf.callbacks import RLHFProgressBar
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.policy import Policy
 from lit_rlhf.rewards import RewardModel
@@ -51,10 +52,9 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: in
 def fit(method: Method, data: LightningDataModule, epochs: int, max_steps: int = -1) -> None:
     """Train on the CPU; nothing is written."""
     quiet: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
-    trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0, **quiet
-    )
-    trainer.fit(method, datamodule=data)
+    limits: dict[str, Any] = dict(max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0)
+    bar = RLHFProgressBar(seconds=30)
+    Trainer(accelerator="cpu", devices=1, callbacks=[bar], **limits, **quiet).fit(method, datamodule=data)
 
 
 def options(lr: float) -> dict[str, Any]:
