@@ -20,12 +20,7 @@ from lit_rlhf.prefix import (
     checkpoints_activations,
     completion_features,
     hidden_states,
-    padded,
-    plain_features,
-    probe_input,
-    rms,
-    shared_features,
-    why_not,
+    why_not_shared,
 )
 from lit_rlhf.types import Prompts
 
@@ -120,11 +115,8 @@ class Critic(nn.Module):
             return
         model, was_training = self._classifier, self.model.training
         forward = functools.partial(hidden_states, model.base_model)
-        prompts, tokens = probe_input(embedding_rows(model), next(self.parameters()).device)
         self.model.eval()
-        expected = plain_features(forward, prompts, tokens, 2)
-        noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
-        reason = why_not(lambda: shared_features(forward, model.config, prompts, tokens, 2), expected, noise)
+        reason = why_not_shared(forward, model.config, embedding_rows(model), next(self.parameters()).device)
         self.model.train(was_training)
         self.shares_prompt = reason is None
         if reason is not None:

@@ -33,3 +33,8 @@ def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
         if sum(len(group) * lengths[group[0]] for group in groups) <= WORTHWHILE * len(order) * lengths[order[0]]:
             return groups
     return [list(rows)] if lengths else []
+
+
+def padded_size(lengths: Sequence[int]) -> int:
+    """Tokens that are computed of rows of these lengths, padding included, in groups of like length."""
+    return sum(len(group) * max(lengths[i] for i in group) for group in groups_of_like_length(lengths))

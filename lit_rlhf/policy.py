@@ -39,6 +39,7 @@ from lit_rlhf.prefix import (
     defined,
     forward_arguments,
     hidden_states,
+    owners,
     padded,
     plain_features,
     probe_input,
@@ -192,7 +193,7 @@ class Policy(nn.Module):
         return completion_features(self.forward_features, self.causal_lm.config, prompts, completions, shared)
 
     def _shared_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
-        return shared_features(self.forward_features, self.causal_lm.config, prompts, tokens, k)
+        return shared_features(self.forward_features, self.causal_lm.config, prompts, tokens, owners(len(prompts), k))
 
     def _plain_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
         return plain_features(self.forward_features, prompts, tokens, k)

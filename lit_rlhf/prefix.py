@@ -97,8 +97,13 @@ def completion_features(
     prompts, mask = defined(prompts), completions.mask.flatten(0, 1)
     tokens = completions.tokens.flatten(0, 1).where(mask, prompts.tokens[:, -1:].repeat_interleave(k, 0))
     if shared:
-        return shared_features(forward, config, prompts, tokens, k, mask.sum(1).tolist()).view(n, k, t, -1)
+        return shared_features(forward, config, prompts, tokens, owners(n, k), mask.sum(1).tolist()).view(n, k, t, -1)
     return plain_features(forward, prompts, tokens, k).view(n, k, t, -1)
+
+
+def owners(n: int, k: int) -> Int[Tensor, " rows"]:
+    """The prompt of each row, where each of `n` has `k` rows."""
+    return torch.arange(n).repeat_interleave(k)
 
 
 def shared_features(
@@ -106,7 +111,7 @@ def shared_features(
     config: Any,
     prompts: Prompts,
     tokens: Int[Tensor, "rows tokens"],
-    k: int,
+    owner: Int[Tensor, " rows"],
     lengths: Sequence[int] | None = None,
 ) -> Float[Tensor, "rows tokens features"]:
     """Features that stand before each completion token, each prompt computed once. Differentiable.
@@ -115,24 +120,24 @@ def shared_features(
         forward: The model's.
         config: The model's, for its cache.
         prompts: The prompts.
-        tokens: Completions, k rows a prompt.
-        k: Completions of each prompt.
+        tokens: Completions.
+        owner: The prompt of each completion.
         lengths: How many tokens of each row count; what stands behind those means nothing. All where None.
     """
     length = tokens.shape[1]
     lengths = [length] * len(tokens) if lengths is None else lengths
-    cache = DynamicCache(config=config)
-    first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1).repeat_interleave(k, 0)
+    owner, cache = owner.to(tokens.device), DynamicCache(config=config)
+    first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1)[owner]
     groups, parts = groups_of_like_length(lengths), []
     for group in groups:
         rows = torch.tensor(group, device=tokens.device)
         longest = max(1, *(lengths[i] for i in group))
         fed, part = tokens[rows, : longest - 1], first[rows]
         if longest > 1:
-            prompt_mask = prompts.mask[rows // k]
+            prompt_mask = prompts.mask[owner[rows]]
             mask = torch.cat([prompt_mask, torch.ones_like(fed, dtype=torch.bool)], 1)
             positions = prompt_mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=fed.device)
-            part = torch.cat([part, forward(fed, mask, positions, selected(cache, rows // k), longest - 1)], 1)
+            part = torch.cat([part, forward(fed, mask, positions, selected(cache, owner[rows]), longest - 1)], 1)
         parts.append(nn.functional.pad(part, (0, 0, 0, length - longest)))
     if len(parts) == 1:
         return parts[0]
@@ -196,6 +201,21 @@ def why_not(compute: Callable[[], Tensor], expected: Tensor, noise: float) -> st
     except Exception as error:  # whatever a model without a cache raises, the plain path remains
         return f"{type(error).__name__}: {error}"
     return None if difference <= 1e-3 + 3 * noise else f"its output would differ by {difference:.2g}"
+
+
+def why_not_shared(forward: Forward, config: Any, vocabulary: int, device: torch.device) -> str | None:
+    """Say why a prompt can't be shared by its completions; None where it can.
+
+    Args:
+        forward: The model's, in evaluation mode.
+        config: The model's, for its cache.
+        vocabulary: How many token ids it embeds.
+        device: Where it is.
+    """
+    prompts, tokens = probe_input(vocabulary, device)
+    expected = plain_features(forward, prompts, tokens, 2)
+    noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
+    return why_not(lambda: shared_features(forward, config, prompts, tokens, owners(2, 2)), expected, noise)
 
 
 def rms(tensor: Tensor) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,9 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_rlhf.padding import groups_of_like_length
+from lit_rlhf.padding import groups_of_like_length, padded_size
+from lit_rlhf.prefix import Forward, hidden_states, shared_features, why_not_shared
 from lit_rlhf.text import encode_completion, encode_prompt
-from lit_rlhf.types import Text
+from lit_rlhf.types import Prompts, Text
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of a completion."""
 
 
 class RewardModel:
@@ -73,6 +79,7 @@ class RewardModel:
         self.positions = positions
         self._model: Any = None
         self._tokenizer: Any = None
+        self._shares_prompt: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what `setup` loads, so that no copy carries it into a checkpoint."""
@@ -94,6 +101,26 @@ class RewardModel:
                     f"the model only {vocabulary}: they do not belong together"
                 )
         self._model.to(device).eval()
+        self._find_out()
+
+    @torch.no_grad()
+    def _find_out(self) -> None:
+        """Find out, once, whether the completions of a prompt can share it; say so where they can't."""
+        if self._shares_prompt is not None:
+            return
+        model = self._model
+        reason: str | None = f"a {type(model).__name__} has no linear head called `score`"
+        if isinstance(getattr(model, "score", None), torch.nn.Linear):
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            with torch.autocast(model.device.type, enabled=False):
+                reason = why_not_shared(self._hidden, model.config, vocabulary, model.device)
+        self._shares_prompt = reason is None
+        if reason is not None:
+            rank_zero_info(f"{_called(self.source)} computes each prompt once a completion: {reason}")
+
+    @property
+    def _hidden(self) -> Forward:
+        return functools.partial(hidden_states, self._model.base_model)
 
     @torch.no_grad()
     def __call__(
@@ -116,27 +143,66 @@ class RewardModel:
             self.setup("cpu")
         finished = [True] * len(completions) if finished is None else finished
         rows = [self._encode(*row) for row in zip(prompts, completions, finished, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         size = min(self.batch_size, self._model.config.get_text_config().vocab_size - 1)  # leaves an id to pad with
         scores = torch.empty(len(rows), dtype=torch.float32)
-        for batch in [order[i : i + size] for i in range(0, len(order), size)]:  # the largest first
-            for group in groups_of_like_length([len(rows[i]) for i in batch]):
+        if (shared := self._shared_batches(rows, size)) is not None:
+            for batch in shared:
+                scores[batch] = self._forward_shared([rows[i] for i in batch]).cpu()
+            return scores
+        whole = [start + end for start, end in rows]
+        for batch in _batches(size, len(rows), lambda i: -len(whole[i])):  # the largest first
+            for group in groups_of_like_length([len(whole[i]) for i in batch]):
                 chosen = [batch[i] for i in group]
-                scores[chosen] = self._forward([rows[i] for i in chosen]).cpu()
+                scores[chosen] = self._forward([whole[i] for i in chosen]).cpu()
         return scores
 
-    def _encode(self, prompt: Text, completion: Text, finished: bool) -> list[int]:
+    def _shared_batches(self, rows: list[Row], size: int) -> list[list[int]] | None:
+        """Batches in which the completions of a prompt stand together; None where to share it would save nothing."""
+        starts = [tuple(start) for start, _ in rows]
+        if not self._shares_prompt or not all(starts) or len(set(starts)) == len(starts):
+            return None
+        batches = _batches(size, len(rows), lambda i: (-len(starts[i]), starts[i]))
+        shared = 0
+        for batch in batches:
+            prompts = {starts[i] for i in batch}
+            shared += len(prompts) * max(map(len, prompts)) + padded_size([len(rows[i][1]) for i in batch])
+        alone = sum(
+            padded_size([sum(map(len, rows[i])) for i in batch])
+            for batch in _batches(size, len(rows), lambda i: -sum(map(len, rows[i])))
+        )
+        return batches if shared < alone else None
+
+    def _encode(self, prompt: Text, completion: Text, finished: bool) -> Row:
         start = encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         end = encode_completion(self._tokenizer, prompt, completion, finished, self.chat_template_kwargs)
-        ids = start + end
+        length = len(start) + len(end)
         if self.max_length is not None:
-            return ids[-self.max_length :]
-        if self.positions is not None and len(ids) > self.positions:
+            cut = max(0, length - self.max_length)
+            return start[cut:], end[max(0, cut - len(start)) :]
+        if self.positions is not None and length > self.positions:
             raise ValueError(
-                f"an input of {len(ids)} tokens exceeds the {self.positions} positions of {_called(self.source)}: "
+                f"an input of {length} tokens exceeds the {self.positions} positions of {_called(self.source)}: "
                 f"use shorter prompts, or max_length={self.positions} to cut the start of the prompt"
             )
-        return ids
+        return start, end
+
+    def _forward_shared(self, rows: list[Row]) -> Float[Tensor, " batch"]:
+        """Score rows of a prompt and a completion, each prompt computed once."""
+        device, places = self._model.device, dict[tuple[int, ...], int]()
+        owner = torch.tensor([places.setdefault(tuple(start), len(places)) for start, _ in rows])
+        lengths = torch.tensor([len(start) for start in places])
+        width, length = int(lengths.max()), max(len(end) for _, end in rows) + 1
+        tokens = torch.tensor([[start[-1]] * (width - len(start)) + [*start] for start in places])
+        mask = torch.arange(width) >= width - lengths.unsqueeze(1)
+        prompts = Prompts(tokens, mask, torch.arange(len(places))).to(device)
+        # one token more than each completion has: what stands before that one is read
+        ends = torch.tensor([end + [start[-1]] * (length - len(end)) for start, end in rows], device=device)
+        read = [len(end) for _, end in rows]
+        with torch.autocast(device.type, enabled=False):
+            fed = [count + 1 for count in read]
+            features = shared_features(self._hidden, self._model.config, prompts, ends, owner, fed)
+            scores: Tensor = self._model.score(features[range(len(rows)), read])
+        return scores.squeeze(-1).float()
 
     def _forward(self, rows: list[list[int]]) -> Float[Tensor, " batch"]:
         device, length = self._model.device, max(map(len, rows))
@@ -148,6 +214,12 @@ class RewardModel:
         with _configured(self._model.config, pad), torch.autocast(device.type, enabled=False):
             scores: Tensor = self._model(input_ids=tokens, attention_mask=mask).logits
         return scores.squeeze(-1).float()
+
+
+def _batches(size: int, count: int, key: Callable[[int], Any]) -> list[list[int]]:
+    """Rows in the order of their key, cut into batches."""
+    order = sorted(range(count), key=key)
+    return [order[i : i + size] for i in range(0, count, size)]
 
 
 @contextmanager

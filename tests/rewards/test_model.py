@@ -78,11 +78,56 @@ def test_padding_in_a_batch_changes_nothing(kind, pad, rows, tmp_path):
     torch.testing.assert_close(in_ones, expected, atol=1e-4, rtol=1e-4)
 
 
+def some_of_each(rows, samples=4):
+    """The same prompts, with several completions each, in an order that tears groups apart."""
+    prompts, completions, finished = rows
+    count = len(prompts)
+    places = [(i, (i + 3 * j) % count) for j in range(samples) for i in range(count)]
+    return (
+        [prompts[i] + "x" * 20 * (i % 3) for i, _ in places],
+        [completions[j] for _, j in places],
+        [finished[j] for _, j in places],
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_completions_of_a_prompt_share_it(kind, rows):
+    tokenizer, model, seen = make_tokenizer(), make_model(kind), []
+    given = some_of_each(rows)
+    expected = plain_scores(model, tokenizer, *given)
+    reward = RewardModel(model, tokenizer, batch_size=11)
+    reward.setup("cpu")
+    model.get_input_embeddings().register_forward_hook(lambda m, i, output: seen.append(i[0].numel()))
+    torch.testing.assert_close(reward(*given), expected, atol=1e-4, rtol=1e-4)
+    shared = sum(seen)
+    seen.clear()
+    reward._shares_prompt = False
+    torch.testing.assert_close(reward(*given), expected, atol=1e-4, rtol=1e-4)
+    assert shared < 0.8 * sum(seen)
+
+
+def test_a_prompt_is_not_shared_where_that_saves_nothing(tokenizer):
+    reward = RewardModel(make_model(), tokenizer)
+    reward.setup("cpu")
+    alike = [([1], [5] * length) for length in (1, 9, 30) * 9]  # padding would cost more than the prompts
+    assert reward._shares_prompt and reward._shared_batches(alike, size=7) is None
+    assert reward._shared_batches([([1] * 20, [5]), ([1] * 20, [6])], size=7) == [[0, 1]]
+
+
+def test_a_cut_prompt_is_cut_for_each_completion_by_itself(rows):
+    tokenizer, model = make_tokenizer(), make_model()
+    prompts, completions, finished = some_of_each(rows)
+    reward = RewardModel(model, tokenizer, max_length=12)
+    one_by_one = [reward([p], [c], [f]) for p, c, f in zip(prompts, completions, finished, strict=True)]
+    torch.testing.assert_close(reward(prompts, completions, finished), torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
+
+
 def test_inputs_of_like_length_go_together(tokenizer):
     model, shapes = make_model(), []
-    model.get_input_embeddings().register_forward_hook(lambda m, i, output: shapes.append(output.shape[:2]))
     reward = RewardModel(model, tokenizer, batch_size=32)
-    prompts, completions = [""] * 40, ["a" * (1 + i * 11 % 40) for i in range(40)]
+    reward.setup("cpu")
+    model.get_input_embeddings().register_forward_hook(lambda m, i, output: shapes.append(output.shape[:2]))
+    prompts, completions = [chr(65 + i) for i in range(40)], ["a" * (1 + i * 11 % 40) for i in range(40)]
     together = reward(prompts, completions)
     assert [rows for rows, _ in shapes] == [8, 8, 8, 8, 8]
     reward.batch_size = 1
