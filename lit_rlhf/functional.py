@@ -33,10 +33,11 @@ def token_logprobs(
     return chosen - logits.logsumexp(-1)
 
 
-def entropy(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch"]:
-    """Entropy in nats of the distribution that the logits describe."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)
+def entropy(
+    probabilities: Float[Tensor, "*batch vocabulary"], logprobs: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, "*batch"]:
+    """Entropy in nats of a distribution, given its logarithm too; what can't happen may have a logarithm of -inf."""
+    return -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def kl_k1(

@@ -144,10 +144,12 @@ def decode(
     alive = torch.arange(rows, device=device)
     choose = _chooser(sampling, eos)
     for t in range(length):
-        scaled = F.at_least_float32(logits) / sampling.temperature
-        drawn, kept_mass = choose(scaled, t, None if noise is None else noise[alive, t])
+        logprobs = (F.at_least_float32(logits) / sampling.temperature).log_softmax(-1)
+        probabilities = logprobs.exp()
+        drawn, kept_mass = choose(logprobs, probabilities, t, None if noise is None else noise[alive, t])
         tokens[alive, t], mask[alive, t] = drawn, True
-        numbers[:, alive, t] = torch.stack([F.token_logprobs(scaled, drawn), F.entropy(scaled), kept_mass])
+        of_drawn = logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        numbers[:, alive, t] = torch.stack([of_drawn, F.entropy(probabilities, logprobs), kept_mass])
         ended = torch.isin(drawn, eos)
         if stops is not None:
             ended |= stops(tokens[alive, : t + 1], None)
@@ -162,11 +164,11 @@ def decode(
         if t + 1 < length:
             logits = decoder.step(drawn)
     end = t + 1
-    logprobs, entropy, mass = numbers[:, :, :end]
-    return Drawn(tokens[:, :end], mask[:, :end], logprobs, entropy, mass, finished)
+    of_drawn, entropy, mass = numbers[:, :, :end]
+    return Drawn(tokens[:, :end], mask[:, :end], of_drawn, entropy, mass, finished)
 
 
-Chooser = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+Chooser = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
@@ -177,18 +179,18 @@ def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
     if sampling.top_p < 1 and not sampling.greedy:
         warpers.append(TopPLogitsWarper(sampling.top_p))
 
-    def choose(logits: Tensor, t: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def choose(logprobs: Tensor, probabilities: Tensor, t: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Pick token `t` of every row by the noise, or the most likely one without noise."""
-        allowed = logits
+        allowed = logprobs
         if t < sampling.min_new_tokens:
             allowed = allowed.index_fill(-1, eos, -torch.inf)
         for warp in warpers:
             allowed = warp(None, allowed)
         if noise is None:
-            return allowed.argmax(-1), torch.ones_like(logits[:, 0])
-        if allowed is logits:
-            return inverse_cdf(logits.softmax(-1), noise), torch.ones_like(logits[:, 0])
-        kept = torch.where(allowed.isneginf(), 0.0, logits.softmax(-1))
+            return allowed.argmax(-1), torch.ones_like(logprobs[:, 0])
+        if allowed is logprobs:
+            return inverse_cdf(probabilities, noise), torch.ones_like(logprobs[:, 0])
+        kept = torch.where(allowed.isneginf(), 0.0, probabilities)
         return inverse_cdf(kept, noise), kept.sum(-1)
 
     return choose
