@@ -34,8 +34,9 @@ class RewardModel:
     """The score of a decoder-only sequence-classification model, such as the one that `RewardModeling` exports.
 
     Text goes through the model's own tokenizer and messages through its own chat template. A completion that ended by
-    itself ends with the model's EOS token, one that was cut does not, as in training. This is a plain object and no
-    module: no checkpoint and no optimizer knows it. `setup` loads the weights, or the first call does, onto the CPU.
+    itself ends with the model's EOS token, one that was cut does not, as in training. A prompt is computed once for its
+    completions, where the model allows that and it saves arithmetic. This is a plain object and no module: no
+    checkpoint and no optimizer knows it. `setup` loads the weights, or the first call does, onto the CPU.
 
     Args:
         model: A folder, a hub id, or a model in memory (which is then put in evaluation mode and moved).
