@@ -138,7 +138,7 @@ def shared_features(
             mask = torch.cat([prompt_mask, torch.ones_like(fed, dtype=torch.bool)], 1)
             positions = prompt_mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=fed.device)
             part = torch.cat([part, forward(fed, mask, positions, selected(cache, owner[rows]), longest - 1)], 1)
-        parts.append(nn.functional.pad(part, (0, 0, 0, length - longest)))
+        parts.append(part if longest == length else nn.functional.pad(part, (0, 0, 0, length - longest)))
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([i for group in groups for i in group], device=tokens.device)

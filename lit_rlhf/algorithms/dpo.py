@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.monitor import all_or_none
+from lit_rlhf.algorithms.plan import data_module
 from lit_rlhf.algorithms.reward_model import share_right
 from lit_rlhf.data import TextData
 from lit_rlhf.policy import Policy, Reference
@@ -104,7 +105,7 @@ class DPO(Method):
         """Compute the reference's log-probabilities, in the order of the data, each rank its share."""
         self.on_validation_start()
         self.reference_logprobs = {}
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_module(self)
         if not isinstance(data, TextData):  # a loader of the user's own: the reference is asked at every step
             return
         own: dict[int, Tensor] = {}

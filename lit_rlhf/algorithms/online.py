@@ -31,6 +31,7 @@ from lit_rlhf.algorithms.plan import (
     check_loader,
     check_minibatches,
     check_plan,
+    data_module,
     make_judge,
     make_options,
     read_kl_penalty,
@@ -297,7 +298,7 @@ class Online(Method):
         """Check what can be checked before a model is loaded."""
         super().setup(stage)
         self.opponents = {}
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_module(self)
         if isinstance(data, TextData):
             check_columns(self, data)
         if stage == "fit":

@@ -143,7 +143,14 @@ class RewardModel:
         if self._model is None:
             self.setup("cpu")
         finished = [True] * len(completions) if finished is None else finished
-        rows = [self._encode(*row) for row in zip(prompts, completions, finished, strict=True)]
+        starts: dict[int, list[int]] = {}  # a prompt stands here once a completion, and is encoded once
+        for prompt in prompts:
+            if id(prompt) not in starts:
+                starts[id(prompt)] = encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
+        rows = [
+            self._encode(prompt, starts[id(prompt)], completion, ended)
+            for prompt, completion, ended in zip(prompts, completions, finished, strict=True)
+        ]
         size = min(self.batch_size, self._model.config.get_text_config().vocab_size - 1)  # leaves an id to pad with
         scores = torch.empty(len(rows), dtype=torch.float32)
         if (shared := self._shared_batches(rows, size)) is not None:
@@ -173,8 +180,7 @@ class RewardModel:
         )
         return batches if shared < alone else None
 
-    def _encode(self, prompt: Text, completion: Text, finished: bool) -> Row:
-        start = encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
+    def _encode(self, prompt: Text, start: list[int], completion: Text, finished: bool) -> Row:
         end = encode_completion(self._tokenizer, prompt, completion, finished, self.chat_template_kwargs)
         length = len(start) + len(end)
         if self.max_length is not None:
