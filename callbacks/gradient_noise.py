@@ -110,8 +110,7 @@ class GradientNoise(Callback):
         self.averages = [
             weight * a + (1 - weight) * e for a, e in zip(self.averages or estimates, estimates, strict=True)
         ]
-        share = trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)
-        prompts = share * len(rollout.prompts) * trainer.world_size
+        prompts = rollouts_of_update(trainer, module) * len(rollout.prompts) * trainer.world_size
         module.log("train/gradient_variance", estimates[0] / prompts, batch_size=1)
         module.log("train/gradient_noise_scale", float(self.noise_scale or 0.0), batch_size=1)
 
@@ -126,3 +125,9 @@ class GradientNoise(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them."""
         self.averages = state_dict["averages"]
+
+
+def rollouts_of_update(trainer: Trainer, module: Online) -> float:
+    """How many rollouts an update learns from: below 1 where a rollout is cut into several updates."""
+    share = trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)
+    return share if module.epochs == 1 else min(1.0, share)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.gradient_noise import GradientNoise
+from lit_rlhf.callbacks.gradient_noise import GradientNoise, rollouts_of_update
 from lit_rlhf.data.sampler import BlockSampler, ResumableLoader
 
 
@@ -102,9 +102,9 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
 
     While the policy still learns fast, the gradients of few prompts agree, and many small updates go furthest for the
     completions sampled. As it becomes stable the mean gradient fades, the noise stays, and it takes more prompts to see
-    a direction: that number is the noise scale (see `GradientNoise`), which the batch follows, at most doubling from
-    one measurement to the next. The KL of an update was the other candidate; it says how far a step went, but not
-    whether more prompts would have changed where.
+    a direction: that number is the noise scale (see `GradientNoise`), which the prompts of an update follow, at most
+    doubling from one measurement to the next. The KL of an update was the other candidate; it says how far a step
+    went, but not whether more prompts would have changed where.
 
     Args:
         maximum: Prompts of a rollout and device to grow to.
@@ -135,7 +135,8 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
     def measure(self, trainer: Trainer, module: Any) -> None:
         """Measure, and let the next rollout have as many prompts as the noise asks for."""
         super().measure(trainer, module)
-        now, wanted = self.sizes[-1][1], (self.noise_scale or 0.0) / trainer.world_size
+        now = self.sizes[-1][1]
+        wanted = (self.noise_scale or 0.0) / (trainer.world_size * rollouts_of_update(trainer, module))
         size = max(now, int(min(wanted, 2 * now, self.maximum)))
         if size > now:
             following = trainer.fit_loop.epoch_loop.batch_idx // module.repeats + 1

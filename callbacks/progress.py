@@ -7,10 +7,11 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 from lit_rlhf.callbacks.common import as_number, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.growing_batch import GrowingBatch
 
 RATES = {
     "throughput/completion_tokens": "tokens/s",
@@ -44,6 +45,18 @@ class RLHFProgressBar(RichProgressBar):
             self.disable()
         self._started = time.monotonic()
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch, as many of them as `max_steps` allows; a growing batch changes how many there are."""
+        trainer = self.trainer
+        if trainer.max_steps == -1:
+            return trainer.num_training_batches
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = int(progress.processed)
+        accumulate = trainer.accumulate_grad_batches
+        left = (trainer.max_steps - trainer.global_step) * accumulate - done % accumulate
+        return min(trainer.num_training_batches, done + max(0, left))
+
     def _get_train_description(self, current_epoch: int) -> str:
         endless = self.trainer.max_epochs in (None, -1)  # a number of steps was given instead
         return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
@@ -63,13 +76,11 @@ class RLHFProgressBar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar, or write a line."""
-        if self.progress is not None and self.train_progress_bar_id is not None:  # a growing batch changes the total
+        if self.progress is not None and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, total=self.total_train_batches)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due():
-            total = trainer.estimated_stepping_batches
-            of = f"/{int(total)}" if 0 < total < math.inf else ""
-            self._line(f"step {trainer.global_step}{of}", self.get_metrics(trainer, pl_module))
+            self._line(f"step {trainer.global_step}{self._of(trainer)}", self.get_metrics(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the result of a validation."""
@@ -82,6 +93,13 @@ class RLHFProgressBar(RichProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the bar: what follows is printed, and should not stand above it."""
         self._stop_progress()
+
+    def _of(self, trainer: Trainer) -> str:
+        """How many updates the run has, where that is known: growth shortens one that is given in epochs."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        grows = any(isinstance(callback, GrowingBatch) for callback in callbacks)
+        total = trainer.max_steps if grows else trainer.estimated_stepping_batches
+        return f"/{int(total)}" if 0 < total < math.inf else ""
 
     def _due(self) -> bool:
         return self._plain and time.monotonic() - self._printed >= self.seconds

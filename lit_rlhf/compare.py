@@ -30,7 +30,8 @@ from lit_rlhf import report
 LAST_LINES = 15
 """Lines of a failed process to show."""
 
-RESULT = "result.json"
+RESULT, TRAINED = "result.json", "trained.json"
+"""What a run leaves in its folder when it is done, and once its training is."""
 
 UNSETTLED = 2
 """Rollouts at the start of a run (steps, where nothing is sampled) whose seconds do not count: memory is taken then."""
@@ -92,27 +93,32 @@ class Run:
     seed: int
     given: Arguments
 
-    def is_done(self) -> bool:
-        """Whether its result is there.
+    def result(self) -> dict[str, Any] | None:
+        """What it left; None where it is not done.
 
         Raises:
-            ValueError: If there is one of other arguments.
+            ValueError: If that is of other arguments.
         """
         if not (self.folder / RESULT).is_file():
-            return False
-        theirs = json.loads((self.folder / RESULT).read_text(encoding="utf-8")).get("arguments")
-        if theirs != self.given:
+            return None
+        found: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        if found.get("arguments") != self.given:
             raise ValueError(
-                f"{str(self.folder)!r} holds the result of other arguments ({theirs}; now they are {self.given}): "
-                "delete that folder, or give another --out"
+                f"{str(self.folder)!r} holds the result of other arguments ({found.get('arguments')}; now they are "
+                f"{self.given}): delete that folder, or give another --out"
             )
-        return True
+        return found
 
     def leave(self, **result: Any) -> None:
         """Write the result, whole or not at all."""
         partial = self.folder / f"partial-{RESULT}"
         partial.write_text(json.dumps({"seed": self.seed, "arguments": self.given, **result}), encoding="utf-8")
         partial.replace(self.folder / RESULT)
+
+    def is_trained(self) -> bool:
+        """Whether it was trained with these arguments, and only its test is missing."""
+        noted = self.folder / TRAINED
+        return noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) == self.given["fit"]
 
 
 def compare(
@@ -162,18 +168,17 @@ def compare(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: one of them stands twice")
     folder, environment = Path(out), threads(jobs)
-    runs = [run for run in cell_runs(folder, chosen, seeds, common, evaluation) if not run.is_done()]
-    measurements = [run for run in cost_runs(folder / "cost", chosen, common, cost) if not run.is_done()]
+    all_runs = list(cell_runs(folder, cells, seeds, common, evaluation))
+    all_measurements = list(cost_runs(folder / "cost", cells, common, cost))
+    done = {run.folder for run in (*all_runs, *all_measurements) if run.result() is not None}
+    runs = [run for run in all_runs if run.cell in chosen and run.folder not in done]
+    measurements = [run for run in all_measurements if run.cell in chosen and run.folder not in done]
     check_arguments([*runs, *measurements])
     failed = run_all(runs, lambda run: run_cell(run, environment), jobs) + run_all(measurements, measure, 1)
-    found = {name: read_results(folder, name, seeds) for name in cells}
-    results = {name: rows for name, rows in found.items() if rows or name in chosen}
+    found = read_results(all_runs)
+    results = {name: found.get(name, []) for name in cells if name in found or name in chosen}
     rounds = cost.rounds if cost else 0
-    costs = {
-        name: read_results(folder / "cost", name, range(1, rounds + 1))
-        for name, cell in cells.items()
-        if cost and cell.fit is not None
-    }
+    costs: report.Results = {run.cell: [] for run in all_measurements} | read_results(all_measurements)
     table = report.write(folder, results, costs, len(seeds), pairs, completions, rounds)
     if rates:
         report.add_best_rates(table, results)
@@ -297,12 +302,16 @@ def run_cell(run: Run, environment: dict[str, str]) -> str | None:
     checkpoint: list[str] = []
     fit, test = run.given["fit"], run.given["test"] or []
     if fit is not None:
-        if run_logged(["fit", *fit, *place], log, environment) is None:
-            return last_lines(log)
+        if not run.is_trained():
+            if run_logged(["fit", *fit, *place], log, environment) is None:
+                return last_lines(log)
+            (run.folder / TRAINED).write_text(json.dumps(fit), encoding="utf-8")
         checkpoint = ["--ckpt_path", str(newest(run.folder, "checkpoints/last.ckpt"))]
     if run_logged(["test", *test, *place, *checkpoint], log, environment) is None:
         return last_lines(log)
     tested = [row for row in read_csv(newest(run.folder, "metrics.csv")) if any(n.startswith("test/") for n in row)]
+    if not tested:
+        return f"{newest(run.folder, 'metrics.csv')} holds no result of the test"
     metrics = {name.removeprefix("test/"): value for name, value in tested[-1].items() if name.startswith("test/")}
     curves = read_csv(newest(run.folder, "checkpoints").parent / "metrics.csv") if checkpoint else []
     run.leave(metrics=metrics, curves=curves)
@@ -321,6 +330,7 @@ def measure(run: Run) -> str | None:
     if len(rollouts) <= UNSETTLED:
         return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
     updates = sum("train/lr" in row for row in rows) / len(rollouts)
+    peak = max((row["memory/peak_mib"] for row in rows if "memory/peak_mib" in row), default=peak)
     run.leave(metrics={"seconds": statistics.median(rollouts[UNSETTLED:]) / updates, "peak_mib": peak})
     return None
 
@@ -361,8 +371,14 @@ def last_lines(log: Path) -> str:
 
 
 def newest(folder: Path, name: str) -> Path:
-    """The file of this name in the newest run below a folder."""
+    """The file of this name in the newest run below a folder.
+
+    Raises:
+        FileNotFoundError: If no run has left one.
+    """
     found = sorted(folder.glob(f"version_*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"there is no {name} in {str(folder)!r}: was checkpointing or logging switched off?")
     return found[-1]
 
 
@@ -372,7 +388,10 @@ def read_csv(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def read_results(out: Path, name: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The results of a method that are there."""
-    paths = [cell_folder(out, name, seed) / RESULT for seed in seeds]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+def read_results(runs: Iterable[Run]) -> report.Results:
+    """By method, the results that are there."""
+    found: report.Results = {}
+    for run in runs:
+        if (result := run.result()) is not None:
+            found.setdefault(run.cell, []).append(result)
+    return found

@@ -75,7 +75,10 @@ class Critic(nn.Module):
         model, told = AutoModelForSequenceClassification.from_pretrained(name, **options)
         if any("score" in name for name in told["missing_keys"]):
             nn.init.zeros_(model.score.weight)
-        return cls(model if lora is None else add_lora(model, {**lora, "task_type": "SEQ_CLS"}))
+        critic = cls(model if lora is None else add_lora(model, {**lora, "task_type": "SEQ_CLS"}))
+        if lora is not None:  # the head is trained: bfloat16, in which the frozen trunk may be, is too coarse for it
+            critic._classifier.score.float()
+        return critic
 
     @property
     def _classifier(self) -> Any:
@@ -127,5 +130,5 @@ def value_head(
     head: nn.Module, features: Float[Tensor, "prompts samples tokens features"], completions: Given
 ) -> Float[Tensor, "prompts samples tokens"]:
     """Turn features into values, 0 where masked."""
-    values: Tensor = head(features).squeeze(-1)
+    values: Tensor = head(features.to(next(head.parameters()).dtype)).squeeze(-1)
     return F.at_least_float32(values).masked_fill(~completions.mask, 0.0)

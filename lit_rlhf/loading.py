@@ -96,6 +96,24 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
         )
 
 
+def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """Check that a model that reads what the policy writes knows its ids, where it comes with a tokenizer.
+
+    Raises:
+        ValueError: If its tokenizer gives another id to a token.
+    """
+    try:
+        known = load_tokenizer(source, **options).get_vocab()
+    except (OSError, ValueError):
+        return
+    for token, i in tokenizer.get_vocab().items():
+        if known.get(token, i) != i:
+            raise ValueError(
+                f"the {role} {str(source)!r} knows {token!r} as {known[token]}, and the policy writes it as {i}: give "
+                "one with the same tokenizer, such as one that started from the same model"
+            )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, so that training and sampling see the same policy. The config stays."""
     for module in model.modules():

@@ -28,14 +28,14 @@ COLUMNS = {
 }
 """Metrics of `lit-rlhf test` that the table shows, where a run has them, and what it calls them."""
 
-COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak RSS (MiB)"}
+COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak memory (MiB)"}
 """What is shown of a method's cost: medians, with the range of the rounds."""
 
 DIFFERENCES = ("win_rate", "judge", "reward", "return")
 """Metrics whose difference is shown for pairs of methods."""
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t for 95 %, two-sided, with 1 to 15 degrees of freedom; 1.96 is close enough beyond."""
+"""Student's t for 95 %, two-sided, with 1 to 15 degrees of freedom."""
 
 ROUNDING = 1e-6
 """What is less is rounding, such as the KL of a policy to itself."""
@@ -49,8 +49,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan
-    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return mean, t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def student_t(freedom: int) -> float:
+    """Student's t for 95 %, two-sided; beyond the table by Fisher's expansion, which is right to three decimals."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def write(
@@ -102,7 +109,7 @@ def write(
         writer.writeheader()
         writer.writerows(records)
     if find_spec("matplotlib") is not None:
-        draw(folder / "curves.png", results, completions)
+        draw(folder / "curves.png", results, completions, costs)
     return folder / "table.md"
 
 
@@ -176,8 +183,10 @@ def _head(titles: list[str]) -> list[str]:
     return [_row(titles), "|---" * len(titles) + "|"]
 
 
-def draw(path: Path, results: Results, completions: int) -> None:
+def draw(path: Path, results: Results, completions: int, costs: Results | None = None) -> None:
     """Draw reward against completions and against seconds, and the judge's score against the KL.
+
+    Seconds are updates times what one takes with nothing beside it, where that was measured, else those of the runs.
 
     Lines are means over the seeds at each validation. Of a method whose validations write nothing, a star shows where
     the test found it at the end; of one that is not trained, a dashed line shows it for scale.
@@ -198,20 +207,23 @@ def draw(path: Path, results: Results, completions: int) -> None:
     for place, title, (x, y) in zip(axes, titles, labels, strict=True):
         place.set(title=title, xlabel=x, ylabel=y)
         place.grid(alpha=0.25)
+    seconds = {name: statistics.median(_values(rows, "seconds")) for name, rows in (costs or {}).items() if rows}
     colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20")
     for i, (name, rows) in enumerate(results.items()):
         style: dict[str, Any] = {"color": colours(i % colours.N), "label": name}
         courses = [c for c in (course(row["curves"]) for row in rows) if c]
         if courses:
             means = [mean_point([c[j] for c in courses]) for j in range(min(map(len, courses)))]
+            spent = [p["step"] * seconds[name] if name in seconds else p["seconds"] for p in means]
             _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], style)
-            _line(axes[1], [p["seconds"] for p in means], [p["reward"] for p in means], style)
+            _line(axes[1], spent, [p["reward"] for p in means], style)
             _line(axes[2], [p["kl"] for p in means], [p["judge"] for p in means], style)
         elif _values(rows, "reward"):
             point = mean_point([end(row) for row in rows])
-            for place, spent in ((axes[0], point["step"] * completions), (axes[1], point["seconds"])):
+            took = point["step"] * seconds[name] if name in seconds else point["seconds"]
+            for place, at in ((axes[0], point["step"] * completions), (axes[1], took)):
                 if point["step"]:
-                    _star(place, spent, point["reward"], style)
+                    _star(place, at, point["reward"], style)
                 else:
                     place.axhline(point["reward"], linestyle="--", linewidth=1, **style)
             _star(axes[2], point["kl"], point["judge"], style)

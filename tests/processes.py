@@ -65,6 +65,8 @@ CASES = {
     "ppo": ("PPO", {"rewards": [worth], "minibatches": 2, "value_coef": 0.01}),
     "vanilla_pg": ("VanillaPG", {"rewards": [some_opinion], "critic": "head", "value_coef": 0.01}),
     "normalised": ("RLOO", {"rewards": [some_opinion], "shaping": {"normalize": True, "clip": 1.0}}),
+    "growing by schedule": ("RLOO", {"rewards": [worth]}),
+    "growing by noise": ("RLOO", {"rewards": [some_opinion]}),
     "dpo": ("DPO", {}),
     "sft": ("SFT", {}),
     "reward model": ("RewardModeling", {}),
@@ -106,6 +108,10 @@ def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
     callbacks: list[Callback] = [metrics]
     if case == "adaptive KL":
         callbacks.append(lit_rlhf.callbacks.AdaptiveKL(target=TARGET, gain=4.0))
+    if case == "growing by schedule":
+        callbacks.append(lit_rlhf.callbacks.BatchSchedule(maximum=12 // devices, updates=2))
+    if case == "growing by noise":
+        callbacks.append(lit_rlhf.callbacks.AdaptiveBatch(12 // devices, every_n_rollouts=1, parts=4 // devices))
     trainer = trainer_of(root, devices, max_steps=3, accumulate_grad_batches=module.repeats, callbacks=callbacks)
     trainer.fit(module, make_data(name, rows=ROWS, batch_size=BATCH // devices, val=4))
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}

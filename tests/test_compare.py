@@ -1,5 +1,6 @@
 """A comparison from its command to its table, with cells that last a moment."""
 
+import contextlib
 import csv
 import json
 import math
@@ -109,6 +110,14 @@ def test_costs_are_measured_after_all_else_and_once(place, quick):
     assert "| good - start | 1 | 0 | 0 |" in (place / "here" / "table.md").read_text()
 
 
+def test_memory_is_that_of_the_accelerator_where_there_is_one(place, quick, monkeypatch):
+    memory = [{**update, "memory/peak_mib": 1000.0 + update["step"]} for update in UPDATES]
+    monkeypatch.setattr(sys.modules[__name__], "UPDATES", memory)
+    write_config(place, {"good": {"fit": []}}, seeds=[], cost={"fit": [], "rounds": 1})
+    main(["compare", "--config", "mine.yaml"])
+    assert float(read_table(place)["good"]["peak_mib"]) == 1004
+
+
 def test_a_cost_that_could_not_be_measured_is_marked(place, quick):
     cells = {"start": {}, "broken": {"fit": ["--broken"]}, "good": {"fit": []}}
     write_config(place, cells, cost={"fit": [], "rounds": 2})
@@ -144,6 +153,28 @@ def test_a_result_of_other_arguments_is_not_taken_for_this_ones(place, quick, ca
         main(["compare", "--config", "mine.yaml"])
     assert re.search("good/seed-1' holds the result of other arguments .*RAFT.*--out", capsys.readouterr().err)
     assert not quick and read_table(place)["good"]["seeds"] == "1"
+    write_config(place, {"good": {"fit": ["--model", "RAFT"]}, "other": {"fit": []}})
+    with pytest.raises(SystemExit):  # nor where only another one is to be run: they stand in one table
+        main(["compare", "--config", "mine.yaml", "--only", "[other]"])
+    assert not quick
+
+
+def test_a_cell_whose_test_failed_is_not_trained_again(place, quick, capsys):
+    for failing in (["--broken"], ["--silent"], []):
+        write_config(place, {"good": {"fit": ["--good"], "test": failing}})
+        ended = pytest.raises(SystemExit, match="1 of 1 cells failed") if failing else contextlib.nullcontext()
+        with ended:
+            main(["compare", "--config", "mine.yaml"])
+    assert [args[0] for args, _ in quick] == ["fit", "test", "test", "test"]
+    assert "metrics.csv holds no result of the test" in capsys.readouterr().out
+
+
+def test_what_was_trained_with_other_arguments_is_trained_again(place, quick):
+    for fit in (["--good"], ["--better"]):
+        write_config(place, {"good": {"fit": fit, "test": ["--broken"]}})
+        with pytest.raises(SystemExit):
+            main(["compare", "--config", "mine.yaml"])
+    assert [args[0] for args, _ in quick] == ["fit", "test"] * 2
 
 
 def test_an_option_that_does_not_exist_is_found_before_any_cell_has_run(place, capsys):
@@ -293,13 +324,14 @@ def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, 
         "failed": [],
     }
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    report.draw(tmp_path / "curves.png", results, completions=10)
+    costs = {"start": [], "offline": [{"metrics": {"seconds": s}} for s in (0.5, 0.75, 9.0)]}
+    report.draw(tmp_path / "curves.png", results, completions=10, costs=costs)
     panels = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in plt.gcf().axes]
     monkeypatch.undo()
     plt.close("all")
     assert panels == [
         {"online": [[0, 0.5], [50, 2.5]], "offline": [[40, 0.5]], "start": [[0, -1], [1, -1]]},
-        {"online": [[0, 0.5], [5, 2.5]], "offline": [[5, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, 0.5], [5, 2.5]], "offline": [[3, 0.5]], "start": [[0, -1], [1, -1]]},
         {"online": [[0, -0.5], [2.5, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
     ]
 
@@ -326,6 +358,8 @@ def test_the_interval_is_students(tmp_path):
     mean, half = report.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-3)
     assert math.isnan(report.interval([1.0])[1])
+    table = {15: 2.131, 16: 2.120, 20: 2.086, 30: 2.042, 120: 1.980}  # of any book
+    assert {freedom: round(report.student_t(freedom), 3) for freedom in table} == pytest.approx(table, abs=1.1e-3)
 
 
 def test_every_cell_of_the_paper_names_a_method_and_as_many_completions():

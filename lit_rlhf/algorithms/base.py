@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.monitor import now
+from lit_rlhf.algorithms.monitor import now, peak_memory
 from lit_rlhf.algorithms.plan import check_positions, check_record
 from lit_rlhf.export import snapshot, write_folder
 from lit_rlhf.loading import load_tokenizer
@@ -68,6 +68,7 @@ class Method(LightningModule, ABC):
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
         self._step_began = 0.0
+        self._updates_loaded: int | None = None  # updates of the run whose checkpoint is evaluated
         self._planned = 0.0  # what the sum of each step of this update is divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
@@ -91,6 +92,7 @@ class Method(LightningModule, ABC):
             ValueError: If the data module yields something else than what the method learns from.
         """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._updates_loaded = None
         check_record(self)
 
     def configure_model(self) -> None:
@@ -117,7 +119,7 @@ class Method(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the seconds of a step: forward, backward and update."""
-        self.log("time/train", now() - self._step_began, batch_size=1)
+        self.log_dict({"time/train": now() - self._step_began, **peak_memory(self.device)}, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
@@ -186,6 +188,11 @@ class Method(LightningModule, ABC):
 
     # What is saved
 
+    @property
+    def updates_done(self) -> int:
+        """Updates of the weights so far; outside `fit`, where the Trainer restores no count, the checkpoint's."""
+        return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
+
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. To be called on all ranks."""
         if self.trainer.is_global_zero:
@@ -233,6 +240,7 @@ class Method(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what was saved, and mend the place to go on from."""
         self.seed = checkpoint.get("seed", self.seed)
+        self._updates_loaded = checkpoint.get("global_step")
         self._check_weights(checkpoint["state_dict"])
         if "loops" in checkpoint:
             mend_progress(checkpoint["loops"]["fit_loop"])
@@ -249,6 +257,7 @@ class Method(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Put the gradients of a resumed update back in place."""
+        self._updates_loaded = None
         self._total, self._counted = self._resumed.pop("total", 0.0), self._resumed.pop("counted", 0)
         self._planned = self._resumed.pop("planned", 0.0)
         gradients = self._resumed.pop("gradients", {})

@@ -128,7 +128,7 @@ class Evaluation:
         self.win_rate = self.new(WinRate())
         self.distinct = {n: self.new(DistinctN(n)) for n in (1, 2)}
         self.perplexity = None if module.evaluation.preferred is None else self.new(Perplexity())
-        weights = module.judge.weights(module.trainer.global_step)
+        weights = module.judge.weights(module.updates_done)
         if weights != module.opponent_weights:  # scores by other weights do not compare
             module.opponents, module.opponent_weights = {}, weights
 
@@ -197,8 +197,12 @@ class Evaluation:
             if module.judge is not module.scorer:
                 own = score(module.judge, prompts, written, texts, module.trainer_state()).judged()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
-            theirs = torch.tensor(self.of_opponent(prompts, self.opponent_scores), device=own.device)
-            wins = ((own > theirs) + 0.5 * (own == theirs)).where(~(own.isnan() | theirs.isnan()), torch.nan)
+            opponents = self.of_opponent(prompts, self.scored_opponent)
+            theirs = torch.tensor([number for _, number in opponents], device=own.device)
+            # a model's scores of one text can round apart, by what else is in the batch
+            same = [text == other for text, (other, _) in zip(texts, opponents, strict=True)]
+            tie = (own == theirs) | torch.tensor(same, device=own.device)
+            wins = torch.where(tie, 0.5, (own > theirs).float()).where(~(own.isnan() | theirs.isnan()), torch.nan)
         decided = ~wins.isnan()
         self.win_rate.update(wins[decided])
         self.moments["undecided"].update(~decided)
@@ -222,13 +226,13 @@ class Evaluation:
             kept.update(zip(index, make(prompts), strict=True))
         return [kept[i] for i in index]
 
-    def opponent_scores(self, prompts: Prompts) -> list[float]:
-        """The judge's scores of the opponent's completions, NaN where there is none to compare with."""
+    def scored_opponent(self, prompts: Prompts) -> list[tuple[Text, float]]:
+        """The opponent's completions and the judge's scores of them, NaN where there is none to compare with."""
         module = self.module
         assert isinstance(module.judge, Scorer)
         texts, theirs = self.opponent(prompts)
         judged = score(module.judge, prompts, theirs, texts, module.trainer_state()).judged()[:, 0]
-        return judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist()
+        return list(zip(texts, judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist(), strict=True))
 
     def opponent_texts(self, prompts: Prompts) -> list[Text | None]:
         """The opponent's completions, None where there is none."""

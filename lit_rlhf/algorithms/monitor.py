@@ -61,6 +61,13 @@ def now() -> float:
     return time.perf_counter()
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most that this process has held on an accelerator so far, in MiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"memory/peak_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+
+
 @contextlib.contextmanager
 def all_or_none(module: Method) -> Iterator[None]:
     """Make a failure on one rank a failure on all, so that they stop and save together instead of waiting."""

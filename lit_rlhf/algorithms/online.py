@@ -25,7 +25,15 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.evaluation import Evaluation, EvaluationOptions, completion_texts, score
-from lit_rlhf.algorithms.monitor import Clock, Metrics, all_or_none, log_loss_metrics, log_rollout, mean_metrics
+from lit_rlhf.algorithms.monitor import (
+    Clock,
+    Metrics,
+    all_or_none,
+    log_loss_metrics,
+    log_rollout,
+    mean_metrics,
+    peak_memory,
+)
 from lit_rlhf.algorithms.plan import (
     check_columns,
     check_loader,
@@ -129,7 +137,7 @@ class Online(Method):
         self.examples: list[dict[str, Any]] = []  # greedy completions of the first held-out prompts
         self.extra: dict[str, list[Any]] = {}  # what rewards told of each completion with `log_extra`
         self.clock = Clock()
-        self.opponents: dict[int, Any] = {}  # by the prompt's index: the judge's score of its completion, or that
+        self.opponents: dict[int, Any] = {}  # by the prompt's index: its completion, and for a judge of one its score
         self.opponent_weights: list[float] = []
         self._evaluation: Evaluation | None = None
         self.slice_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
@@ -250,6 +258,7 @@ class Online(Method):
             self.rollout = self._new_rollout(batch)
         elif self.rollout is None:  # resumed in the middle of a rollout
             self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
+            self.slice_sums = {n: sums.to(self.device) for n, sums in self._resumed.pop("slice_sums", {}).items()}
         part = self.slice(self.rollout, step)
         with self.clock("train"):
             terms, mask, metrics = self.terms(part)
@@ -283,14 +292,14 @@ class Online(Method):
         self.clock.end_step()
         if (batch_idx + 1) % self.repeats == 0 and self.rollout is not None:
             tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
-            self.log_dict(self.clock.read(int(tokens)), batch_size=1)
+            self.log_dict({**self.clock.read(int(tokens)), **peak_memory(self.device)}, batch_size=1)
 
     def trainer_state(self) -> Any:
         """Where training stands, as rewards are told."""
         from transformers import TrainerState
 
         trainer = self.trainer
-        return TrainerState(global_step=trainer.global_step, max_steps=trainer.max_steps, epoch=trainer.current_epoch)
+        return TrainerState(global_step=self.updates_done, max_steps=trainer.max_steps, epoch=trainer.current_epoch)
 
     # Start and resume
 
@@ -348,7 +357,7 @@ class Online(Method):
         """Return, inside a rollout, the rollout too."""
         state = super().state_under_way(steps_done)
         if steps_done % self.repeats != 0 and self.rollout is not None:
-            state["rollout"] = self.rollout.state()
+            state |= {"rollout": self.rollout.state(), "slice_sums": self.slice_sums}
         return state
 
     # Validation, test, prediction

@@ -73,14 +73,19 @@ class PPO(VanillaPG):
 
     def prepare(self, rollout: Rollout) -> PPORollout:
         """Add values, returns, and where updates come before a slice's first turn its log-probabilities as they are."""
-        first_pass = self.minibatches * self.sample_minibatches
-        if self.ratio and first_pass > self.trainer.accumulate_grad_batches:
+        slices, first_update = self.minibatches * self.sample_minibatches, self.trainer.accumulate_grad_batches
+        if self.ratio and slices > first_update:
             old_logprobs, values = self.logprobs_and_values(rollout)
         else:
             old_logprobs, values = torch.full_like(rollout.completions.logprobs, torch.nan), self.values(rollout)
         valued = self.valued(rollout, values)
         assert isinstance(valued, PPORollout)
-        return valued.replace(old_logprobs=old_logprobs)
+        valued = valued.replace(old_logprobs=old_logprobs)
+        for step in range(min(first_update, slices)):  # these come from the training forward itself
+            part = self.slice(valued, step)
+            assert isinstance(part, PPORollout) and part.old_logprobs is not None
+            part.old_logprobs.fill_(torch.nan)
+        return valued
 
     def returns(self, rollout: Rollout, values: Tensor) -> Float[Tensor, "prompts samples tokens"]:
         """What the critic should have expected: its own values, set right by GAE."""

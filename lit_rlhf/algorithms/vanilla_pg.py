@@ -18,6 +18,7 @@ from lit_rlhf.algorithms.monitor import Metrics
 from lit_rlhf.algorithms.online import Online
 from lit_rlhf.algorithms.plan import check_positions
 from lit_rlhf.critic import Critic, value_head
+from lit_rlhf.loading import check_same_tokens
 from lit_rlhf.types import Rollout
 
 
@@ -146,6 +147,8 @@ class VanillaPG(Online):
                 f"the hub ({error})"
             ) from error
         self.critic.check_vocabulary(self.policy.causal_lm)
+        if source != self.source:
+            check_same_tokens("critic", source, self.policy.tokenizer, **options)
 
     def place(self) -> None:
         """See `Online`; refuse a head on a policy that does not show its hidden states."""
@@ -200,6 +203,7 @@ class VanillaPG(Online):
 def new_head(model: Any) -> nn.Linear:
     """Return an output for values, 0 at the start, on a causal language model's trunk."""
     weight: Tensor = model.get_input_embeddings().weight
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # its steps are too fine for bfloat16
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
     return head.to(weight.device)

@@ -30,8 +30,8 @@ class Scores:
     Attributes:
         rewards: Weighted sum of the rewards of the whole completion, 0 where none had an opinion.
         parts: Each reward by name before its weight, NaN where it had no opinion; a token-level one as its sum.
-        valid: False where no reward at all, token-level ones included, had an opinion.
-        whole: True where a reward of the whole completion had one.
+        valid: False where no reward that weighs anything, token-level ones included, had an opinion.
+        whole: True where such a reward of the whole completion had one.
         token_rewards: Weighted sum of the token-level rewards, one row a completion, or None where there are none.
         metrics: What rewards reported with `log_metric`, the mean where a name came more than once.
         extra: What rewards reported with `log_extra`: columns of one entry a completion.
@@ -140,10 +140,12 @@ class Scorer:
             else:
                 parts[entry.name] = read_numbers(output, len(lengths), entry.title)
                 rewards = rewards + entry.weight(step) * parts[entry.name].nan_to_num()
-        valid = ~torch.stack(list(parts.values())).isnan().all(0)
+        valid = torch.zeros(len(lengths), dtype=torch.bool)
         whole = torch.zeros_like(valid)
-        for entry in self._entries:
-            whole |= ~parts[entry.name].isnan() & (not entry.token_level)
+        for entry in [entry for entry in self._entries if entry.weight(step) != 0] or self._entries:
+            opinion = ~parts[entry.name].isnan()
+            valid |= opinion
+            whole |= opinion & (not entry.token_level)
         metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
         return Scores(rewards, parts, valid, whole, token_rewards, metrics, log.extra)
 

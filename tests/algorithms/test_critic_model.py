@@ -1,5 +1,7 @@
 """A critic's values, by the fast path and the plain one, and what is no critic."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -79,6 +81,40 @@ def test_lora_trains_an_adapter_and_the_head(tiny):
     assert any("score" in name for name in trained)
     batch = make_input()
     assert (critic.values(batch.prompts, batch) == 0).all()
+
+
+def test_what_is_trained_on_a_frozen_bfloat16_trunk_is_float32(tiny):
+    """Steps of a usual learning rate would be rounded away."""
+    critic = Critic.from_pretrained(tiny, lora={"r": 2}, dtype="bfloat16")
+    head = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"})
+    head.configure_model()
+    for module in (critic, head):
+        trained = {p.dtype for p in module.parameters() if p.requires_grad}
+        assert trained == {torch.float32} and {p.dtype for p in module.parameters()} > trained
+    batch = make_input()
+    assert critic.values(batch.prompts, batch).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:2 updates a rollout")
+def test_a_head_on_a_bfloat16_policy_trains(tiny, tmp_path):
+    module = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"}, minibatches=2)
+    trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0)
+    trainer.fit(module, make_data("PPO"))
+    assert module.critic.weight.abs().max() > 1e-3
+
+
+def test_a_critic_that_reads_other_tokens_is_refused(tiny, tmp_path):
+    make_critic().model.save_pretrained(tmp_path / "other")
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    tokenizer.save_pretrained(tmp_path / "other")
+    module = make_module("PPO", tiny, critic=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"the critic .*other' knows .* and the policy writes it as"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
 
 
 def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
@@ -164,6 +200,24 @@ def test_policy_and_critic_are_clipped_each_by_itself(critic, tiny, tmp_path):
     assert norms == {"policy": pytest.approx(0.25, rel=1e-3), "critic": pytest.approx(0.25, rel=1e-3)}
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [pytest.approx(1e-5), 0.125]
     assert {"train/grad_norm", "train/critic_grad_norm"} <= trainer.callback_metrics.keys()
+
+
+def test_the_first_update_of_several_is_on_policy_to_the_last_bit(tiny, tmp_path):
+    """Its ratios are those of the training forward to itself; later ones are not."""
+    ratios = []
+
+    class Ratios(lit_rlhf.PPO):
+        def policy_terms(self, rollout, logprobs):
+            result = super().policy_terms(rollout, logprobs)
+            ratios.append((logprobs.detach() - rollout.old_logprobs)[rollout.completions.mask].abs().max().item())
+            return result
+
+    options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
+    sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
+    module = Ratios(str(tiny), minibatches=4, **options, **sgd)
+    trainer = make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
+    trainer.fit(module, make_data("PPO"))
+    assert ratios[:2] == [0.0, 0.0] and min(ratios[2:]) > 1e-3
 
 
 def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, tmp_path):

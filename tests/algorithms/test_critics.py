@@ -72,12 +72,16 @@ def test_a_critic_learns_the_return_that_it_did_not_expect():
     assert_same(actual, torch.cat([p.grad.flatten() for p in module.critic.parameters()]))
 
 
-def test_ppo_without_its_additions_is_vanilla_policy_gradient():
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_ppo_without_its_additions_is_vanilla_policy_gradient(critic):
     bare = dict(gae_lambda=1.0, clip=None, value_clip=None, ratio=False, whiten=False)
     gradients = []
     for method, options in ((lit_rlhf.VanillaPG, {}), (lit_rlhf.PPO, bare)):
         module = make_module(method, (delayed, immediate), num_samples=2, critic="head", **options)
-        module.critic = copied_critic(module, 0.5)
+        if critic == "model":
+            module.critic = copied_critic(module, 0.5)
+        else:
+            torch.nn.init.constant_(module.critic.weight, 0.5)
         gradients.append(step_gradient(module, [ALL[4], ALL[1]]))
     assert_same(*gradients)
 
@@ -95,10 +99,12 @@ def test_the_ratio_of_ppo_is_one_in_the_first_update_and_changes_no_gradient(cli
     assert logged["train/ratio"] == 1 and logged["train/clip_fraction"] == 0
 
 
-def values_of(critic, completion) -> torch.Tensor:
-    """The critic's value before each token, by one plain forward."""
-    hidden = critic.model.base_model(torch.tensor([[*PROMPT, *completion]])).last_hidden_state[0]
-    return critic.model.score(hidden[len(PROMPT) - 1 : -1]).squeeze(-1)
+def values_of(module, completion) -> torch.Tensor:
+    """The critic's value before each token, by one plain forward of its model, or of the policy's trunk."""
+    is_head = isinstance(module.critic, torch.nn.Linear)
+    trunk = (module.policy.causal_lm if is_head else module.critic.model).base_model
+    hidden = trunk(torch.tensor([[*PROMPT, *completion]])).last_hidden_state[0]
+    return (module.critic if is_head else module.critic.model.score)(hidden[len(PROMPT) - 1 : -1]).squeeze(-1)
 
 
 def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor, int]:
@@ -126,7 +132,7 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
     total = 0.0
     for y, (advantages, values), (old, _) in zip(group, rows, before, strict=True):
         ratio = (plain_logprobs(module.policy.causal_lm, PROMPT, y) - old).exp()
-        wanted, now = (advantages - mean) / variance**0.5, values_of(module.critic, y)
+        wanted, now = (advantages - mean) / variance**0.5, values_of(module, y)
         total -= torch.minimum(ratio * wanted, ratio.clamp(1 - module.clip, 1 + module.clip) * wanted).sum()
         miss = (now - advantages - values) ** 2
         if module.value_clip is not None:
@@ -144,11 +150,15 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
     [{"gae_lambda": 0.5}, {"gae_lambda": 1.0, "whiten": True}, {"gae_lambda": 0.0, "value_clip": 0.05}],
     ids=["lambda", "whitened", "values clipped"],
 )
-def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(options):
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(critic, options):
     """What the sampler rounds differently changes the KL that it is rewarded by, but no ratio."""
     settings = {"whiten": False, "value_clip": None, "value_coef": 0.7, "epochs": 2, "clip": 0.2, **options}
     module = make_module(lit_rlhf.PPO, num_samples=4, critic="head", **settings)
-    module.critic = copied_critic(module, 0.5)
+    if critic == "model":
+        module.critic = copied_critic(module, 0.5)
+    else:
+        torch.nn.init.normal_(module.critic.weight, std=0.5)
     group, prompts = [ALL[4], ALL[1], ALL[5], ALL[0]], make_prompts(PROMPT)
     drawn = make_completions(module.policy, prompts, [group])
     noise = torch.linspace(-0.3, 0.3, drawn.logprobs.numel(), dtype=torch.float64).view_as(drawn.logprobs)
@@ -157,7 +167,7 @@ def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(options):
     module.sample, logged = lambda prompts: drawn, {}
     module.log_dict = lambda metrics, **kwargs: logged.update(metrics)
     with torch.no_grad():
-        before = [(plain_logprobs(module.policy.causal_lm, PROMPT, y), values_of(module.critic, y)) for y in group]
+        before = [(plain_logprobs(module.policy.causal_lm, PROMPT, y), values_of(module, y)) for y in group]
     for step in range(2):
         module.zero_grad()
         module.training_step(prompts, step).backward()

@@ -52,6 +52,30 @@ def test_weights_that_change_are_the_same_for_both_sides(tiny, tmp_path):
     assert trainer.callback_metrics["val/reward"] == pytest.approx(0.1)
 
 
+def test_a_checkpoint_is_tested_with_the_weights_that_its_training_had_come_to(tiny, tmp_path):
+    def make():
+        reward = lit_rlhf.Weighted(lambda completions, **kwargs: [1.0] * len(completions), 1.0, "one", 0.1, updates=4)
+        return make_module("RLOO", tiny, rewards=[reward])
+
+    trainer, data = make_trainer(tmp_path, max_steps=2), make_data("RLOO")
+    trainer.fit(make(), data)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    assert trainer.callback_metrics["val/reward"] == pytest.approx(0.55)
+    (tested,) = make_trainer(tmp_path).test(make(), data, ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    assert tested["test/reward"] == pytest.approx(0.55)
+
+
+def test_equal_completions_tie_however_the_judge_rounds(tiny, tmp_path):
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(completions)
+        return [1e-6 * len(calls)] * len(completions)
+
+    metrics = validate(make_module("RLOO", tiny, judge=judge), rows_of(*"abcde"), tmp_path)
+    assert len(calls) > 1 and metrics["val/win_rate"] == 0.5
+
+
 @pytest.mark.parametrize("opponent", ["policy", "reference"])
 def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
     calls = []

@@ -108,21 +108,41 @@ def test_a_schedule_grows_in_a_straight_line_over_epochs(tiny, tmp_path):
     assert float(module.trainer.callback_metrics["train/prompts"]) == 8
 
 
-def test_the_bar_knows_how_many_steps_are_left(tiny, tmp_path, monkeypatch):
+def bar_totals(tiny, root, monkeypatch, callbacks=(), **options):
+    """The total that the bar shows after each batch, beside how many are done."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # else lines are written instead of a bar
-    totals = []
+    shown = []
 
     class Bar(lit_rlhf.callbacks.RLHFProgressBar):
         def on_train_batch_end(self, trainer, *args):
             super().on_train_batch_end(trainer, *args)
-            totals.append(self.progress.tasks[self.train_progress_bar_id].total)
+            bar = self.progress.tasks[self.train_progress_bar_id]
+            shown.append((bar.completed, bar.total))
 
-    recorder, growing = Recorder(), BatchSchedule(maximum=8, updates=12)
-    trainer = make_trainer(
-        tmp_path, max_epochs=1, callbacks=[growing, Bar(), recorder], enable_progress_bar=True, limit_val_batches=0
+    options = {"callbacks": [*callbacks, Bar()], "enable_progress_bar": True, "limit_val_batches": 0, **options}
+    make_trainer(root, **options).fit(
+        make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2)
     )
-    trainer.fit(make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2))
-    assert totals == [10] * 10 and recorder.lengths == [10]  # 20 without growth
+    return shown
+
+
+def test_the_bar_knows_how_far_growth_shortens_an_epoch(tiny, tmp_path, monkeypatch):
+    totals = bar_totals(tiny, tmp_path, monkeypatch, [BatchSchedule(maximum=8, updates=12)], max_epochs=2)
+    assert totals == [(i + 1, 10) for i in range(10)] + [(i + 1, 5) for i in range(5)]  # 20 each without growth
+
+
+def test_the_bar_knows_where_max_steps_ends_an_epoch(tiny, tmp_path, monkeypatch):
+    totals = bar_totals(tiny, tmp_path, monkeypatch, max_steps=13, accumulate_grad_batches=2)
+    assert totals == [(i + 1, 20) for i in range(20)] + [(i + 1, 6) for i in range(6)]
+
+
+def test_a_line_gives_no_total_that_growth_would_make_wrong(tiny, tmp_path, capsys):
+    for callbacks, said in (([], "step 20/20 "), ([BatchSchedule(maximum=8, updates=12)], "step 10 ")):
+        bar = lit_rlhf.callbacks.RLHFProgressBar(seconds=0)
+        options = dict(max_epochs=1, enable_progress_bar=True, limit_val_batches=0)
+        trainer = make_trainer(tmp_path, callbacks=[*callbacks, bar], **options)
+        trainer.fit(make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2))
+        assert said in capsys.readouterr().out
 
 
 def test_a_schedule_counts_updates_not_steps(tiny, tmp_path):
@@ -164,6 +184,24 @@ def test_a_noisy_gradient_asks_for_more_prompts_and_no_more_than_allowed(tiny, t
     assert sizes[0] == 2 and sizes[-1] == 8
     assert all(before <= after <= 2 * before for before, after in itertools.pairwise(sizes))
     assert recorder.lengths == recorder.ends
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulate", "prompts"),
+    [({}, 1, 6), ({"minibatches": 2}, 1, 12), ({}, 3, 2), ({"minibatches": 2, "epochs": 2}, 4, 6)],
+    ids=["one update a rollout", "two updates", "three rollouts an update", "two passes an update"],
+)
+@pytest.mark.filterwarnings("ignore:.* updates a rollout")
+def test_an_update_gets_the_prompts_that_the_noise_asks_for(options, accumulate, prompts, tiny, tmp_path):
+    class Known(AdaptiveBatch):
+        noise_scale = 6.0
+
+    recorder = Recorder()
+    module = make_module("RLOO", tiny, rewards=[worth], **options)
+    limits = dict(max_epochs=2, accumulate_grad_batches=accumulate, limit_val_batches=0)
+    trainer = make_trainer(tmp_path, callbacks=[Known(16, 1, 2), recorder], **limits)
+    trainer.fit(module, make_data("RLOO", rows=80, batch_size=2))
+    assert recorder.sizes[0] == 2 and recorder.sizes[-1] == prompts
 
 
 def test_a_clear_gradient_asks_for_no_more(tiny, tmp_path):

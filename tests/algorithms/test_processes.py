@@ -58,6 +58,8 @@ def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, folder,
         torch.testing.assert_close(actual["weights"][name], weight, atol=2e-5 * moved, rtol=0, msg=name)
     for ours, theirs in zip(actual["metrics"], expected["metrics"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
+    if case.startswith("growing"):
+        assert expected["metrics"][-1]["train/prompts"] == 12
     if case == "invalid on one rank":
         assert expected["metrics"][0]["train/skipped_groups"] == 0.5
 

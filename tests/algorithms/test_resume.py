@@ -81,6 +81,24 @@ def test_a_run_can_be_resumed_from_every_step(name, case, tiny, tmp_path):
     check_resumes(name, case, tiny, tmp_path, slice(None))
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_critic_that_is_a_head_on_the_policy_resumes_too(lora, tiny, tmp_path):
+    """In mid-rollout, and with what is logged of the rollout's slices."""
+
+    def fit(**options):
+        warm_up = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
+        module = make_module("PPO", tiny, critic="head", lora=lora, minibatches=4, epochs=2, **warm_up)
+        limits = dict(max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.5, limit_val_batches=0)
+        trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
+        trainer.fit(module, make_data("PPO", rows=8), **options)
+        told = {n: trainer.callback_metrics[n] for n in ("train/ratio", "train/clip_fraction", "train/value_loss")}
+        return {**state_of(trainer), **told}
+
+    straight = fit(callbacks=[SaveEverywhere(tmp_path)])
+    for path in sorted(tmp_path.glob("*.ckpt"))[-5:-1]:
+        assert not differing(straight, fit(ckpt_path=path)), path.name
+
+
 def test_training_depends_on_the_seed_alone(tiny, tmp_path, monkeypatch):
     first, again = (run("RLOO", tiny, tmp_path) for _ in range(2))
     assert not differing(first, again)

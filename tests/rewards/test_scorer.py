@@ -105,6 +105,16 @@ def test_a_completion_is_valid_when_any_reward_has_an_opinion():
     assert scores.rewards.tolist() == [2, 1, 0]
 
 
+def test_a_reward_that_weighs_nothing_makes_no_completion_valid():
+    def some(completions):
+        return [None, 1, None]
+
+    scores = score([some, Weighted(by_name, 0.0)], answer=[2, None, None])
+    assert scores.valid.tolist() == scores.whole.tolist() == [False, True, False]
+    assert scores.parts["by_name"].tolist()[0] == 2
+    assert score([Weighted(some, 0.0)]).valid.tolist() == [False, True, False]  # nothing else to go by
+
+
 def test_names_of_partials_lambdas_and_twins():
     half = functools.partial(by_name)
     scores = score([ones, ones, half, lambda completions: [0, 0, 0], Weighted(ones, name="ones")], answer=[1, 1, 1])
