@@ -139,7 +139,8 @@ class Rollout(Record):
         rewards: Weighted sum of the rewards of the whole completion, 0 where `valid` is False.
         parts: Each reward by name, before its weight; NaN where a reward had no opinion.
         valid: False where a completion has no reward at all or was left out: it counts nowhere.
-        returns: What a method optimises: `rewards - kl_coef * k1`, the KL estimate summed over the completion.
+        returns: What a method optimises: `rewards - kl_coef * k1`, the KL estimate summed over the completion; with
+            `kl_penalty` k2 or k3 that estimate, and the rewards alone where the KL is in the loss.
         token_rewards: Weighted sum of the token-level rewards, 0 where masked, or None where there are none.
         advantages: One number a completion or a token, set once the method has computed it.
     """

@@ -138,10 +138,10 @@ def test_a_cost_counts_updates_not_rollouts(place, quick, monkeypatch):
 
 def test_a_sweep_runs_every_rate_and_nothing_else(place, quick):
     write_config(place, {"start": {}, "good": {"fit": []}}, cost={"fit": ["--few"]})
-    main(["compare", "--config", "mine.yaml", "--rates", "[1e-4, 1e-3]"])
+    main(["compare", "--config", "mine.yaml", "--rates", "[1e-6, 1e-5, 1e-4]"])
     rates = [args[args.index("--model.optimizer.lr") + 1] for args, _ in quick if args[0] == "fit"]
-    assert rates == ["0.0001", "0.001"]
-    assert "| good | 0.001 | 1 |" in (place / "here" / "table.md").read_text()
+    assert rates == ["1e-06", "1e-05", "0.0001"]
+    assert "| good | 1e-06 | 1 |" in (place / "here" / "table.md").read_text()
 
 
 def test_a_result_of_other_arguments_is_not_taken_for_this_ones(place, quick, capsys):

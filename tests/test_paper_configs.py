@@ -108,11 +108,22 @@ def test_llama_differs_where_it_should(place):
     assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_rollout_has_as_many_completions_as_the_paper_says(setting):
-    config = yaml.safe_load((CONFIGS / "paper" / f"{setting}.yaml").read_text())
-    model, trainer = config["model"]["init_args"], config["trainer"]
-    assert config["data"]["init_args"]["batch_size"] * model["num_samples"] * trainer["devices"] == 512
-    assert model["minibatches"] // trainer["accumulate_grad_batches"] == 2  # updates a rollout
-    longest = config["data"]["init_args"]["max_prompt_tokens"] + model["max_new_tokens"]
-    assert longest == 512
+@pytest.mark.parametrize(
+    ("name", "completions", "updates"), [("tldr", 512, 2), ("hh", 512, 2), ("llama", 2048, 1)]
+)  # Back to Basics, appendix C
+def test_every_command_has_as_many_completions_as_the_paper_says(name, completions, updates, capsys):
+    """The commands that a configuration gives at its head, as the command line understands them."""
+    lines = (CONFIGS / "paper" / f"{name}.yaml").read_text().splitlines()
+    commands = [line.partition("lit-rlhf ")[2].partition("  #")[0].split() for line in lines if "   lit-rlhf" in line]
+    sampling = [command for command in commands if command[2] in ("paper/tldr", "paper/hh")]
+    methods = []
+    for command in sampling:
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
+        model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+        assert data["batch_size"] * model["num_samples"] * trainer["devices"] == completions
+        assert model["minibatches"] // trainer["accumulate_grad_batches"] == updates  # of a rollout
+        assert data["max_prompt_tokens"] + model["max_new_tokens"] == 512
+        methods.append((config["model"]["class_path"].rpartition(".")[2], model["num_samples"]))
+    assert methods == [("RLOO", 4), ("RAFT", 4), ("RLOO", 2), ("Reinforce", 1), ("VanillaPG", 1), ("PPO", 1)]

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+import lit_rlhf
 from enumerable import EOS
 from enumeration import (
     LENGTH,
@@ -52,18 +53,27 @@ def reversed_kl_a_token(module) -> torch.Tensor:
 EXACT = ("k1_reward", "k2_loss")
 
 
-def penalised(kl_penalty: str) -> tuple[torch.Tensor, torch.Tensor]:
+METHODS = {
+    "RLOO": {"num_samples": 2},
+    "Reinforce": {"num_samples": 1},
+    "VanillaPG": {"num_samples": 1, "critic": "head", "value_coef": 1e-30},
+}
+
+
+def penalised(kl_penalty: str, name: str = "RLOO") -> tuple[torch.Tensor, torch.Tensor]:
     """What a KL penalty takes off the expected gradient; and the gradient of the KL itself."""
-    plain = make_module(num_samples=2, kl_coef=0.0)
+    method, options = getattr(lit_rlhf, name), METHODS[name]
+    plain = make_module(method, kl_coef=0.0, **options)
     with pytest.warns(UserWarning, match=kl_penalty) if kl_penalty not in EXACT else contextlib.nullcontext():
-        module = make_module(num_samples=2, kl_coef=1.0, kl_penalty=kl_penalty)
+        module = make_module(method, kl_coef=1.0, kl_penalty=kl_penalty, **options)
     truth = kl_gradient(module, lambda logprobs, reference: (logprobs.exp() * (logprobs - reference)).sum())
     return expected_gradient(plain) - expected_gradient(module), truth
 
 
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kl_penalty", EXACT)
-def test_two_places_of_the_kl_are_exact(kl_penalty):
-    assert_same(*penalised(kl_penalty))
+def test_two_places_of_the_kl_are_exact(kl_penalty, name):
+    assert_same(*penalised(kl_penalty, name))
 
 
 @pytest.mark.parametrize("kl_penalty", ["k1_loss", "k2_reward", "k3_reward", "k3_loss"])
