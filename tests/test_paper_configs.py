@@ -111,19 +111,39 @@ def test_llama_differs_where_it_should(place):
 @pytest.mark.parametrize(
     ("name", "completions", "updates"), [("tldr", 512, 2), ("hh", 512, 2), ("llama", 2048, 1)]
 )  # Back to Basics, appendix C
-def test_every_command_has_as_many_completions_as_the_paper_says(name, completions, updates, capsys):
-    """The commands that a configuration gives at its head, as the command line understands them."""
+def test_every_command_has_as_many_completions_as_the_paper_says(name, completions, updates):
+    """The commands that a configuration gives at its head: what the files say, with what is overridden."""
     lines = (CONFIGS / "paper" / f"{name}.yaml").read_text().splitlines()
-    commands = [line.partition("lit-rlhf ")[2].partition("  #")[0].split() for line in lines if "   lit-rlhf" in line]
-    sampling = [command for command in commands if command[2] in ("paper/tldr", "paper/hh")]
+    commands = [
+        line.partition("lit-rlhf fit ")[2].partition("  #")[0].split() for line in lines if "  lit-rlhf" in line
+    ]
     methods = []
-    for command in sampling:
-        with pytest.raises(SystemExit, match="0"):
-            main([*command, "--print_config"])
-        config = yaml.safe_load(capsys.readouterr().out)
-        model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
-        assert data["batch_size"] * model["num_samples"] * trainer["devices"] == completions
-        assert model["minibatches"] // trainer["accumulate_grad_batches"] == updates  # of a rollout
-        assert data["max_prompt_tokens"] + model["max_new_tokens"] == 512
-        methods.append((config["model"]["class_path"].rpartition(".")[2], model["num_samples"]))
+    for words in commands:
+        pairs = list(zip(words[::2], words[1::2], strict=True))
+        given = {}
+        for flag, value in pairs:
+            given |= flat(CONFIGS / f"{value}.yaml") if flag == "--config" else {flag[2:]: value}
+        if pairs[0][1] not in ("paper/tldr", "paper/hh"):
+            continue  # a step before or instead of sampling
+        batch_size, samples, devices, minibatches, accumulate, prompt, new = (
+            int(given[key])
+            for key in (
+                "data.batch_size", "model.num_samples", "trainer.devices", "model.minibatches",
+                "trainer.accumulate_grad_batches", "data.max_prompt_tokens", "model.max_new_tokens",
+            )
+        )  # fmt: skip
+        assert batch_size * samples * devices == completions
+        assert minibatches // accumulate == updates  # of a rollout
+        assert prompt + new == 512
+        methods.append((given["model"], samples))
     assert methods == [("RLOO", 4), ("RAFT", 4), ("RLOO", 2), ("Reinforce", 1), ("VanillaPG", 1), ("PPO", 1)]
+
+
+def flat(path):
+    """The options of a configuration by the flags that override them."""
+    options = {}
+    for part, values in yaml.safe_load(path.read_text()).items():
+        if isinstance(values, dict):
+            options |= {part: values["class_path"]} if "class_path" in values else {}
+            options |= {f"{part}.{name}": value for name, value in values.get("init_args", values).items()}
+    return options
