@@ -1,0 +1,116 @@
+"""What this machine and the arithmetic of an update allow at best: `python limits.py SETTINGS` prints it as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from contenders import Settings
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The least that one update of RLOO can take, with every prompt computed once.
+
+    Attributes:
+        flops: Floating-point operations a second of a large matrix product in the precision of the arithmetic.
+        bandwidth: Bytes a second that a sum over a large tensor reads.
+        train: Seconds of forward and backward.
+        sample: Seconds of decoding: for each token of the batch the longer of arithmetic and reading.
+        read: Of that, what reading weights and cache alone takes.
+        held_mib: Weights, gradients, both moments of the optimizer, and the reference.
+    """
+
+    flops: float
+    bandwidth: float
+    train: float
+    sample: float
+    read: float
+    held_mib: float
+
+
+def limits(settings: Settings, python: str = sys.executable) -> Limits:
+    """Measure in a process of its own, so that this one stays small."""
+    command = [python, __file__, json.dumps(dataclasses.asdict(settings))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the limits could not be measured:\n{done.stderr[-3000:]}")
+    return Limits(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_machine(settings: Settings) -> tuple[float, float]:
+    """Operations of a matrix product a second, and bytes read a second."""
+    import torch
+
+    device = "cpu" if settings.accelerator == "cpu" else "cuda"
+    dtype = torch.bfloat16 if settings.precision.startswith("bf16") else torch.float32
+    n, count = (1536, 2**27) if device == "cpu" else (8192, 2**30)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    long = torch.randn(count, device=device)
+    return 2 * n**3 / best(lambda: a @ b, device), 4 * count / best(long.sum, device)
+
+
+def best(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest of a few tries."""
+    import torch
+
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def count(settings: Settings) -> Limits:
+    """Count what completions of full length need, and divide by what the machine does."""
+    import torch
+    from contenders import LORA
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lit_rlhf.loading import add_lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model))
+    config, everything = model.config, sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # numbers a token
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim  # of a token with one before it
+    n, k, p, t = settings.prompts, settings.samples, settings.prompt_tokens, settings.completion_tokens
+    prompts = 2 * layers * n * p + attention * n * p * (p + 1) / 2
+    following = 2 * layers * n * k * (t - 1) + attention * n * k * sum(p + i for i in range(1, t))
+    train = (2 if settings.lora else 3) * (prompts + following + 2 * head * n * k * t)
+    steps = [(prompts + 2 * head * n, 4.0 * (layers + head))]
+    for i in range(1, t):
+        flops = 2 * (layers + head) * n * k + attention * n * k * (p + i)
+        steps.append((flops, 4.0 * (layers + head + cached * n * k * (p + i))))
+    trained = everything
+    if settings.lora:
+        adapted = add_lora(model, LORA)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    held = everything + 3 * trained if settings.lora else 5 * everything
+    rate, bandwidth = measure_machine(settings)
+    return Limits(
+        flops=rate,
+        bandwidth=bandwidth,
+        train=train / rate,
+        sample=sum(max(flops / rate, read / bandwidth) for flops, read in steps),
+        read=sum(read / bandwidth for _, read in steps),
+        held_mib=4 * held / 2**20,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(count(Settings(**json.loads(sys.argv[1]))))))

@@ -1,0 +1,45 @@
+"""What measures, run once and small, so that it still runs when it is wanted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit_rlhf
+
+HERE = Path(__file__).parent
+POLICY = Path(lit_rlhf.__file__).parent / "testbed" / "assets" / "policy"
+
+
+def run(script, *args, cwd):
+    command = [sys.executable, str(HERE / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=True).stdout
+
+
+@pytest.mark.slow
+def test_what_an_update_costs(tmp_path):
+    few = ["--updates", 2, "--rounds", 1, "--contenders", "PPO", "--natural", "--out", tmp_path]
+    said = run("update.py", "--model", POLICY, *few, cwd=tmp_path)
+    assert said.count("| p = 40, t = 32, k = 4 |") == 2 and "matrix products" in said
+    (measured,) = json.loads((tmp_path / "update.json").read_text())
+    (together,) = measured["rounds"]
+    assert together["PPO"]["seconds"][1] > together["RLOO"]["seconds"][1]
+    assert {path.name for path in tmp_path.iterdir()} == {"update.md", "update.json", "update.png"}
+
+
+@pytest.mark.slow
+def test_how_it_grows(tmp_path):
+    said = run("growth.py", "--axes", "samples", "--updates", 2, "--rounds", 1, "--out", tmp_path, cwd=tmp_path)
+    assert "| samples | 2: " in said
+    points = json.loads((tmp_path / "growth.json").read_text())["samples"]
+    assert points["32"][0] > points["2"][0]
+
+
+@pytest.mark.slow
+def test_what_is_spent_beside_the_model(tmp_path):
+    said = run("overhead.py", "--config", "quickstart", "--trainer.max_steps", 3, cwd=tmp_path)
+    shares = dict(line.split(" | ")[::2] for line in said.splitlines() if line.endswith("% |"))
+    assert set(shares) >= {"| tokenising", "| logging", "| callbacks", "| all of it"}
+    assert 0 < float(shares["| all of it"].removesuffix("% |")) < 50
