@@ -7,16 +7,11 @@ afterwards, by short runs with nothing beside them.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
 import os
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -26,9 +21,7 @@ from typing import Any
 from rich.progress import Progress
 
 from lit_rlhf import report
-
-LAST_LINES = 15
-"""Lines of a failed process to show."""
+from lit_rlhf.processes import ended_with, last_lines, run_logged
 
 RESULT, TRAINED = "result.json", "trained.json"
 """What a run leaves in its folder when it is done, and once its training is."""
@@ -163,10 +156,7 @@ def compare(
     chosen = {name: cell for name, cell in cells.items() if not only or name in only}
     if rates:
         chosen, cells, pairs, cost = sweep(chosen, rates), sweep(cells, rates), (), None
-    if jobs < 1 or not (seeds or cost) or not cells:
-        raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {len(cells)} cells: give at least one of each")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)}: one of them stands twice")
+    check_numbers(seeds, jobs, len(cells), bool(cost))
     folder, environment = Path(out), threads(jobs)
     all_runs = list(cell_runs(folder, cells, seeds, common, evaluation))
     all_measurements = list(cost_runs(folder / "cost", cells, common, cost))
@@ -198,6 +188,14 @@ def check_names(cells: Iterable[str], named: set[str]) -> None:
         other = places.setdefault(cell_folder(Path(), name, 0), name)
         if other != name:
             raise ValueError(f"the cells {other!r} and {name!r} would write into one folder: rename one")
+
+
+def check_numbers(seeds: Sequence[int], jobs: int, num_cells: int, measures: bool) -> None:
+    """Raise a ValueError if there is nothing to do, or a seed stands twice."""
+    if jobs < 1 or not (seeds or measures) or num_cells < 1:
+        raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {num_cells} cells: give at least one of each")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: one of them stands twice")
 
 
 def cell_runs(
@@ -263,28 +261,6 @@ def run_all(runs: Sequence[Run], run_one: Callable[[Run], str | None], jobs: int
     return failed
 
 
-RUNNING: set[int] = set()
-"""Processes under way, each the head of a group."""
-
-
-@contextlib.contextmanager
-def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM drop what waits in the pool, and kill the processes under way with all their children."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(RUNNING):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process, signal.SIGKILL)
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-
-
 def threads(jobs: int) -> dict[str, str]:
     """The environment of a process that shares the cores with others."""
     return {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
@@ -341,33 +317,6 @@ def prepare(run: Run) -> tuple[list[str], Path]:
     log = run.folder / "log.txt"
     log.unlink(missing_ok=True)
     return ["--seed_everything", str(run.seed), "--trainer.default_root_dir", str(run.folder)], log
-
-
-def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float | None:
-    """Run `lit-rlhf` in a process of its own, its output at the end of a file.
-
-    Returns:
-        The peak of its resident memory in MiB, or None where it failed.
-    """
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"lit-rlhf {' '.join(args)}\n")
-        file.flush()
-        command = [sys.executable, "-m", "lit_rlhf", *args]
-        given = {**os.environ, **environment}
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=given, start_new_session=True
-        )
-        RUNNING.add(process.pid)
-        _, status, usage = os.wait4(process.pid, 0)
-        RUNNING.discard(process.pid)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    unit = 1024**2 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss / unit if process.returncode == 0 else None
-
-
-def last_lines(log: Path) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
 
 
 def newest(folder: Path, name: str) -> Path:

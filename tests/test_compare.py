@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_rlhf import compare, report
+from lit_rlhf import compare, processes, report
 from lit_rlhf.cli import CONFIGS, main
 from lit_rlhf.compare import Cell, cell_folder, sweep
 
@@ -197,7 +197,7 @@ def test_the_command_line_takes_every_cell_of_a_shipped_comparison(name, place, 
 def test_an_interrupt_ends_the_processes_and_leaves_no_result(place, monkeypatch, capsys):
     """A cell that never ends by itself is interrupted; the one that waits behind it is not begun."""
     monkeypatch.setattr(compare, "check_arguments", lambda runs: None)
-    monkeypatch.setattr(compare.sys, "executable", str(place / "endless"))
+    monkeypatch.setattr(sys, "executable", str(place / "endless"))
     (place / "endless").write_text("#!/bin/sh\n(while true; do touch $0.beats; sleep 0.1; done) &\nwait\n")
     (place / "endless").chmod(0o755)
     write_config(place, {"one": {"fit": []}, "two": {"fit": []}})
@@ -214,7 +214,7 @@ def test_an_interrupt_ends_the_processes_and_leaves_no_result(place, monkeypatch
     assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     beats.unlink()
     time.sleep(0.5)
-    assert not compare.RUNNING and not beats.exists()
+    assert not processes.RUNNING and not beats.exists()
     assert [path.name for path in (place / "here").glob("*/*/*")] == ["log.txt"]
     assert not (place / "here" / "two").exists()
 

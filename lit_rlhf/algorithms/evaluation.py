@@ -265,6 +265,28 @@ class Evaluation:
         return {name: float(value) for name, value in measured.items() if not value.isnan()}
 
 
+def predict(module: Online, prompts: Prompts) -> list[dict[str, Any]]:
+    """Sample completions of each prompt, one where greedy, and return them with their scores, one record each."""
+    k = 1 if module.sampling.greedy else module.num_samples
+    completions = module.policy.sample(prompts, k, module.sampling, module.seed)
+    texts = completion_texts(module.tokenizer, prompts, completions)
+    scores = score(module.scorer, prompts, completions, texts, module.trainer_state())
+    rewards, parts = scores.judged().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
+    return [
+        {
+            "index": int(prompts.index[i]),
+            "sample": j,
+            "prompt": prompts.text[i],
+            "completion": texts[i * k + j],
+            "reward": rewards[i][j],
+            "parts": {name: part[i][j] for name, part in parts.items()},
+            "finished": bool(completions.finished[i, j]),
+        }
+        for i in range(len(prompts))
+        for j in range(k)
+    ]
+
+
 def as_completion(prompt: Text, completion: Text | None) -> Text:
     """A completion as rewards see it: a message where the prompt is a conversation; empty where there is none."""
     completion = "" if completion is None else completion

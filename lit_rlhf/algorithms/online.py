@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import Evaluation, EvaluationOptions, completion_texts, score
+from lit_rlhf.algorithms.evaluation import Evaluation, EvaluationOptions, completion_texts, predict, score
 from lit_rlhf.algorithms.monitor import (
     Clock,
     Metrics,
@@ -396,21 +396,4 @@ class Online(Method):
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Sample `num_samples` completions of each prompt (one where greedy) and return them with their scores."""
-        k = 1 if self.sampling.greedy else self.num_samples
-        completions = self.policy.sample(batch, k, self.sampling, self.seed)
-        texts = completion_texts(self.tokenizer, batch, completions)
-        scores = score(self.scorer, batch, completions, texts, self.trainer_state())
-        rewards, parts = scores.judged().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
-        return [
-            {
-                "index": int(batch.index[i]),
-                "sample": j,
-                "prompt": batch.text[i],
-                "completion": texts[i * k + j],
-                "reward": rewards[i][j],
-                "parts": {name: part[i][j] for name, part in parts.items()},
-                "finished": bool(completions.finished[i, j]),
-            }
-            for i in range(len(batch))
-            for j in range(k)
-        ]
+        return predict(self, batch)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 
 import lit_rlhf
 from judged import OPINIONS, rows_of, validate
@@ -320,98 +319,3 @@ def test_a_reward_needs_its_column_in_every_part_of_the_data(part, tiny, tmp_pat
     data = lit_rlhf.PromptData(**{**parts, part: rows}, batch_size=2)
     with pytest.raises(ValueError, match=r"'needs_answer' asks for \['answer'\]"):
         make_trainer(tmp_path, max_steps=1).fit(Unloaded(str(tiny), rewards=[needs_answer]), data)
-
-
-# Groups of one reward
-
-
-def scores_by_sample(*scores):
-    """A reward that gives the samples of each group these scores."""
-
-    def reward(completions, **kwargs):
-        return [scores[i % len(scores)] for i in range(len(completions))]
-
-    return reward
-
-
-@pytest.mark.parametrize(
-    ("scores", "share"),
-    [
-        ((None, 1.0, 1.0), 1),
-        ((None, 1.0, 0.0), 0),
-        ((1.0, None, 1.0), 1),
-        ((0.0, None, 1.0), 0),
-        ((-1.0, None, -1.0), 1),
-        ((None, None, None), 0),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:no completion of this update counts")
-def test_equal_groups_are_told_by_the_samples_that_count(scores, share, tiny, tmp_path):
-    module = make_module("RLOO", tiny, rewards=[scores_by_sample(*scores)], kl_coef=0.0)
-    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    trainer.fit(module, make_data("RLOO"))
-    assert trainer.callback_metrics["train/equal_groups"] == share
-    assert trainer.callback_metrics["train/skipped_groups"] == (scores == (None,) * 3)
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-def test_one_sample_is_no_group(samples, tiny, tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    trainer.fit(make_module("Reinforce", tiny, num_samples=samples), make_data("Reinforce"))
-    assert ("train/equal_groups" in trainer.callback_metrics) == (samples > 1)
-
-
-# When
-
-
-class Validations(Callback):
-    def __init__(self):
-        self.steps, self.metrics = [], []
-
-    def on_validation_end(self, trainer, module):
-        self.steps.append(trainer.global_step)
-        self.metrics.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
-
-
-def by_updates(interval, **options):
-    return {"val_check_interval": interval, "check_val_every_n_epoch": None, **options}
-
-
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        (by_updates(2, max_steps=3), [0, 2, 3]),
-        (by_updates(2, max_steps=4), [0, 2, 4]),
-        (by_updates(9, max_steps=2), [0, 2]),
-        (by_updates(4, max_steps=3, accumulate_grad_batches=2), [0, 2, 3]),
-        ({"max_epochs": 1}, [0, 3]),
-        ({"max_steps": 4, "limit_val_batches": 0}, []),
-    ],
-    ids=str,
-)
-def test_a_fit_ends_with_a_validation_of_what_came_out(options, steps, tiny, tmp_path):
-    validations = Validations()
-    module = make_module("RLOO", tiny, rewards=[worth], lr=0.1)
-    data = make_data("RLOO")
-    trainer = make_trainer(tmp_path, callbacks=[validations], **options)
-    trainer.fit(module, data)
-    assert validations.steps == steps
-    if steps:
-        (after,) = make_trainer(tmp_path).validate(module, datamodule=make_data("RLOO"), verbose=False)
-        assert validations.metrics[-1] == pytest.approx(after, abs=1e-5)
-        assert trainer.callback_metrics["val/reward"] == pytest.approx(after["val/reward"], abs=1e-5)
-
-
-@pytest.mark.parametrize("steps", [2, 3])
-def test_the_last_checkpoint_knows_the_score_of_the_last_validation(steps, tiny, tmp_path):
-    """So that a resumed run writes over the best policy only what is better."""
-
-    def progress(completions, trainer_state, **kwargs):
-        return [float(trainer_state.global_step)] * len(completions)
-
-    checkpoint = lit_rlhf.callbacks.PolicyCheckpoint()
-    options = by_updates(2, max_steps=steps, callbacks=[checkpoint], enable_checkpointing=True)
-    make_trainer(tmp_path, **options).fit(make_module("RLOO", tiny, rewards=[progress]), make_data("RLOO"))
-    saved = torch.load(checkpoint.last_path, weights_only=True)["callbacks"]
-    assert checkpoint.best_score == steps
-    assert [state["best_score"] for state in saved.values() if "best_score" in state] == [steps]

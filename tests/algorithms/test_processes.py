@@ -9,21 +9,8 @@ import pytest
 import torch
 
 import processes
-from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a policy that ends many of its completions by itself."""
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer))
-    model.generation_config.eos_token_id = list(range(2, 262, 4))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +19,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ended(folder, root) -> subprocess.CompletedProcess:
+def ended(ending, root) -> subprocess.CompletedProcess:
     """The script, started as a user would: one command, and the Trainer starts the other process.
 
     All its runs are in one start. The last is the one that fails.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": str(processes.SEED)}
-    command = [sys.executable, processes.__file__, str(folder), str(root)]
+    command = [sys.executable, processes.__file__, str(ending), str(root)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=root)
 
 
@@ -50,8 +37,8 @@ def result(name: str, root: Path, ended: subprocess.CompletedProcess) -> dict:
 
 @pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
 @pytest.mark.parametrize("case", processes.CASES)
-def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, folder, tmp_path):
-    expected, actual = processes.run_case(case, folder, tmp_path, devices=1), result(case, root, ended)
+def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, ending, tmp_path):
+    expected, actual = processes.run_case(case, ending, tmp_path, devices=1), result(case, root, ended)
     moved = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert moved > 1e-2
     for name, weight in expected["weights"].items():
@@ -64,8 +51,8 @@ def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, folder,
         assert expected["metrics"][0]["train/skipped_groups"] == 0.5
 
 
-def test_two_processes_find_what_one_does_in_validation(ended, root, folder, tmp_path):
-    expected, actual = processes.run_validated(folder, tmp_path, devices=1), result("validated", root, ended)
+def test_two_processes_find_what_one_does_in_validation(ended, root, ending, tmp_path):
+    expected, actual = processes.run_validated(ending, tmp_path, devices=1), result("validated", root, ended)
     assert {"val/perplexity", "val/position_bias", "val/undecided", "val/reward_variance"} < expected.keys()
     assert 0 < expected["val/undecided"] < 1 and expected["val/position_bias"] != 0
     assert actual == pytest.approx(expected, abs=1e-4, rel=1e-4)

@@ -11,23 +11,11 @@ from lit_rlhf import functional as F
 from lit_rlhf.policy import Policy
 from runs import make_data, make_trainer
 from runs import make_module as make_any_module
-from tiny import make_llama, make_tokenizer
+from tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
 
 RATE = 0.5
-
-
-@pytest.fixture(scope="module")
-def ending(tmp_path_factory):
-    """A folder with a policy that ends many of its completions by itself, by one of many EOS tokens."""
-    folder = tmp_path_factory.mktemp("ending")
-    tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer))
-    model.generation_config.eos_token_id = list(range(2, 262, 4))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def worth(completion_ids, **kwargs):
