@@ -37,7 +37,7 @@ DIFFERENCES = ("win_rate", "judge", "reward", "return")
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t for 95 %, two-sided, with 1 to 15 degrees of freedom."""
 
-ROUNDING = 1e-6
+ROUNDING = 1e-5
 """What is less is rounding, such as the KL of a policy to itself."""
 
 Results = dict[str, list[dict[str, Any]]]
