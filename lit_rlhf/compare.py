@@ -279,6 +279,7 @@ def run_cell(run: Run, environment: dict[str, str]) -> str | None:
     fit, test = run.given["fit"], run.given["test"] or []
     if fit is not None:
         if not run.is_trained():
+            (run.folder / TRAINED).unlink(missing_ok=True)
             if run_logged(["fit", *fit, *place], log, environment) is None:
                 return last_lines(log)
             (run.folder / TRAINED).write_text(json.dumps(fit), encoding="utf-8")
