@@ -189,7 +189,7 @@ def test_an_option_that_does_not_exist_is_found_before_any_cell_has_run(place, c
 def test_the_command_line_takes_every_cell_of_a_shipped_comparison(name, place, monkeypatch):
     asked = []
     monkeypatch.setattr(compare, "run_all", lambda runs, run_one, jobs: asked.extend(runs) or [])
-    main(["compare", "--config", f"paper/{name}"])
+    main(["compare", "--config", f"paper/{name}", *(["--rates", "[1e-3]"] if name == "sweep" else [])])
     cells = yaml.safe_load((CONFIGS / "paper" / f"{name}.yaml").read_text())["cells"]
     assert {run.cell.partition(", lr")[0] for run in asked} == set(cells)
 

@@ -198,9 +198,9 @@ def test_an_update_gets_the_prompts_that_the_noise_asks_for(options, accumulate,
 
     recorder = Recorder()
     module = make_module("RLOO", tiny, rewards=[worth], **options)
-    limits = dict(max_epochs=2, accumulate_grad_batches=accumulate, limit_val_batches=0)
-    trainer = make_trainer(tmp_path, callbacks=[Known(16, 1, 2), recorder], **limits)
-    trainer.fit(module, make_data("RLOO", rows=80, batch_size=2))
+    limits = dict(max_epochs=1, accumulate_grad_batches=accumulate, limit_val_batches=0)
+    trainer = make_trainer(tmp_path, callbacks=[Known(13, 1, 2), recorder], **limits)
+    trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
     assert recorder.sizes[0] == 2 and recorder.sizes[-1] == prompts
 
 
