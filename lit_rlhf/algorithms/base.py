@@ -109,6 +109,11 @@ class Method(LightningModule, ABC):
         """What the optimizer trains, as groups with a name; the policy's comes first."""
         return [{"name": "policy", "params": [p for p in self.parameters() if p.requires_grad]}]
 
+    @property
+    def updates_done(self) -> int:
+        """Updates of the weights so far; outside `fit`, where the Trainer restores no count, the checkpoint's."""
+        return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
+
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, made by `reduce`."""
@@ -187,11 +192,6 @@ class Method(LightningModule, ABC):
         return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     # What is saved
-
-    @property
-    def updates_done(self) -> int:
-        """Updates of the weights so far; outside `fit`, where the Trainer restores no count, the checkpoint's."""
-        return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. To be called on all ranks."""

@@ -73,19 +73,20 @@ class PPO(VanillaPG):
 
     def prepare(self, rollout: Rollout) -> PPORollout:
         """Add values, returns, and where updates come before a slice's first turn its log-probabilities as they are."""
-        slices, first_update = self.minibatches * self.sample_minibatches, self.trainer.accumulate_grad_batches
-        if self.ratio and slices > first_update:
-            old_logprobs, values = self.logprobs_and_values(rollout)
-        else:
-            old_logprobs, values = torch.full_like(rollout.completions.logprobs, torch.nan), self.values(rollout)
-        valued = self.valued(rollout, values)
-        assert isinstance(valued, PPORollout)
-        valued = valued.replace(old_logprobs=old_logprobs)
-        for step in range(min(first_update, slices)):  # these come from the training forward itself
-            part = self.slice(valued, step)
-            assert isinstance(part, PPORollout) and part.old_logprobs is not None
-            part.old_logprobs.fill_(torch.nan)
-        return valued
+        assert isinstance(rollout, PPORollout)
+        values = torch.zeros_like(rollout.completions.logprobs)
+        rollout = rollout.replace(values=values, old_logprobs=torch.full_like(values, torch.nan))
+        first_update = self.trainer.accumulate_grad_batches
+        for step in range(self.minibatches * self.sample_minibatches):
+            part = self.slice(rollout, step)  # a view, so that what is written there is written in the rollout
+            assert isinstance(part, PPORollout) and part.old_logprobs is not None and part.values is not None
+            if self.ratio and step >= first_update:  # before, they come from the training forward itself
+                logprobs, part_values = self.logprobs_and_values(part)
+                part.old_logprobs.copy_(logprobs)
+            else:
+                part_values = self.values(part)
+            part.values.copy_(part_values)
+        return rollout.replace(targets=self.returns(rollout, values))
 
     def returns(self, rollout: Rollout, values: Tensor) -> Float[Tensor, "prompts samples tokens"]:
         """What the critic should have expected: its own values, set right by GAE."""

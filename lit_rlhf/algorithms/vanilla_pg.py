@@ -81,11 +81,8 @@ class VanillaPG(Online):
 
     def prepare(self, rollout: Rollout) -> ValuedRollout:
         """Add values and returns."""
-        return self.valued(rollout, self.values(rollout))
-
-    def valued(self, rollout: Rollout, values: Tensor) -> ValuedRollout:
-        """The rollout with these values, and what they should have been."""
         assert isinstance(rollout, ValuedRollout)
+        values = self.values(rollout)
         return rollout.replace(values=values, targets=self.returns(rollout, values))
 
     def returns(self, rollout: Rollout, values: Tensor) -> Float[Tensor, "prompts samples tokens"]:
