@@ -211,13 +211,14 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
     colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20")
     for i, (name, rows) in enumerate(results.items()):
         style: dict[str, Any] = {"color": colours(i % colours.N), "label": name}
+        line = style | {"linestyle": ("-", ":")[i // colours.N % 2]}  # more methods than colours
         courses = [c for c in (course(row["curves"]) for row in rows) if c]
         if courses:
             means = [mean_point([c[j] for c in courses]) for j in range(min(map(len, courses)))]
             spent = [p["step"] * seconds[name] if name in seconds else p["seconds"] for p in means]
-            _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], style)
-            _line(axes[1], spent, [p["reward"] for p in means], style)
-            _line(axes[2], [p["kl"] for p in means], [p["judge"] for p in means], style)
+            _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], line)
+            _line(axes[1], spent, [p["reward"] for p in means], line)
+            _line(axes[2], [p["kl"] for p in means], [p["judge"] for p in means], line)
         elif _values(rows, "reward"):
             point = mean_point([end(row) for row in rows])
             took = point["step"] * seconds[name] if name in seconds else point["seconds"]
