@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lit_rlhf.prefix import prompt_positions
 from lit_rlhf.types import Prompts
 
 if TYPE_CHECKING:
     from lit_rlhf.policy import Policy
+
+ROOM = 64
+"""Tokens that a layer makes room for at a time."""
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's keys and values with room behind them: a token is written there, and not all before it copied."""
+
+    store: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write what a step adds behind what is held, without gradient; return all of it."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        store = self.store
+        if store is None or store[0].shape[-2] < end:
+            store = with_room(self.keys, end + ROOM), with_room(self.values, end + ROOM)
+        for place, states in zip(store, (key_states, value_states), strict=True):
+            place[..., start:end, :] = states
+        return self._hold(store, end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and their room."""
+        if self.store is None:
+            super().batch_select_indices(indices)
+        else:
+            self._hold((self.store[0][indices], self.store[1][indices]), self.get_seq_length())
+
+    def _hold(self, store: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
+        self.store = store
+        self.keys, self.values = store[0][..., :length, :], store[1][..., :length, :]
+        return self.keys, self.values
+
+
+def with_room(states: Tensor, length: int) -> Tensor:
+    """A copy with space for `length` tokens; what stands in the space means nothing."""
+    store = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+    store[..., : states.shape[-2], :] = states
+    return store
 
 
 class CachedDecoder:
@@ -21,6 +65,8 @@ class CachedDecoder:
     def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
         self.policy, self.prompts, self.k = policy, prompts, k
         self.cache = DynamicCache(config=policy.causal_lm.config)
+        layers = self.cache.layers
+        self.cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in layers]  # type: ignore[no-untyped-call]
         self.mask = prompts.mask.repeat_interleave(k, 0)
         self.positions = self.mask.sum(1, keepdim=True)
 
