@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -309,6 +310,8 @@ def measure(run: Run) -> str | None:
     updates = sum("train/lr" in row for row in rows) / len(rollouts)
     peak = max((row["memory/peak_mib"] for row in rows if "memory/peak_mib" in row), default=peak)
     run.leave(metrics={"seconds": statistics.median(rollouts[UNSETTLED:]) / updates, "peak_mib": peak})
+    for folder in [run.folder / "policy", *run.folder.glob("version_*/checkpoints")]:
+        shutil.rmtree(folder, ignore_errors=True)  # gigabytes, of a policy that no one wants after a few updates
     return None
 
 

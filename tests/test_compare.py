@@ -54,6 +54,7 @@ def quick(monkeypatch):
         folder = root / f"version_{len(list(root.glob('version_*')))}"
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "checkpoints" / "last.ckpt").touch()
+        (root / "policy" / "last").mkdir(parents=True, exist_ok=True)
         seed = float(args[args.index("--seed_everything") + 1])
         rows = [{"test/win_rate": seed / 10, "test/return": seed}] if args[0] == "test" else UPDATES
         write_csv(folder / "metrics.csv", [] if "--silent" in args else rows)
@@ -108,6 +109,8 @@ def test_costs_are_measured_after_all_else_and_once(place, quick):
     assert float(table["good"]["seconds"]) == 2 and float(table["good"]["peak_mib"]) == 321
     assert table["start"]["seconds"] == "nan"
     assert "| good - start | 1 | 0 | 0 |" in (place / "here" / "table.md").read_text()
+    left = {path.name for path in (place / "here" / "cost").rglob("*")}
+    assert "metrics.csv" in left and not left & {"policy", "checkpoints"}
 
 
 def test_memory_is_that_of_the_accelerator_where_there_is_one(place, quick, monkeypatch):

@@ -22,10 +22,13 @@ def run(script, *args, cwd):
 def test_what_an_update_costs(tmp_path):
     few = ["--updates", 2, "--rounds", 1, "--contenders", "PPO", "--natural", "--out", tmp_path]
     said = run("update.py", "--model", POLICY, *few, cwd=tmp_path)
-    assert said.count("| p = 40, t = 32, k = 4 |") == 2 and "matrix products" in said
+    assert said.count("| policy, 4 x 4, 40 + 32, natural ends |") == 2 and "matrix products" in said
     (measured,) = json.loads((tmp_path / "update.json").read_text())
     (together,) = measured["rounds"]
     assert together["PPO"]["seconds"][1] > together["RLOO"]["seconds"][1]
+    run("update.py", "--model", POLICY, *few, "--samples", 2, cwd=tmp_path)
+    table = (tmp_path / "update.md").read_text()
+    assert all(table.count(f"| policy, 4 x {k}, 40 + 32, natural ends |") == 2 for k in (2, 4))
     assert {path.name for path in tmp_path.iterdir()} == {"update.md", "update.json", "update.png"}
 
 

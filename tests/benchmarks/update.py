@@ -7,7 +7,7 @@ Every measurement is a process of its own, and a round goes through all contende
 all. Seconds are those of a round's median update, the first left out; ratios are those of a round. Beside them stands
 how many tokens each passes through models of the policy's size, and what machine and arithmetic allow at best. Memory
 is the peak of the process, and how much of that is beyond weights, gradients, optimizer and reference, which all must
-hold. TRL must be installed, where it is asked for.
+hold. TRL must be installed, where it is asked for. Table and picture also hold what earlier calls have left in `--out`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,43 @@ PHASES = ("sample", "score", "train")
 
 Rounds = list[dict[str, Result]]
 """By round and contender, what a process said."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings, the least that they can take, and what was measured."""
+
+    settings: Settings
+    least: Limits
+    rounds: Rounds
+
+    @property
+    def names(self) -> list[str]:
+        """The contenders."""
+        return list(self.rounds[0])
+
+    @property
+    def title(self) -> str:
+        """What tells this case from others."""
+        s = self.settings
+        parts = [
+            Path(s.model).name,
+            f"{s.prompts} x {s.samples}",
+            f"{s.prompt_tokens} + {s.completion_tokens}",
+            *(["bf16"] if s.precision != "32-true" else []),
+            *(["LoRA"] if s.lora else []),
+            *(["natural ends"] if s.natural else []),
+        ]
+        return ", ".join(parts)
+
+    def ratios(self, name: str) -> list[float]:
+        """Seconds of a contender's update over RLOO's, by round."""
+        return [median_update(r[name]) / median_update(r["RLOO"]) for r in self.rounds]
+
+    def counted(self, name: str) -> float:
+        """What those ratios would be, did every token cost the same."""
+        tokens = counted(self.settings, self.rounds)
+        return tokens[name] / tokens["RLOO"]
 
 
 def counted(settings: Settings, rounds: Rounds) -> dict[str, float]:
@@ -58,23 +96,23 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 HEAD = [
-    "| shape | | s / update | of RLOO's | counted | peak memory (MiB) | of that beyond what all hold |",
+    "| model, prompts x completions, tokens | | s / update | of RLOO's | counted | peak memory (MiB) "
+    "| of that beyond what all hold |",
     "|---|---|---|---|---|---|---|",
 ]
 
 
-def row(title: str, settings: Settings, name: str, rounds: Rounds, least: Limits) -> str:
+def row(case: Case, name: str) -> str:
     """A line of the table."""
-    tokens = counted(settings, rounds)
-    peaks = [r[name]["peak_mib"] for r in rounds]
+    peaks = [r[name]["peak_mib"] for r in case.rounds]
     cells = [
-        title,
+        case.title,
         name,
-        spread([median_update(r[name]) for r in rounds]),
-        spread([median_update(r[name]) / median_update(r["RLOO"]) for r in rounds]),
-        f"{tokens[name] / tokens['RLOO']:.2f}",
+        spread([median_update(r[name]) for r in case.rounds]),
+        spread(case.ratios(name)),
+        f"{case.counted(name):.2f}",
         spread(peaks, 0),
-        "-" if name == "PPO" else f"{statistics.median(peaks) - least.held_mib:.0f}",  # a critic more to hold
+        "-" if name == "PPO" else f"{statistics.median(peaks) - case.least.held_mib:.0f}",  # a critic more to hold
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -85,40 +123,60 @@ def phases(rounds: Rounds) -> dict[str, float]:
     return {name: statistics.median(update[f"time/{name}"] for update in seen) for name in PHASES}
 
 
-def told(title: str, rounds: Rounds, least: Limits, full: bool) -> str:
-    """Where the seconds go, and what is the least they can be."""
-    took = phases(rounds)
+def told(case: Case) -> str:
+    """Where the seconds of RLOO go, and what is the least they can be."""
+    took, least = phases(case.rounds), case.least
     at_best = {
         "sample": f", at best {least.sample:.2f} ({least.sample / took['sample']:.0%})",
         "train": f", at best {least.train:.2f} ({least.train / took['train']:.0%})",
     }
-    parts = [f"{name} {took[name]:.2f} s{at_best.get(name, '') if full else ''}" for name in PHASES]
-    return f"- {title}: " + "; ".join(parts)
+    if case.settings.natural:
+        at_best = {}
+    return f"- {case.title}: " + "; ".join(f"{name} {took[name]:.2f} s{at_best.get(name, '')}" for name in PHASES)
 
 
-def draw(path: Path, measured: list[tuple[str, Settings, Rounds]], names: list[str]) -> None:
-    """Draw measured ratios over counted ones, a bar a shape and contender."""
+def draw(path: Path, cases: list[Case]) -> None:
+    """Draw measured ratios over counted ones, a bar a case and contender."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(measured), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(cases), 4), layout="constrained")
+    names = [name for name in CONTENDERS if any(name in case.names for case in cases)]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        for j, (_, settings, rounds) in enumerate(measured):
-            ratios = [median_update(r[name]) / median_update(r["RLOO"]) for r in rounds]
-            middle = statistics.median(ratios)
-            error = [[middle - min(ratios)], [max(ratios) - middle]]
-            x, tokens = j + (i - (len(names) - 1) / 2) * width, counted(settings, rounds)
-            axes.bar(x, middle, width, color=f"C{i}", label=name if j == 0 else None, yerr=error, capsize=2)
-            axes.plot([x - width / 2, x + width / 2], [tokens[name] / tokens["RLOO"]] * 2, color="black")
+        axes.bar([0], [0], color=f"C{i}", label=name)
+        for j, case in enumerate(cases):
+            if name in case.names:
+                middle, ratios = statistics.median(case.ratios(name)), case.ratios(name)
+                error = [[middle - min(ratios)], [max(ratios) - middle]]
+                x = j + (i - (len(names) - 1) / 2) * width
+                axes.bar(x, middle, width, color=f"C{i}", yerr=error, capsize=2)
+                axes.plot([x - width / 2, x + width / 2], [case.counted(name)] * 2, color="black")
     axes.plot([], [], color="black", label="counted")
-    axes.set_xticks(range(len(measured)), [title.replace(", ", "\n") for title, _, _ in measured], fontsize=8)
+    axes.set_xticks(range(len(cases)), [case.title.replace(", ", "\n") for case in cases], fontsize=8)
     axes.set_ylabel("seconds an update, RLOO = 1")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
+
+
+def read(path: Path) -> list[Case]:
+    """What earlier calls have measured."""
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return [Case(Settings(**c["settings"]), Limits(**c["limits"]), c["rounds"]) for c in kept]
+
+
+def write(out: Path, cases: list[Case]) -> None:
+    """Write the table, and what it is made of."""
+    lines = [*HEAD, *(row(case, name) for case in cases for name in case.names), "", *map(told, cases)]
+    (out / "update.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kept = [
+        {"settings": dataclasses.asdict(c.settings), "limits": dataclasses.asdict(c.least), "rounds": c.rounds}
+        for c in cases
+    ]
+    (out / "update.json").write_text(json.dumps(kept), encoding="utf-8")
 
 
 def main() -> None:
@@ -143,29 +201,23 @@ def main() -> None:
     pythons = dict(pair.split("=", 1) for pair in args.python)
     names = ["RLOO", *[name for name in args.contenders if name != "RLOO"]]
     args.out.mkdir(parents=True, exist_ok=True)
-    lines, notes = list(HEAD), []
-    measured: list[tuple[str, Settings, Rounds]] = []
-    kept: list[dict[str, Any]] = []
+    cases = read(args.out / "update.json")
     for shape, samples in [(shape, samples) for shape in args.shape for samples in args.samples]:
-        p, t = SHAPES[shape]
         settings = Settings(
-            args.model, args.prompts, samples, p, t, args.natural, args.precision, args.lora, args.updates,
+            args.model, args.prompts, samples, *SHAPES[shape], args.natural, args.precision, args.lora, args.updates,
             args.accelerator,
         )  # fmt: skip
-        title, least = f"p = {p}, t = {t}, k = {samples}", limits(settings)
+        least = limits(settings)
         rounds = [
             {name: measure(name, settings, pythons.get(name, sys.executable)) for name in names}
             for _ in range(args.rounds)
         ]
-        lines += [row(title, settings, name, rounds, least) for name in names]
-        notes.append(told(title, rounds, least, full=not args.natural))
-        measured.append((title, settings, rounds))
-        kept.append({"settings": dataclasses.asdict(settings), "limits": dataclasses.asdict(least), "rounds": rounds})
+        case = Case(settings, least, rounds)
+        cases = [*(other for other in cases if other.title != case.title), case]
         machine = f"matrix products {least.flops / 1e9:.0f} GFLOP/s, reading {least.bandwidth / 1e9:.0f} GB/s"
-        print("\n".join([*lines[-len(names) :], notes[-1], machine]), flush=True)
-        (args.out / "update.md").write_text("\n".join([*lines, "", *notes]) + "\n", encoding="utf-8")
-        (args.out / "update.json").write_text(json.dumps(kept), encoding="utf-8")
-    draw(args.out / "update.png", measured, names)
+        print("\n".join([*(row(case, name) for name in names), told(case), machine]), flush=True)
+        write(args.out, cases)
+    draw(args.out / "update.png", cases)
 
 
 if __name__ == "__main__":
