@@ -34,6 +34,12 @@ def rows_of_the_second_rank() -> set[str]:
     return {words[i] for i in order[BATCH // 2 : BATCH]}
 
 
+def hardly_ever_equal(completion_ids, **kwargs):
+    """Of equals RAFT keeps one by the KL alone, which at first is nothing but rounding."""
+    places = [sum(place * token for place, token in enumerate(ids, start=1)) for ids in completion_ids]
+    return [None if place % 3 == 0 else place % 101 / 50 for place in places]
+
+
 def silent_on_one_rank(prompts, completion_ids, **kwargs):
     pairs = zip(prompts, worth(completion_ids), strict=True)
     return [None if prompt in rows_of_the_second_rank() else score for prompt, score in pairs]
@@ -61,7 +67,7 @@ CASES = {
     "left out": ("Reinforce", {"rewards": [worth], "truncated": "leave_out", "baseline": "mean"}),
     "cut both ways": ("RLOO", {"rewards": [worth], "minibatches": 2, "sample_minibatches": 3}),
     "adaptive KL": ("RLOO", {"rewards": [worth], "kl_coef": 0.5}),
-    "raft": ("RAFT", {"rewards": [some_opinion]}),
+    "raft": ("RAFT", {"rewards": [hardly_ever_equal]}),
     "ppo": ("PPO", {"rewards": [worth], "minibatches": 2, "value_coef": 0.01}),
     "vanilla_pg": ("VanillaPG", {"rewards": [some_opinion], "critic": "head", "value_coef": 0.01}),
     "normalised": ("RLOO", {"rewards": [some_opinion], "shaping": {"normalize": True, "clip": 1.0}}),

@@ -42,7 +42,8 @@ def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, ending,
     moved = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert moved > 1e-2
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(actual["weights"][name], weight, atol=2e-5 * moved, rtol=0, msg=name)
+        ours = {name: actual["weights"][name]}
+        torch.testing.assert_close(ours, {name: weight}, atol=2e-5 * moved, rtol=0)  # names what differs
     for ours, theirs in zip(actual["metrics"], expected["metrics"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4, rel=1e-4)
     if case.startswith("growing"):
