@@ -32,6 +32,7 @@ from lit_rlhf.loading import (
     end_of_sequence_ids,
     load_causal_lm,
 )
+from lit_rlhf.packing import packed_linears
 from lit_rlhf.prefix import (
     Given,
     checkpoints_activations,
@@ -144,7 +145,8 @@ class Policy(nn.Module):
         try:
             size = sampling.batch_size or len(prompts)
             blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
-            parts = [self._sample(defined(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
+            with packed_linears(self.model):
+                parts = [self._sample(defined(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
         finally:
             self.model.train(was_training)
         return parts[0] if len(parts) == 1 else _join(parts)
