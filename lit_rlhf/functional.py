@@ -7,10 +7,12 @@ log-probabilities of the completion's tokens. "Back to Basics" is Ahmadian et al
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def masked_sum(
@@ -28,9 +30,25 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def token_logprobs(
     logits: Float[Tensor, "*batch vocabulary"], tokens: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
-    """Log-probability of each token under its own logits: `logits[token] - logsumexp(logits)`."""
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    """Log-probability of each token under its own logits: `logits[token] - logsumexp(logits)`. Differentiable once."""
+    return cast(Tensor, _TokenLogprobs.apply(logits, tokens))  # type: ignore[no-untyped-call]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """With its gradient, `one_hot(token) - softmax(logits)`, in one tensor of that size, not the four of its steps."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        tokens, total = tokens.unsqueeze(-1), logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, tokens, total)
+        return (logits.gather(-1, tokens) - total).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, total = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        return (logits - total).exp_().mul_(-gradient).scatter_add_(-1, tokens, gradient), None
 
 
 def entropy(

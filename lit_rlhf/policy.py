@@ -222,7 +222,8 @@ class Policy(nn.Module):
 
     def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         def score(features: Tensor, tokens: Tensor) -> Tensor:
-            return F.token_logprobs(F.at_least_float32(self.project(features)) / temperature, tokens)
+            logits = F.at_least_float32(self.project(features))
+            return F.token_logprobs(logits if temperature == 1 else logits / temperature, tokens)
 
         rows = max(1, LOGITS_AT_ONCE // self.causal_lm.config.get_text_config().vocab_size)
         if len(tokens) <= rows or not self.chunks_logits:

@@ -201,6 +201,16 @@ def test_token_logprobs_and_entropy():
     assert_close(F.entropy(logprobs.exp(), logprobs), -(logprobs.exp() * logprobs).sum(-1), atol=1e-12, rtol=0)
 
 
+def test_gradient_of_token_logprobs():
+    logits = rewards_of(3, 5).mul(20).requires_grad_()
+    tokens = torch.tensor([4, 0, 2])
+    assert torch.autograd.gradcheck(lambda logits: F.token_logprobs(logits, tokens), logits)
+    assert torch.autograd.gradcheck(lambda logits: F.token_logprobs(logits[0], tokens[0]), logits)
+    (found,) = torch.autograd.grad(F.token_logprobs(logits, tokens) @ double([1, -2, 3])[0], logits)
+    (expected,) = torch.autograd.grad(logits.log_softmax(-1)[torch.arange(3), tokens] @ double([1, -2, 3])[0], logits)
+    assert_close(found, expected, atol=1e-12, rtol=0)
+
+
 def test_entropy_of_few_tokens_out_of_many():
     logits = double([0, 0, -math.inf, -math.inf])
     logprobs = logits.log_softmax(-1)
