@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -16,8 +17,12 @@ from lit_rlhf.types import Rollout
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where this run writes: the first logger's folder, else `default_root_dir`. Call it on all ranks."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where this run writes: the first logger's folder, else `default_root_dir`. Call it on all ranks.
+
+    Loggers of a service have no folder of a run's own: what they call theirs may be the working directory.
+    """
+    local = bool(trainer.loggers) and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger)
+    return Path((trainer.log_dir if local else None) or trainer.default_root_dir)
 
 
 def new_rollout(module: LightningModule, batch_idx: int) -> Rollout | None:

@@ -69,8 +69,8 @@ class Curves(Callback):
             if self._enabled and self._validations % self.every_n_validations == 0:
                 draw(self.history, self._path)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the whole run."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the whole run, with the validation that a module may add at the end of training."""
         if self._enabled:
             draw(self.history, self._path)
 

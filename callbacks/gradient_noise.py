@@ -79,7 +79,8 @@ class GradientNoise(Callback):
         """Measure a rollout before its first update."""
         module: Any = pl_module
         window = max(module.repeats, trainer.accumulate_grad_batches)
-        number, step = divmod(trainer.fit_loop.epoch_loop.batch_idx, window)
+        step = trainer.fit_loop.epoch_loop.batch_idx % window
+        number = trainer.fit_loop.total_batch_idx // window
         first = step < trainer.accumulate_grad_batches
         if first and number % self.every_n_rollouts == 0 and module.rollout is not None:
             self.measure(trainer, module)

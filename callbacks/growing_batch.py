@@ -30,6 +30,7 @@ class GrowingBatch(Callback):
             raise ValueError(f"maximum={maximum} must be at least 1")
         self.maximum = maximum
         self.start = 0
+        self.sizes: list[tuple[int, int]] = []
 
     @abstractmethod
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
@@ -55,6 +56,14 @@ class GrowingBatch(Callback):
         # now, for the Trainer to see whether an epoch was over when it was saved; and when an epoch really begins
         loader.on_begin = lambda step: grow(trainer, self.plan(trainer, step))
         loader.on_begin(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sizes of this epoch's blocks."""
+        return {"sizes": self.sizes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them."""
+        self.sizes = [tuple(entry) for entry in state_dict["sizes"]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log how many prompts a new rollout has."""
@@ -84,17 +93,20 @@ class BatchSchedule(GrowingBatch):
         return self.start + int((self.maximum - self.start) * min(1.0, update / self.updates))
 
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
-        """Plan the whole epoch, from the number of updates at its start."""
+        """Plan the whole epoch, from the number of updates at its start; of one that has begun, what is left."""
+        if steps_done and self.sizes:
+            return list(self.sizes)
         sampler, accumulate = blocks_of(trainer), trainer.accumulate_grad_batches
         before = trainer.global_step - steps_done // accumulate
-        sizes: list[tuple[int, int]] = []
-        for block in range(sampler.size):
+        handed_over = -(-steps_done // sampler.repeats)
+        self.sizes = [(0, self.start)] if handed_over else []
+        for block in range(handed_over, sampler.size):
             size = self.size_at(before + block * sampler.repeats // accumulate)
-            if not sizes or size != sizes[-1][1]:
-                sizes.append((block, size))
+            if not self.sizes or size != self.sizes[-1][1]:
+                self.sizes.append((block, size))
             if size == self.maximum:
                 break
-        return sizes
+        return list(self.sizes)
 
 
 class AdaptiveBatch(GradientNoise, GrowingBatch):
@@ -119,7 +131,6 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
     def __init__(self, maximum: int, every_n_rollouts: int = 5, parts: int = 4, smoothing: float = 0.9) -> None:
         GradientNoise.__init__(self, every_n_rollouts, parts, smoothing)
         GrowingBatch.__init__(self, maximum)
-        self.sizes: list[tuple[int, int]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to measure, and that the data can grow."""
@@ -128,7 +139,7 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
 
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
         """Begin an epoch with the size that the last one ended with, or go on inside one."""
-        if steps_done == 0:
+        if steps_done == 0 or not self.sizes:
             self.sizes = [(0, self.sizes[-1][1] if self.sizes else self.start)]
         return list(self.sizes)
 
@@ -145,12 +156,12 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and the sizes of this epoch's blocks."""
-        return {**super().state_dict(), "sizes": self.sizes}
+        return {**GradientNoise.state_dict(self), **GrowingBatch.state_dict(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them."""
-        super().load_state_dict(state_dict)
-        self.sizes = [tuple(entry) for entry in state_dict["sizes"]]
+        GradientNoise.load_state_dict(self, state_dict)
+        GrowingBatch.load_state_dict(self, state_dict)
 
 
 def blocks_of(trainer: Trainer) -> BlockSampler:

@@ -49,7 +49,10 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        texts = [part.read_text(encoding="utf-8") for part in parts]
+        lines = [
+            line for text in texts for line in text.split("\n") if line
+        ]  # other ends of lines may stand in strings
         lines.sort(key=lambda line: json.loads(line).get("index", 0))
         parts[0].write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         parts[0].replace(self._target(trainer))

@@ -109,8 +109,13 @@ def rollout_samples(
 def as_text(value: Any) -> str:
     """A prompt or a completion as one string: text as it is, messages as lines of `role: content`."""
     if isinstance(value, list):
-        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+        return "\n".join(f"{message['role']}: {_content(message)}" for message in value)
     return str(value)
+
+
+def _content(message: dict[str, Any]) -> Any:
+    """What a message says: its content, or the tools that it calls instead."""
+    return message.get("content") or json.dumps(message.get("tool_calls") or "", default=str)
 
 
 def _prompt(rollout: Rollout, tokenizer: Any, i: int) -> Any:

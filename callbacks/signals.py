@@ -22,19 +22,24 @@ class SaveOnSignal(Callback):
 
     Any rank may be signalled: all save together. `min_epochs`, `min_steps` and a validation that is due don't delay it,
     and neither an accumulation window nor a rollout has to be complete. The checkpoint is `PolicyCheckpoint`'s
-    `last.ckpt`. The process then ends by itself, with exit code 0. A second Ctrl-C interrupts at once. A handler that
-    Slurm's automatic requeueing set on SIGUSR1 stays. List this callback after those that keep state.
+    `last.ckpt`. `fit` then returns as ever, and `stopped` tells that it was not done: the command line ends with the
+    exit code of that signal. A second Ctrl-C interrupts at once. A handler that Slurm's automatic requeueing set on
+    SIGUSR1 stays. List this callback after those that keep state.
+
+    Attributes:
+        stopped: The signal that ended the run before its end, SIGTERM where another rank got it; None where it went on.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self.stopped: int | None = None
+        self._received: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._limits: tuple[Any, Any, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to save."""
         self._folder = run_folder(trainer) / "checkpoints"
-        self._received = False
+        self.stopped = self._received = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers."""
@@ -76,13 +81,15 @@ class SaveOnSignal(Callback):
                 self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        self._received = number
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
             os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
 
     def _check(self, trainer: Trainer) -> None:
-        if self._limits is None and trainer.strategy.reduce_boolean_decision(self._received, all=False):
+        received = self._received is not None
+        if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
+            self.stopped = self._received or signal.SIGTERM
             path = self._save(trainer)
             self._stop(trainer)
             text = (

@@ -120,7 +120,7 @@ def run() -> None:
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
     usage = {name: {"usage": f"{PROGRAM} {name} {options}"} for name in ("fit", "validate", "test", "predict")}
-    RLHFCommandLine(
+    line = RLHFCommandLine(
         Method,
         TextData,
         subclass_mode_model=True,
@@ -131,6 +131,9 @@ def run() -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback.", **usage},
     )
+    for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, callbacks.SaveOnSignal) and callback.stopped is not None:
+            sys.exit(128 + callback.stopped)  # as a shell tells it, so that nobody takes the run for a finished one
 
 
 def expand_configs(args: list[str]) -> list[str]:

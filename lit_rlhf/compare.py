@@ -10,26 +10,21 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from lit_rlhf import report
 from lit_rlhf.processes import ended_with, last_lines, run_logged
 
-RESULT, TRAINED = "result.json", "trained.json"
-"""What a run leaves in its folder when it is done, and once its training is."""
-
-UNSETTLED = 2
-"""Rollouts at the start of a run (steps, where nothing is sampled) whose seconds do not count: memory is taken then."""
-
+RESULT, TRAINED, LAST = "result.json", "trained.json", "checkpoints/last.ckpt"
+"""What a run leaves in its folder when it is done, once its training is, and what is tested then."""
 
 Arguments = dict[str, list[str] | None]
 """By command, what `lit-rlhf` is given; no `fit` where nothing is trained."""
@@ -112,7 +107,9 @@ class Run:
     def is_trained(self) -> bool:
         """Whether it was trained with these arguments, and only its test is missing."""
         noted = self.folder / TRAINED
-        return noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) == self.given["fit"]
+        if not noted.is_file() or not any(self.folder.glob(f"version_*/{LAST}")):
+            return False
+        return bool(json.loads(noted.read_text(encoding="utf-8")) == self.given["fit"])
 
 
 def compare(
@@ -136,7 +133,7 @@ def compare(
         evaluation: What `lit-rlhf test` is given; each cell is tested with its own weights.
         out: The folder; what is done there already is not run again.
         seeds: One cell of each method for each seed; may be empty where only costs are measured.
-        only: Names of the methods to run; all where empty. The table holds all that is done.
+        only: Names of the methods to run; all where empty. The table holds all that is done with these seeds.
         rates: Learning rates to try with every method that is trained; the table says which gives the best return.
         pairs: Names of methods whose difference is to be shown, with its interval over the seeds.
         completions: How many an update samples, for the axis of a picture.
@@ -168,16 +165,19 @@ def compare(
     failed = run_all(runs, lambda run: run_cell(run, environment), jobs) + run_all(measurements, measure, 1)
     found = read_results(all_runs)
     results = {name: found.get(name, []) for name in cells if name in found or name in chosen}
-    rounds = cost.rounds if cost else 0
     costs: report.Results = {run.cell: [] for run in all_measurements} | read_results(all_measurements)
-    table = report.write(folder, results, costs, len(seeds), pairs, completions, rounds)
+    table = report.write(folder, results, costs, len(seeds), pairs, completions, cost.rounds if cost else 0)
     if rates:
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
-    if failed:
-        count = len(runs) + len(measurements)
-        raise CellsFailed(f"{len(failed)} of {count} cells failed ({'; '.join(failed)}): see log.txt in their folders")
+    check_failed(failed, len(runs) + len(measurements))
     return table
+
+
+def check_failed(failed: list[str], count: int) -> None:
+    """Raise `CellsFailed` if some of the cells have."""
+    if failed:
+        raise CellsFailed(f"{len(failed)} of {count} cells failed ({'; '.join(failed)}): see log.txt in their folders")
 
 
 def check_names(cells: Iterable[str], named: set[str]) -> None:
@@ -263,8 +263,8 @@ def run_all(runs: Sequence[Run], run_one: Callable[[Run], str | None], jobs: int
 
 
 def threads(jobs: int) -> dict[str, str]:
-    """The environment of a process that shares the cores with others."""
-    return {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    """The environment of a process that shares the threads that this one has with others."""
+    return {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
 
 def cell_folder(out: Path, name: str, seed: int) -> Path:
@@ -284,7 +284,7 @@ def run_cell(run: Run, environment: dict[str, str]) -> str | None:
             if run_logged(["fit", *fit, *place], log, environment) is None:
                 return last_lines(log)
             (run.folder / TRAINED).write_text(json.dumps(fit), encoding="utf-8")
-        checkpoint = ["--ckpt_path", str(newest(run.folder, "checkpoints/last.ckpt"))]
+        checkpoint = ["--ckpt_path", str(newest(run.folder, LAST))]
     if run_logged(["test", *test, *place, *checkpoint], log, environment) is None:
         return last_lines(log)
     tested = [row for row in read_csv(newest(run.folder, "metrics.csv")) if any(n.startswith("test/") for n in row)]
@@ -297,19 +297,22 @@ def run_cell(run: Run, environment: dict[str, str]) -> str | None:
 
 
 def measure(run: Run) -> str | None:
-    """Do a few updates and note their seconds and the peak memory of the process; return what failed, or None."""
+    """Do a few updates and note their seconds and the peak memory of the process; return what failed, or None.
+
+    The first half of the updates does not count: memory is taken then.
+    """
     place, log = prepare(run)
     given = run.given["fit"] or []
     peak = run_logged(["fit", *given, *place], log, {})
     if peak is None:
         return last_lines(log)
     rows = read_csv(newest(run.folder, "metrics.csv"))
-    rollouts = [seconds for seconds in map(report.seconds_of, rows) if seconds]
-    if len(rollouts) <= UNSETTLED:
-        return f"{' '.join(given)}: more than {UNSETTLED} rollouts are needed to measure one"
-    updates = sum("train/lr" in row for row in rows) / len(rollouts)
+    told = report.trained(rows)
+    if len(told) < 2:
+        return f"{' '.join(given)}: two updates at least are needed to measure one"
+    (before, start), (after, end) = told[len(told) // 2 - 1], told[-1]
     peak = max((row["memory/peak_mib"] for row in rows if "memory/peak_mib" in row), default=peak)
-    run.leave(metrics={"seconds": statistics.median(rollouts[UNSETTLED:]) / updates, "peak_mib": peak})
+    run.leave(metrics={"seconds": (end - start) / (after - before), "peak_mib": peak})
     for folder in [run.folder / "policy", *run.folder.glob("version_*/checkpoints")]:
         shutil.rmtree(folder, ignore_errors=True)  # gigabytes, of a policy that no one wants after a few updates
     return None

@@ -129,6 +129,7 @@ class Critic(nn.Module):
 def value_head(
     head: nn.Module, features: Float[Tensor, "prompts samples tokens features"], completions: Given
 ) -> Float[Tensor, "prompts samples tokens"]:
-    """Turn features into values, 0 where masked."""
-    values: Tensor = head(features.to(next(head.parameters()).dtype)).squeeze(-1)
+    """Turn features into values, 0 where masked; under autocast too in the precision of the head."""
+    with torch.autocast(features.device.type, enabled=False):
+        values: Tensor = head(features.to(next(head.parameters()).dtype)).squeeze(-1)
     return F.at_least_float32(values).masked_fill(~completions.mask, 0.0)

@@ -40,11 +40,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._hold(store, end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, and their room."""
+        """Keep some rows, and their room; those that stay where they are, are not copied."""
         if self.store is None:
             super().batch_select_indices(indices)
-        else:
-            self._hold((self.store[0][indices], self.store[1][indices]), self.get_seq_length())
+            return
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
+        for states in self.store:
+            states[moved] = states[indices[moved]]
+        keys, values = (states[: len(indices)] for states in self.store)
+        self._hold((keys, values), self.get_seq_length())
 
     def _hold(self, store: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
         self.store = store

@@ -67,7 +67,18 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
 
 
 def lora_config(options: dict[str, Any]) -> LoraConfig:
-    """Build a `peft.LoraConfig`, with a sentence for an option that it does not have."""
+    """Build a `peft.LoraConfig`.
+
+    Raises:
+        ValueError: If it does not have an option, or one would change the model under the adapter: the reference.
+    """
+    known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
+    for name, fine in known.items():
+        if (value := options.get(name, fine[0])) not in fine:
+            raise ValueError(
+                f"lora: {name}={value!r} changes the model under the adapter, and that is the reference when the "
+                f"adapter is off: use one of {', '.join(map(repr, fine))}"
+            )
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
     except TypeError as error:

@@ -1,8 +1,11 @@
-"""Linear layers of few rows on a processor: weights laid out once for all tokens of a decoding, not at every product.
+"""Linear layers of few rows: weights prepared once for all tokens of a decoding, not at every product.
 
-A matrix product first lays its operands out for the kernel. Of a thousand rows that is little; of sixteen, as decoding
-has them, it is most of the time. oneDNN, which comes with torch, can keep what it has laid out. Its two operations in
-torch are those of `torch.compile`, and not documented: they are tried before they are used.
+On a processor a matrix product first lays its operands out for the kernel. Of a thousand rows that is little; of
+sixteen, as decoding has them, it is most of the time. oneDNN, which comes with torch, can keep what it has laid out.
+Its two operations in torch are those of `torch.compile`, and not documented: they are tried before they are used.
+
+Under autocast a product first casts its weight. A token of few rows takes no longer than reading the weights does, so
+to read them in float32 and write and read them in bfloat16 is four times of that; here they are cast once.
 """
 
 from __future__ import annotations
@@ -19,44 +22,66 @@ SMALLEST = 2**16
 """Elements of a weight below which a call costs more than the layout."""
 
 
+Product = Callable[[Tensor], Tensor]
+"""`torch.nn.functional.linear` with a weight and bias of its own."""
+
+
 @contextlib.contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Within it the model's linear layers compute with a copy of their weights as they are now, without gradient.
 
-    The copy is as large as the weights, and gone afterwards. Nothing changes where a layer is no plain
-    `torch.nn.Linear`, is not on a processor, or oneDNN is absent or switched off (`torch.backends.mkldnn.enabled`).
+    The copy is gone afterwards. It is as large as the weights in the dtype of the product. Nothing changes where a
+    layer is no plain `torch.nn.Linear`, and where there is nothing to prepare: on an accelerator without autocast, or
+    where oneDNN is absent or switched off (`torch.backends.mkldnn.enabled`).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and can_pack(layer)]
-    for layer in layers:
-        layer.forward = packed(layer.weight.detach(), layer.bias)  # type: ignore[assignment, method-assign]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_plain(layer)]
+    products = {layer: product for layer in layers if (product := prepared(layer.weight.detach(), layer.bias))}
+    for layer, product in products.items():
+        layer.forward = product  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in products:
             del layer.forward
 
 
-def can_pack(layer: nn.Linear) -> bool:
-    """Whether it is plain, whole, on a processor, and large enough to gain."""
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether it computes what its class says, with the whole of its weight, and is large enough to gain."""
     weight = layer.weight
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)  # somebody has put another there
         and type(weight.data) is Tensor
         and weight.shape == (layer.out_features, layer.in_features)
-        and weight.device.type == "cpu"
         and weight.numel() >= SMALLEST
-        and available(dtype_of_product(weight))
     )
 
 
+def prepared(weight: Tensor, bias: Tensor | None) -> Product | None:
+    """The product with this weight, prepared; None where nothing would be gained."""
+    dtype = dtype_of_product(weight)
+    if weight.device.type == "cpu" and available(dtype):
+        return packed(weight, bias)
+    return None if dtype == weight.dtype else cast_once(weight, bias)
+
+
 def dtype_of_product(weight: Tensor) -> torch.dtype:
-    """In what a product with this weight is computed, under autocast too."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    """In what a product with this weight is computed, under autocast too, which leaves float64 alone."""
+    device = weight.device.type
+    under = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if under and weight.dtype != torch.float64 else weight.dtype
 
 
-def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`torch.nn.functional.linear` with this weight and bias."""
+def cast_once(weight: Tensor, bias: Tensor | None) -> Product:
+    """The product with a copy of the weight in the dtype that it is computed in."""
+    dtype = dtype_of_product(weight)
+    copy = weight.to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    return lambda rows: nn.functional.linear(rows.to(dtype), copy, bias)
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> Product:
+    """The product with a copy of the weight that oneDNN has laid out."""
     dtype = dtype_of_product(weight)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
     bias = None if bias is None else bias.detach().to(dtype)

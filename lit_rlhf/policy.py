@@ -35,6 +35,7 @@ from lit_rlhf.loading import (
 from lit_rlhf.packing import packed_linears
 from lit_rlhf.prefix import (
     Given,
+    accepts,
     checkpoints_activations,
     completion_features,
     defined,
@@ -212,7 +213,10 @@ class Policy(nn.Module):
         causal_lm = self.causal_lm
         if self.chunks_logits:
             return hidden_states(cast(nn.Module, causal_lm.base_model), ids, mask, positions, cache, keep)
-        logits: Tensor = causal_lm(**forward_arguments(causal_lm.base_model, ids, mask, positions, cache)).logits
+        arguments = forward_arguments(causal_lm.base_model, ids, mask, positions, cache)
+        if accepts(type(causal_lm).forward, "logits_to_keep"):
+            arguments["logits_to_keep"] = keep
+        logits: Tensor = causal_lm(**arguments).logits
         return logits[:, -keep:]
 
     def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch vocabulary"]:

@@ -57,8 +57,9 @@ def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows co
 
 
 @functools.cache
-def _accepts_positions(forward: Any) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters
+def accepts(forward: Any, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name."""
+    return argument in inspect.signature(forward).parameters
 
 
 def forward_arguments(
@@ -68,7 +69,7 @@ def forward_arguments(
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
     if cache is not None:
         arguments["past_key_values"] = cache
-    if _accepts_positions(type(trunk).forward):
+    if accepts(type(trunk).forward, "position_ids"):
         arguments["position_ids"] = positions
     return arguments
 

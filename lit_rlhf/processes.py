@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 LAST_LINES = 15
 """Lines of a failed process to show."""
@@ -21,9 +22,15 @@ RUNNING: set[int] = set()
 
 @contextlib.contextmanager
 def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM drop what waits in the pool, and kill the processes under way with all their children."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    """When told to end, drop what waits in the pool, and kill the processes under way with all their children.
+
+    That is on Ctrl-C, SIGTERM, and where a terminal closes (SIGHUP, unless it is ignored, as under `nohup`).
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+        told = {signal.SIGTERM, *([hangup] if signal.getsignal(hangup) == signal.SIG_DFL else [])}
+        before = {number: signal.signal(number, signal.default_int_handler) for number in told}
     try:
         yield
     except KeyboardInterrupt:
@@ -33,8 +40,8 @@ def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
                 os.killpg(process, signal.SIGKILL)
         raise
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float | None:
@@ -55,6 +62,9 @@ def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float
         _, status, usage = os.wait4(process.pid, 0)
         RUNNING.discard(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            file.write(f"ended by {name}{' (out of memory?)' * (name == 'SIGKILL')}\n")
     unit = 1024**2 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss / unit if process.returncode == 0 else None
 

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,9 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval of the mean over seeds (Student's t), NaN for a single value."""
+    """Mean and half the 95 % interval of the mean over seeds (Student's t); NaN for one value, or an infinite one."""
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return mean, math.nan
     return mean, student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -92,7 +91,8 @@ def write(
             values = _values(rows, metric)
             mean, half = interval(values) if values else (math.nan, math.nan)
             record |= {metric: mean, f"{metric}_half_interval": half}
-            cells.append(_number(mean, half))
+            part = f", {len(values)} of {len(rows)}" if 0 < len(values) < len(rows) else ""
+            cells.append(_number(mean, half) + part)
         for metric in shown_costs:
             values = _values(costs.get(name, []), metric)
             record[metric] = statistics.median(values) if values else math.nan
@@ -114,13 +114,17 @@ def write(
 
 
 def add_best_rates(table: Path, results: Results) -> None:
-    """Add to a table of a sweep which learning rate gives each method the best mean return on held-out prompts."""
-    best: dict[str, tuple[float, str]] = {}
+    """Add to a table of a sweep which learning rate gives each method the best mean return on held-out prompts.
+
+    A rate at which a seed failed is none of the best, however lucky the others were.
+    """
+    best: dict[str, tuple[int, float, str]] = {}
     for name, rows in results.items():
         method, _, rate = name.rpartition(", lr ")
         if values := _values(rows, "return"):
-            best[method] = max(best.get(method, (-math.inf, "")), (statistics.fmean(values), rate))
-    lines = [_row([method, rate, f"{value:.3g}"]) for method, (value, rate) in best.items()]
+            found = (len(values), statistics.fmean(values), rate)
+            best[method] = max(best.get(method, found), found)
+    lines = [_row([method, rate, f"{value:.3g}"]) for method, (_, value, rate) in best.items()]
     with table.open("a", encoding="utf-8") as file:
         file.write("\n".join(["", *_head(["method", "best rate", "return"]), *lines]) + "\n")
 
@@ -244,33 +248,32 @@ def _star(axes: Axes, x: float, y: float, style: dict[str, Any]) -> None:
 
 def end(result: dict[str, Any]) -> dict[str, float]:
     """Updates and seconds of a whole run, 0 where nothing is trained, and what the test found."""
-    rows, metrics = result["curves"], result["metrics"]
+    updates, metrics = trained(result["curves"]), result["metrics"]
+    step, seconds = updates[-1] if updates else (0.0, 0.0)
     return {
-        "step": max((row["step"] for row in rows if "step" in row), default=0.0),
-        "seconds": sum(seconds_of(row) for row in rows),
+        "step": step,
+        "seconds": seconds,
         **{name: metrics.get(name, math.nan) for name in ("reward", "kl", "judge")},
     }
 
 
-def seconds_of(row: dict[str, float]) -> float:
-    """Seconds that a row of `metrics.csv` accounts for."""
-    return sum(value for name, value in row.items() if name.startswith("time/"))
+def trained(rows: list[dict[str, float]]) -> list[tuple[float, float]]:
+    """Updates so far and seconds so far, for each row of `metrics.csv` that tells them: Lightning counts from 0."""
+    return [(row["step"] + 1, row["time/total"]) for row in rows if "time/total" in row]
 
 
 def course(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """The validations of a run: updates and seconds before each, reward, KL and the judge's score."""
-    seconds = list(accumulate(map(seconds_of, rows)))
-    return [
-        {
-            "step": row["step"],
-            "seconds": total,
-            "reward": row["val/reward"],
-            "kl": row["val/kl"],
-            "judge": row.get("val/judge", math.nan),
-        }
-        for row, total in zip(rows, seconds, strict=True)
-        if "val/reward" in row and "val/kl" in row
-    ]
+    points, step, seconds = [], 0.0, 0.0
+    for row in rows:
+        if told := trained([row]):
+            step, seconds = told[0]
+        if "val/reward" in row and "val/kl" in row:
+            judge = row.get("val/judge", math.nan)
+            points.append(
+                {"step": step, "seconds": seconds, "reward": row["val/reward"], "kl": row["val/kl"], "judge": judge}
+            )
+    return points
 
 
 def mean_point(points: list[dict[str, float]]) -> dict[str, float]:

@@ -86,7 +86,8 @@ def inverse_cdf(probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Te
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1]
     level = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
+    place = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
+    return place.clamp(max=probabilities.shape[-1] - 1)  # beyond it only where a probability is NaN
 
 
 @runtime_checkable
@@ -133,6 +134,9 @@ def decode(
         sampling: The options.
         eos: Ids that end a completion.
         stops: Tells from the token ids of completions which of them contain a stop string.
+
+    Raises:
+        ValueError: If a token was drawn whose log-probability is not finite.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
@@ -144,7 +148,8 @@ def decode(
     alive = torch.arange(rows, device=device)
     choose = _chooser(sampling, eos)
     for t in range(length):
-        logprobs = (F.at_least_float32(logits) / sampling.temperature).log_softmax(-1)
+        logits = F.at_least_float32(logits)
+        logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
         probabilities = logprobs.exp()
         drawn, kept_mass = choose(logprobs, probabilities, t, None if noise is None else noise[alive, t])
         tokens[alive, t], mask[alive, t] = drawn, True
@@ -155,7 +160,7 @@ def decode(
             ended |= stops(tokens[alive, : t + 1], None)
         if bool(ended.any()):
             finished[alive[ended]] = True
-            stay = (~ended).nonzero().squeeze(-1)
+            stay = rows_that_stay(ended)
             alive, drawn = alive[stay], drawn[stay]
             if len(alive) == 0:
                 break
@@ -165,7 +170,21 @@ def decode(
             logits = decoder.step(drawn)
     end = t + 1
     of_drawn, entropy, mass = numbers[:, :, :end]
+    if not bool(of_drawn.isfinite().all()):
+        raise ValueError(
+            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
+            "(--trainer.gradient_clip_val 1), or go on from an earlier checkpoint"
+        )
     return Drawn(tokens[:, :end], mask[:, :end], of_drawn, entropy, mass, finished)
+
+
+def rows_that_stay(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
+    """The rows that have not ended, in such an order that few change their place: the last fill the gaps."""
+    stay = (~ended).nonzero().squeeze(-1)
+    kept, gaps = len(stay), ended[: len(stay)].nonzero().squeeze(-1)
+    order = torch.arange(kept, device=ended.device)
+    order[gaps] = stay[kept - len(gaps) :]
+    return order
 
 
 Chooser = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]

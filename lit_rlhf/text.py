@@ -70,12 +70,16 @@ def _continuation(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: list[Message], template_kwargs: dict[str, Any] | None
 ) -> str:
     if isinstance(prompt, str):
-        return "".join(message["content"] for message in completion)
+        return _contents(completion)
     before = _open_prompt(tokenizer, prompt, template_kwargs)
     after = _template(tokenizer, [*prompt, *completion], template_kwargs, add_generation_prompt=False)
     if after.startswith(before):
         return after[len(before) :]
-    return "".join(message["content"] for message in completion)  # a template that rewrites earlier turns
+    return _contents(completion)  # a template that rewrites earlier turns
+
+
+def _contents(messages: list[Message]) -> str:
+    return "".join(message.get("content") or "" for message in messages)
 
 
 def _open_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], kwargs: dict[str, Any] | None) -> str:

@@ -4,11 +4,13 @@ import math
 
 import jaxtyping
 import pytest
+import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 import lit_rlhf
 from enumerable import make_prompts
+from lit_rlhf.algorithms.base import check_precision
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_llama, make_tokenizer
 
@@ -68,6 +70,20 @@ def test_a_policy_in_memory_is_not_loaded_again(name, options):
     given = {"rewards": [vowels]} if name != "SFT" else {}
     with pytest.raises(ValueError, match=r"`lora` and `load` are for a policy that is loaded here.*lit_rlhf.Policy"):
         getattr(lit_rlhf, name)(policy, **given, **options)
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_an_adapter_that_would_change_the_reference_is_refused(option):
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match="changes the model under the adapter, and that is the reference"):
+        lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer, lora={"r": 2, **option})
+
+
+def test_half_of_a_new_adapter_does_not_make_a_small_rate_large_enough():
+    policy = lit_rlhf.Policy(make_llama(263, initializer_range=1.0).bfloat16(), make_tokenizer(), lora={"r": 2})
+    policy.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="too small to move them"):
+        check_precision(torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-7))
 
 
 # Policies

@@ -252,3 +252,14 @@ def test_a_reward_that_raises_is_named_and_its_traceback_kept(place):
 def test_an_unknown_configuration_lists_those_that_ship(place):
     with pytest.raises(SystemExit, match="quickstart"):
         main(["fit", "--config", "quikstart"])
+
+
+def test_a_run_that_a_signal_ended_is_not_taken_for_a_finished_one(place):
+    (place / "ending.py").write_text(
+        "import os, signal\nfrom lightning.pytorch import Callback\n\nclass End(Callback):\n"
+        "    def on_train_batch_start(self, *args):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        fit("--trainer.callbacks+=ending.End")
+    assert stopped.value.code == 128 + 15
+    assert next(Path("here").rglob("last.ckpt")).is_file()

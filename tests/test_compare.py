@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lit_rlhf import compare, processes, report
@@ -66,7 +68,7 @@ def quick(monkeypatch):
 
 
 SECONDS = [9.0, 9.0, 1.0, 3.0, 2.0]
-UPDATES = [{"step": i, "time/sample": s / 2, "time/train": s / 2, "train/lr": 0.1} for i, s in enumerate(SECONDS)]
+UPDATES = [{"step": i, "time/total": total} for i, total in enumerate(accumulate(SECONDS))]
 
 
 def write_csv(path, rows):
@@ -89,7 +91,7 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(pla
     assert "| broken | 0 of 2 |" in (place / "here" / "table.md").read_text()
     tests = [args for args, _ in quick if args[0] == "test" and "--better" in args]
     assert len(tests) == 2 and all("last.ckpt" in args[-1] for args in tests)
-    assert all(environment == {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))} for _, environment in quick)
+    assert all(environment == {"OMP_NUM_THREADS": "1"} for _, environment in quick)  # of the one that tests have
 
     quick.clear()
     write_config(place, {**cells, "broken": {"fit": []}}, seeds=[1, 2], jobs=2)
@@ -98,7 +100,7 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_only_it_is_run_again(pla
 
 
 def test_costs_are_measured_after_all_else_and_once(place, quick):
-    """Of the settled rollouts the median; the first two do not count."""
+    """The first half of the updates does not count."""
     cost = {"fit": ["--few"], "rounds": 2}
     write_config(place, {"start": {}, "good": {"fit": []}}, cost=cost, pairs=[["good", "start"]], jobs=2)
     for _ in range(2):
@@ -131,12 +133,35 @@ def test_a_cost_that_could_not_be_measured_is_marked(place, quick):
     assert ends == [["-", "- |"], ["-, 0 of 2", "-, 0 of 2 |"], ["2 (2 - 2)", "321 (321 - 321) |"]]
 
 
-def test_a_cost_counts_updates_not_rollouts(place, quick, monkeypatch):
-    second = [{"step": 1, "train/lr": 0.1}]  # a rollout's seconds are logged once
-    monkeypatch.setattr(sys.modules[__name__], "UPDATES", [row for update in UPDATES for row in (update, *second)])
+def test_a_cost_is_that_of_an_update_however_often_it_is_logged(place, quick, monkeypatch):
+    seldom = [{"step": 2 * i + 1, "time/total": total} for i, total in enumerate(accumulate(SECONDS))]
+    monkeypatch.setattr(sys.modules[__name__], "UPDATES", seldom)
     write_config(place, {"good": {"fit": []}}, seeds=[], cost={"fit": [], "rounds": 1})
     main(["compare", "--config", "mine.yaml"])
     assert float(read_table(place)["good"]["seconds"]) == 1
+
+
+def test_cells_at_a_time_share_the_threads_that_there_are(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert compare.threads(1) == {} and compare.threads(3) == {"OMP_NUM_THREADS": "2"}
+
+
+def test_a_trained_cell_whose_checkpoint_is_gone_is_trained_again(place, quick):
+    for broken in (["--broken"], []):
+        write_config(place, {"good": {"fit": [], "test": broken}})
+        with pytest.raises(SystemExit) if broken else contextlib.nullcontext():
+            main(["compare", "--config", "mine.yaml"])
+        for path in place.rglob("last.ckpt"):
+            path.unlink()
+    assert [args[0] for args, _ in quick] == ["fit", "test"] * 2
+
+
+def test_a_process_that_was_killed_says_so(place, monkeypatch):
+    (place / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
+    (place / "killed").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(place / "killed"))
+    assert processes.run_logged(["fit"], place / "log.txt", {}) is None
+    assert processes.last_lines(place / "log.txt").endswith("ended by SIGKILL (out of memory?)")
 
 
 def test_a_sweep_runs_every_rate_and_nothing_else(place, quick):
@@ -294,6 +319,7 @@ def test_a_sweep_gives_every_method_every_rate_and_says_which_is_best(tmp_path):
     assert list(swept) == ["RLOO, lr 0.0001", "RLOO, lr 0.001", "DPO, lr 0.0001", "DPO, lr 0.001"]
     assert swept["DPO, lr 0.001"] == Cell(fit=["--model", "DPO", "--model.optimizer.lr", "0.001"], test=["--x"])
     returns = {"RLOO, lr 0.0001": [1.0, 3.0], "RLOO, lr 0.001": [0.0, 3.0], "DPO, lr 0.001": [-1.0, -2.0]}
+    returns["RLOO, lr 0.01"] = [9.0]  # where the other seed failed
     results = {name: [fabricated(seed, r) for seed, r in enumerate(values)] for name, values in returns.items()}
     table = report.write(tmp_path, {**results, "DPO, lr 0.0001": []}, {}, 2, (), 1)
     report.add_best_rates(table, results)
@@ -319,9 +345,9 @@ def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, 
     def validated(step, reward):
         return {"step": step, "val/reward": reward, "val/kl": step / 2, "val/judge": reward - 1}
 
-    took = {"step": 4.0, "time/sample": 3.0, "time/train": 2.0}
+    took = {"step": 4.0, "time/total": 5.0}  # what Lightning calls step 4 is the fifth update
     results = {
-        "online": [result(validated(0, r), took, validated(5, r + 2), reward=9.0) for r in (0.0, 1.0)],
+        "online": [result(validated(0, r), took, validated(4, r + 2), reward=9.0) for r in (0.0, 1.0)],
         "offline": [result(took, reward=0.5, judge=0.25, kl=3.0)],
         "start": [result(reward=-1.0, judge=-2.0, kl=0.0)],
         "failed": [],
@@ -333,9 +359,9 @@ def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, 
     monkeypatch.undo()
     plt.close("all")
     assert panels == [
-        {"online": [[0, 0.5], [50, 2.5]], "offline": [[40, 0.5]], "start": [[0, -1], [1, -1]]},
-        {"online": [[0, 0.5], [5, 2.5]], "offline": [[3, 0.5]], "start": [[0, -1], [1, -1]]},
-        {"online": [[0, -0.5], [2.5, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
+        {"online": [[0, 0.5], [50, 2.5]], "offline": [[50, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, 0.5], [5, 2.5]], "offline": [[3.75, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, -0.5], [2, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
     ]
 
 
@@ -349,12 +375,18 @@ def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, 
         ([-2e-8, 2.6e-6, 2.8e-6], "0 ± 0"),
         ([1000.0, 3000.0], "2000 ± 12706"),
         ([0.123456], "0.123"),
+        ([math.inf, 1.0], "inf"),
     ],
 )
 def test_a_mean_has_the_digits_that_its_interval_leaves_it(values, expected, tmp_path):
     results = {"a": [{"seed": i, "metrics": {"reward": value}, "curves": []} for i, value in enumerate(values)]}
     table = report.write(tmp_path, results, {}, len(values), (), 1).read_text()
     assert table.endswith(f"| a | {len(values)} | {expected} |\n")
+
+
+def test_a_metric_that_some_seeds_lack_is_marked(tmp_path):
+    results = {"a": [fabricated(1, 2.0), fabricated(2, 2.0), {"seed": 3, "metrics": {}, "curves": []}]}
+    assert report.write(tmp_path, results, {}, 3, (), 1).read_text().endswith("| a | 3 | 2.00 ± 0.00, 2 of 3 |\n")
 
 
 def test_the_interval_is_students(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from enumerable import make_prompts
@@ -63,14 +64,35 @@ def test_a_layer_computes_the_same(dtype, shape):
     torch.testing.assert_close(found, layer(rows), atol=8 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
-def test_under_autocast_the_product_is_in_its_type():
+@pytest.mark.parametrize("onednn", [True, False])
+def test_under_autocast_the_product_is_in_its_type_and_the_weight_cast_once(onednn, monkeypatch):
     layer, rows = nn.Linear(256, 300), torch.randn(3, 256)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         expected = layer(rows)
         with packed_linears(layer):
             found = layer(rows)
+            assert "forward" in vars(layer) and casts(lambda: layer(rows)) < casts(lambda: Other.forward(layer, rows))
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected)
+
+
+def casts(compute) -> int:
+    """Numbers that are cast on the way."""
+    with Casts() as counted:
+        compute()
+    return counted.numbers
+
+
+class Casts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.numbers += args[0].numel()
+        return function(*args, **(kwargs or {}))
 
 
 def test_weights_are_those_of_the_moment_and_come_back_after_an_error():

@@ -321,3 +321,13 @@ def test_scoring_reads_the_prompt_once(ending_policy, embedded, scorer):
     shapes.clear()
     {"policy": ending_policy, "reference": reference}[scorer].logprobs(prompts, drawn)
     assert shapes == [(3, 9), (3 * k, drawn.tokens.shape[-1] - 1)]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_policy_that_has_diverged_gets_a_sentence(greedy):
+    policy = make_policy(8)
+    with torch.no_grad():
+        policy.causal_lm.lm_head.weight.fill_(torch.nan)
+    policy.shares_prompt = policy.chunks_logits = True  # found out when it was still well
+    with pytest.raises(ValueError, match=r"not finite .* lower the learning rate"):
+        policy.sample(make_prompts([5, 6]), 2, Sampling(max_new_tokens=3, greedy=greedy))

@@ -127,6 +127,10 @@ def test_a_model_that_caps_its_logits_has_the_right_gradient():
     actual = value_and_gradient(policy, prompts, completions)
     assert not policy.chunks_logits
     assert_alike(actual, plain_value_and_gradient(policy, prompts, completions))
+    columns = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: columns.append(args[0].shape[1]))
+    policy.logprobs(prompts, completions)
+    assert columns == [1, completions.tokens.shape[-1] - 1]  # of a prompt the last is enough
 
 
 def plain_value_and_gradient(policy: Policy, prompts: Prompts, completions):

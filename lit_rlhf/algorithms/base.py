@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -68,6 +69,7 @@ class Method(LightningModule, ABC):
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
         self._step_began = 0.0
+        self.seconds = 0.0  # of training so far
         self._updates_loaded: int | None = None  # updates of the run whose checkpoint is evaluated
         self._planned = 0.0  # what the sum of each step of this update is divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
@@ -119,12 +121,24 @@ class Method(LightningModule, ABC):
         """Return the loss of a batch, made by `reduce`."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note when a step begins."""
+        """Note when a step begins; let go of the gradients of an update that is done, which nothing reads any more.
+
+        Lightning keeps them through the forward pass, where they would come on top of its activations.
+        """
         self._step_began = now()
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad(set_to_none=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the seconds of a step: forward, backward and update."""
-        self.log_dict({"time/train": now() - self._step_began, **peak_memory(self.device)}, batch_size=1)
+        """Log the seconds of a step and of all steps so far, by which those of any number of updates can be told."""
+        took = now() - self._step_began
+        self.seconds += took
+        told = {**self.seconds_by_phase(took, batch_idx), "time/total": self.seconds, **peak_memory(self.device)}
+        self.log_dict(told, batch_size=1)
+
+    def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
+        """What to log of the seconds of a step: forward, backward and update."""
+        return {"time/train": took}
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
@@ -212,7 +226,7 @@ class Method(LightningModule, ABC):
         """Keep the trained weights, the seed, what an export needs, and what is under way; leave frozen weights out."""
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"] = self.seed
+        checkpoint["seed"], checkpoint["seconds"] = self.seed, self.seconds
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
         checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))
@@ -240,13 +254,14 @@ class Method(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back what was saved, and mend the place to go on from."""
         self.seed = checkpoint.get("seed", self.seed)
+        self.seconds = checkpoint.get("seconds", 0.0)
         self._updates_loaded = checkpoint.get("global_step")
         self._check_weights(checkpoint["state_dict"])
         if "loops" in checkpoint:
             mend_progress(checkpoint["loops"]["fit_loop"])
         ranks = checkpoint.get("ranks", [{}])
         trainer = self._trainer
-        if trainer is None or not any(ranks):
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not any(ranks):
             return
         if len(ranks) != trainer.world_size:
             raise ValueError(
@@ -302,7 +317,8 @@ def check_precision(optimizer: Optimizer) -> None:
         ValueError: If most steps would be rounded away.
     """
     for group in optimizer.param_groups:
-        coarse = [p.detach().abs().float().median() for p in group["params"] if p.dtype == torch.bfloat16 and p.numel()]
+        medians = [p.detach().abs().float().median() for p in group["params"] if p.dtype == torch.bfloat16]
+        coarse = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step moves
         if not coarse:
             continue
         needed = float(torch.stack(coarse).median()) / 512

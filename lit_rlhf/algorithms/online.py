@@ -32,7 +32,6 @@ from lit_rlhf.algorithms.monitor import (
     log_loss_metrics,
     log_rollout,
     mean_metrics,
-    peak_memory,
 )
 from lit_rlhf.algorithms.plan import (
     check_columns,
@@ -204,7 +203,7 @@ class Online(Method):
         with self.clock("score"), all_or_none(self):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
-            reference_logprobs = self.reference.logprobs(prompts, completions, self.sampling.temperature)
+            reference_logprobs = self.score_reference(prompts, completions)
         self.log_dict(mean_metrics(self.gather(scores.metrics)), batch_size=1)
         self.extra = scores.extra
         rewards, valid = scores.rewards, scores.valid
@@ -228,6 +227,16 @@ class Online(Method):
             returns=F.shaped_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
             token_rewards=scores.token_rewards,
         )
+
+    def score_reference(self, prompts: Prompts, completions: Completions) -> Float[Tensor, "prompts samples tokens"]:
+        """Log-probabilities under the reference, of as many prompts at a time as a training step has."""
+        n = len(prompts)
+        blocks = [slice(i * n // self.minibatches, (i + 1) * n // self.minibatches) for i in range(self.minibatches)]
+        parts = [
+            self.reference.logprobs(prompts.rows(block).trim(), completions.rows(block), self.sampling.temperature)
+            for block in blocks
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
     def _new_rollout(self, prompts: Prompts) -> Rollout:
@@ -287,12 +296,13 @@ class Online(Method):
             part = part.samples(slice(start, end))
         return part.trim()
 
-    def on_train_batch_end(self, outputs: Any, batch: Prompts, batch_idx: int) -> None:
-        """Log where the seconds of a rollout went, once its last slice is done."""
+    def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
+        """Where the seconds of a rollout went, once its last slice is done."""
         self.clock.end_step()
-        if (batch_idx + 1) % self.repeats == 0 and self.rollout is not None:
-            tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
-            self.log_dict({**self.clock.read(int(tokens)), **peak_memory(self.device)}, batch_size=1)
+        if (batch_idx + 1) % self.repeats or self.rollout is None:
+            return {}
+        tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
+        return self.clock.read(int(tokens))
 
     def trainer_state(self) -> Any:
         """Where training stands, as rewards are told."""

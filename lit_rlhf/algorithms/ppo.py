@@ -74,19 +74,20 @@ class PPO(VanillaPG):
     def prepare(self, rollout: Rollout) -> PPORollout:
         """Add values, returns, and where updates come before a slice's first turn its log-probabilities as they are."""
         assert isinstance(rollout, PPORollout)
-        values = torch.zeros_like(rollout.completions.logprobs)
-        rollout = rollout.replace(values=values, old_logprobs=torch.full_like(values, torch.nan))
-        first_update = self.trainer.accumulate_grad_batches
-        for step in range(self.minibatches * self.sample_minibatches):
-            part = self.slice(rollout, step)  # a view, so that what is written there is written in the rollout
-            assert isinstance(part, PPORollout) and part.old_logprobs is not None and part.values is not None
-            if self.ratio and step >= first_update:  # before, they come from the training forward itself
-                logprobs, part_values = self.logprobs_and_values(part)
-                part.old_logprobs.copy_(logprobs)
-            else:
-                part_values = self.values(part)
-            part.values.copy_(part_values)
-        return rollout.replace(targets=self.returns(rollout, values))
+        unknown = torch.full_like(rollout.completions.logprobs, torch.nan)
+        prepared = super().prepare(rollout.replace(old_logprobs=unknown))
+        assert isinstance(prepared, PPORollout)
+        return prepared
+
+    def prepare_slice(self, part: ValuedRollout, step: int) -> None:
+        """Write values, and log-probabilities where the training forward will not come before an update."""
+        if not self.ratio or step < self.trainer.accumulate_grad_batches:
+            super().prepare_slice(part, step)
+            return
+        assert isinstance(part, PPORollout) and part.old_logprobs is not None and part.values is not None
+        logprobs, values = self.logprobs_and_values(part)
+        part.old_logprobs.copy_(logprobs)
+        part.values.copy_(values)
 
     def returns(self, rollout: Rollout, values: Tensor) -> Float[Tensor, "prompts samples tokens"]:
         """What the critic should have expected: its own values, set right by GAE."""

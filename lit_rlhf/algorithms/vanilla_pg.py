@@ -82,8 +82,18 @@ class VanillaPG(Online):
     def prepare(self, rollout: Rollout) -> ValuedRollout:
         """Add values and returns."""
         assert isinstance(rollout, ValuedRollout)
-        values = self.values(rollout)
-        return rollout.replace(values=values, targets=self.returns(rollout, values))
+        values = torch.zeros_like(rollout.completions.logprobs)
+        rollout = rollout.replace(values=values)
+        for step in range(self.minibatches * self.sample_minibatches):
+            part = self.slice(rollout, step)
+            assert isinstance(part, ValuedRollout)
+            self.prepare_slice(part, step)
+        return rollout.replace(targets=self.returns(rollout, values))
+
+    def prepare_slice(self, part: ValuedRollout, step: int) -> None:
+        """Write values into a slice, which is a view of the rollout."""
+        assert part.values is not None
+        part.values.copy_(self.values(part))
 
     def returns(self, rollout: Rollout, values: Tensor) -> Float[Tensor, "prompts samples tokens"]:
         """What the critic should have expected before each token: what came."""

@@ -82,7 +82,13 @@ def preference(first: Rated, second: Rated) -> float:
 
 
 def asked_pairs(rated: Sequence[Rated], n: int, seed: int) -> list[dict[str, str]]:
-    """Draw pairs of texts and a rater of each: the text with the higher rating is the chosen one; no ties."""
+    """Draw pairs of texts and a rater of each: the text with the higher rating is the chosen one; no ties.
+
+    Raises:
+        ValueError: If there are only ties.
+    """
+    if len({rating for one in rated for rating in one.ratings}) < 2:
+        raise ValueError(f"all ratings of these {len(rated)} texts are equal: there is nothing to prefer among them")
     rng = Random(f"asked {seed}")
     rows: list[dict[str, str]] = []
     while len(rows) < n:
@@ -100,6 +106,9 @@ def agreement(
     """Return how often a model, and how often a single rater of each text, agree with the majority on pairs of texts.
 
     Pairs on which the raters are evenly split are left out, and ties of two raters count half.
+
+    Raises:
+        ValueError: If the raters are split on every pair.
     """
     rng = Random(f"agreement {seed}")
     scores = model([""] * len(rated), [one.text for one in rated]).tolist()
@@ -111,6 +120,8 @@ def agreement(
             margin = scores[i] - scores[j]
             right.append(float((margin > 0) == (likely > 0.5)) if margin else 0.5)
             raters.append(max(likely, 1 - likely))
+    if not right:
+        raise ValueError(f"on no pair of these {len(rated)} texts do the raters lean to one side: hold out more")
     return statistics.fmean(right), statistics.fmean(raters)
 
 

@@ -26,7 +26,8 @@ from enumeration import (
     totals,
     true_gradient,
 )
-from lit_rlhf.critic import Critic
+from lit_rlhf.critic import Critic, value_head
+from lit_rlhf.types import Demonstrations
 
 
 def copied_critic(module, spread: float):
@@ -201,3 +202,12 @@ def best_of_two_gradient(module, rewards: torch.Tensor) -> torch.Tensor:
 def test_raft_imitates_the_best_of_each_group_and_nothing_else(rewards):
     module = make_module(lit_rlhf.RAFT, rewards, num_samples=2)
     assert_same(expected_gradient(module), best_of_two_gradient(module, totals(rewards)))
+
+
+def test_values_are_as_precise_as_the_head_under_autocast_too():
+    head, features = torch.nn.Linear(64, 1, bias=False), torch.randn(1, 2, 3, 64).bfloat16()
+    tokens = torch.ones(1, 2, 3, dtype=torch.long)
+    completions = Demonstrations(make_prompts([5]), tokens, tokens.bool())
+    expected = head(features.float()).squeeze(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(value_head(head, features, completions), expected)

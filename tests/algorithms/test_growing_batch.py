@@ -358,3 +358,20 @@ def test_what_can_not_grow_or_be_measured(callback, name, data, sentence, tiny, 
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[callback], limit_val_batches=0)
     with pytest.raises(ValueError, match=sentence):
         trainer.fit(module, make_data(name, **data))
+
+
+class Nothing(Callback):
+    """Takes the place of growth."""
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
+)
+def test_growth_that_joins_a_run_leaves_what_was_handed_over(make, tiny, tmp_path):
+    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2})
+    train(tiny, tmp_path, Nothing(), save=tmp_path, **options)
+    _, whole = train(tiny, tmp_path, Nothing(), ckpt_path=tmp_path / "0-09.ckpt", **options)
+    _, joined = train(tiny, tmp_path, make(), ckpt_path=tmp_path / "0-09.ckpt", **options)
+    assert whole.sizes[0] == 2 and joined.sizes[0] >= 2 and joined.sizes[-1] > 2
+    first_epoch = joined.sizes[: (joined.lengths[0] - 10) // 2]
+    assert 40 - 9 < 5 * 2 + sum(first_epoch) <= 40  # five rollouts of two prompts before it, then as many rows as last

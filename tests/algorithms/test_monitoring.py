@@ -1,10 +1,16 @@
 """When a run validates, and what it tells of its groups."""
 
+import time
+from itertools import pairwise
+
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 import lit_rlhf
+from lit_rlhf.compare import read_csv
+from lit_rlhf.report import trained
 from runs import make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
@@ -101,3 +107,26 @@ def test_one_sample_is_no_group(samples, tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
     trainer.fit(make_module("Reinforce", tiny, num_samples=samples), make_data("Reinforce"))
     assert ("train/equal_groups" in trainer.callback_metrics) == (samples > 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulate", "pauses"),
+    [({"minibatches": 2}, 1, [1, 1, 2, 2]), ({}, 2, [2, 4]), ({}, 1, [1, 2, 3])],
+    ids=["two updates a rollout", "two rollouts an update", "one of each"],
+)
+def test_the_seconds_so_far_are_those_of_all_rollouts_so_far(options, accumulate, pauses, tiny, tmp_path):
+    def slow(completions, **kwargs):
+        time.sleep(0.2)
+        return [float(len(text)) for text in completions]
+
+    began, logger = time.perf_counter(), CSVLogger(tmp_path, name="", version="")
+    trainer = make_trainer(
+        tmp_path, logger=logger, max_steps=len(pauses), accumulate_grad_batches=accumulate, limit_val_batches=0
+    )
+    trainer.fit(make_module("RLOO", tiny, rewards=[slow], **options), make_data("RLOO"))
+    told = trained(read_csv(tmp_path / "metrics.csv"))
+    assert [step for step, _ in told] == [i + 1 for i in range(len(pauses))]
+    seconds = [0.0, *(total for _, total in told)]
+    assert all(after > before for before, after in pairwise(seconds))
+    assert all(total >= 0.2 * count for total, count in zip(seconds[1:], pauses, strict=True))
+    assert seconds[-1] < time.perf_counter() - began

@@ -122,3 +122,17 @@ def test_max_steps_then_more(stop, tiny, tmp_path):
     weights = resumed.lightning_module.state_dict()
     assert resumed.global_step == straight.global_step == 12
     assert all(torch.equal(v, weights[n]) for n, v in straight.lightning_module.state_dict().items())
+
+
+def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one(tiny, tmp_path):
+    options = dict(minibatches=2)
+    trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    trainer.fit(make_module("RLOO", tiny, **options), make_data("RLOO"))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert "rollout" in checkpoint["ranks"][0]
+    torch.save({**checkpoint, "ranks": checkpoint["ranks"] * 2}, tmp_path / "two.ckpt")
+    given = make_module("RLOO", tiny, **options), make_data("RLOO")
+    assert make_trainer(tmp_path).test(*given, ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    with pytest.raises(ValueError, match="by 2 processes, and there are 1 now"):
+        make_trainer(tmp_path, max_steps=4).fit(*given, ckpt_path=tmp_path / "two.ckpt")

@@ -37,16 +37,16 @@ class Operations(TorchDispatchMode):
 
 
 class Counts(Callback):
-    """Counts what the second update does; the first also finds out what the model allows."""
+    """Counts what the first step of the second rollout does; the first also finds out what the model allows."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 1:
+        if batch_idx == module.repeats:
             self.flops, self.operations = FlopCounterMode(display=False), Operations()
             self.flops.__enter__()
             self.operations.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == 1:
+        if batch_idx == module.repeats:
             self.operations.__exit__(None, None, None)
             self.flops.__exit__(None, None, None)
             self.rollout, self.model = module.rollout, module.policy.causal_lm
@@ -71,8 +71,9 @@ def folder(tmp_path):
 def count(name, folder, root, ends_early=False, **options):
     """What an update does; every completion has all its tokens unless it may end early."""
     counts, options["sampling"] = Counts(), {"min_new_tokens": 0 if ends_early else T}
-    trainer = make_trainer(root, max_steps=2, callbacks=[counts], limit_val_batches=0)
-    trainer.fit(make_module(name, folder, num_samples=K, max_new_tokens=T, **options), make_data(name, batch_size=N))
+    module = make_module(name, folder, num_samples=K, max_new_tokens=T, **options)
+    trainer = make_trainer(root, max_steps=module.repeats + 1, callbacks=[counts], limit_val_batches=0)
+    trainer.fit(module, make_data(name, batch_size=N))
     return counts
 
 
@@ -112,6 +113,20 @@ def test_an_update_multiplies_no_more_than_it_must(name, folder, tmp_path):
     assert counts.flops.get_total_flops() == 2 * passes
 
 
+@pytest.mark.parametrize("cut", [{"minibatches": 2}, {}], ids=["two slices an update", "two rollouts an update"])
+def test_gradients_of_an_update_are_not_held_while_the_next_samples(cut, folder, tmp_path):
+    held = []
+
+    def reward(completions, **kwargs):
+        held.append(any(parameter.grad is not None for parameter in module.parameters()))
+        return [float(len(text)) for text in completions]
+
+    module = make_module("RLOO", folder, rewards=[reward], **cut)
+    trainer = make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO", batch_size=N))
+    assert held == ([False, False] if cut else [False, True, False, True])
+
+
 def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
     vocabulary, at_once = 4096, 2**17
     monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", at_once)
@@ -123,3 +138,12 @@ def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
         policy.logprobs(prompts, completions).sum().backward()
     assert completions.tokens.numel() * vocabulary > 8 * at_once
     assert operations.largest <= at_once
+
+
+@pytest.mark.parametrize("name", ["RLOO", "VanillaPG"])
+def test_what_scores_a_rollout_takes_no_more_of_it_at_a_time_than_training(name, folder, tmp_path):
+    counts = count(name, folder, tmp_path, minibatches=2)
+    prompts, k, t = counts.rollout.completions.tokens.shape
+    assert prompts == N and max(counts.lookups["reference"]) == N // 2 * k * (t - 1)
+    if name == "VanillaPG":
+        assert max(counts.lookups["critic"]) == N // 2 * k * (t - 1)

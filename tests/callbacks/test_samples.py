@@ -7,8 +7,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from fake_method import Bytes, Online, Plain, make_rollout
-from lit_rlhf.callbacks import SampleLogger
-from lit_rlhf.callbacks.samples import COLUMNS, rollout_samples
+from lit_rlhf.callbacks import PredictionWriter, SampleLogger
+from lit_rlhf.callbacks.samples import COLUMNS, as_text, rollout_samples
 
 
 class TableLogger(DummyLogger):
@@ -79,3 +79,22 @@ def test_without_a_rollout_nothing_is_written(make_trainer, tmp_path):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="every_n_rollouts=0"):
         SampleLogger(every_n_rollouts=0)
+
+
+def test_a_message_without_content_shows_the_tools_that_it_calls():
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "tool_calls": [{"name": "add"}]}]
+    assert as_text(messages) == 'user: 2 + 2?\nassistant: [{"name": "add"}]'
+
+
+@pytest.mark.parametrize("text", ["one\u2028two", "one\x85two", "one\ntwo", ""])
+def test_predictions_are_one_line_a_completion_whatever_stands_in_them(text, make_trainer, tmp_path):
+    class Writes(Online):
+        predict_dataloader = Online.val_dataloader
+
+        def predict_step(self, batch, batch_idx):
+            return [{"index": batch_idx, "completion": text}]
+
+    make_trainer(PredictionWriter()).predict(Writes())
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
+    assert rows and all(row["completion"] == text for row in rows)

@@ -126,3 +126,14 @@ def test_the_whole_way(tmp_path, capsys):
     assert len(test) == 10 and {row["preferred"] is None for row in test} == {True, False}
     told = capsys.readouterr().out
     assert "reward_model: with the majority" in told and "judge: with the majority" in told
+
+
+def test_one_half_of_equal_ratings_gets_a_sentence():
+    with pytest.raises(ValueError, match="all ratings of these 3 texts are equal"):
+        ratings.asked_pairs([ratings.Rated(text, (5.0, 5.0)) for text in "abc"], 4, seed=0)
+
+
+def test_raters_who_lean_to_neither_side_get_a_sentence():
+    split = [ratings.Rated(text, (1.0, 5.0)) for text in "ab"]
+    with pytest.raises(ValueError, match="do the raters lean to one side"):
+        ratings.agreement(lambda prompts, texts: torch.zeros(len(texts)), split)
