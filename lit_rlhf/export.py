@@ -81,14 +81,20 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.numpy().tobytes())
     model: Any
-    architecture = getattr(transformers, told["class"])
+    architecture = getattr(transformers, told["class"], None)
+    if architecture is None:
+        raise ValueError(
+            f"transformers has no class {told['class']!r}, which the model is of: take policy/last or policy/best, "
+            "which training has written"
+        )
     config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
     config.name_or_path = told["source"]
     if (folder / "adapter_config.json").is_file():
         if merge:
             if not told["source"]:
                 raise ValueError("the adapter's model came in memory: export without --merge, and merge with PEFT")
-            base = architecture.from_pretrained(told["source"], config=config, dtype=told["dtype"])
+            where = {"revision": told["revision"]} if told.get("revision") else {}
+            base = architecture.from_pretrained(told["source"], config=config, dtype=told["dtype"], **where)
         else:  # the adapter alone is saved, so its model needs no weights
             with torch.device("meta"):
                 base = architecture(config)

@@ -199,3 +199,26 @@ def test_prediction_of_a_reward_model_scores_both_completions(base, tmp_path):
     (metrics,) = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     right = [row["chosen"] > row["rejected"] for row in rows]
     assert metrics["val/accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(base, tmp_path, monkeypatch):
+    _, checkpoint = trained("RLOO", base, tmp_path, lora=LORA, load={"revision": "v2"})
+    asked, original = [], type(make_llama(9)).from_pretrained
+
+    def from_pretrained(source, **options):
+        asked.append(options.get("revision"))
+        return original(source, **options)
+
+    monkeypatch.setattr(type(make_llama(9)), "from_pretrained", staticmethod(from_pretrained))
+    export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    assert asked == ["v2"]
+
+
+def test_a_model_of_custom_code_is_pointed_to_what_training_wrote(base, tmp_path):
+    _, path = trained("RLOO", base, tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["export"]["class"] = "MyLlama"
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"no class 'MyLlama'.*policy/last"):
+        export_checkpoint(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

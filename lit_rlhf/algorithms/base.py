@@ -149,6 +149,7 @@ class Method(LightningModule, ABC):
                 raise ValueError(f"the {group['name']} has no trainable parameter{cure * (group['name'] == 'policy')}")
         optimizer = self.make_optimizer(groups)
         check_precision(optimizer)
+        prefer_fused(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
@@ -220,7 +221,10 @@ class Method(LightningModule, ABC):
     def snapshot(self) -> dict[str, Any]:
         """Return what an export needs beside the weights."""
         told = snapshot(self.policy.model, self.policy.tokenizer)
-        return told if self.policy.loaded else {**told, "source": ""}
+        if not self.policy.loaded:
+            return {**told, "source": ""}
+        revision = self.load_options.get("revision") if told["source"] == self.source else None
+        return {**told, "revision": revision}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights, the seed, what an export needs, and what is under way; leave frozen weights out."""
@@ -306,6 +310,20 @@ def mend_progress(fit_loop: dict[str, Any]) -> None:
             progress["processed"] -= 1
     for progress in (epochs["current"], epochs["total"]):
         progress["completed"] = progress["processed"]
+
+
+def prefer_fused(optimizer: Optimizer) -> None:
+    """Let Adam, where the choice is left open, go over weights and moments once, and not once for each operation.
+
+    The result is the same to rounding. That it is not given to the constructor keeps unscaling, and with it the
+    clipping of gradients, with Lightning.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        plain = all(type(p.data) is Tensor and p.device.type in ("cpu", "cuda") for p in group["params"])
+        if plain and group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+            group["fused"] = True
 
 
 def check_precision(optimizer: Optimizer) -> None:

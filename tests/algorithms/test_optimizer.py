@@ -1,0 +1,40 @@
+"""The optimizer of a run: which implementation, and what it does to the weights."""
+
+import pytest
+import torch
+
+from runs import make_data, make_module, make_trainer
+
+
+def fit(tiny, root, precision="32-true", **options):
+    def optimizer(params):
+        return torch.optim.AdamW(params, lr=1e-2, **options)
+
+    module = make_module("PPO", tiny, optimizer=optimizer)
+    trainer = make_trainer(root, max_steps=2, limit_val_batches=0, gradient_clip_val=0.5, precision=precision)
+    trainer.fit(module, make_data("PPO"))
+    return module, trainer.optimizers[0]
+
+
+def test_adam_goes_over_the_weights_once_to_the_same_result(tiny, tmp_path):
+    ours, fused = fit(tiny, tmp_path)
+    plain, loops = fit(tiny, tmp_path, foreach=False)
+    assert all(group["fused"] for group in fused.param_groups)
+    assert not any(group["fused"] for group in loops.param_groups)
+    expected = plain.state_dict()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"fused": False}, {"foreach": True}], ids=str)
+def test_what_a_user_has_chosen_stays(options, tiny, tmp_path):
+    _, optimizer = fit(tiny, tmp_path, **options)
+    assert not any(group["fused"] for group in optimizer.param_groups)
+
+
+def test_gradients_are_clipped_under_bfloat16_too(tiny, tmp_path):
+    _, optimizer = fit(tiny, tmp_path, precision="bf16-mixed")
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+        assert 0 < norm <= 0.5001
