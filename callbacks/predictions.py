@@ -50,9 +50,8 @@ class PredictionWriter(Callback):
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
         texts = [part.read_text(encoding="utf-8") for part in parts]
-        lines = [
-            line for text in texts for line in text.split("\n") if line
-        ]  # other ends of lines may stand in strings
+        # not splitlines: other ends of lines may stand in strings
+        lines = [line for text in texts for line in text.split("\n") if line]
         lines.sort(key=lambda line: json.loads(line).get("index", 0))
         parts[0].write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         parts[0].replace(self._target(trainer))

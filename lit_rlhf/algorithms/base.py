@@ -335,7 +335,8 @@ def check_precision(optimizer: Optimizer) -> None:
         ValueError: If most steps would be rounded away.
     """
     for group in optimizer.param_groups:
-        medians = [p.detach().abs().float().median() for p in group["params"] if p.dtype == torch.bfloat16]
+        weights = [p.detach() for p in group["params"] if p.dtype == torch.bfloat16 and p.numel()]
+        medians = [weight.abs().float().median() for weight in weights]
         coarse = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step moves
         if not coarse:
             continue
