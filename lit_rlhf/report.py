@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "win_rate": "win rate",
+    "undecided": "undecided",
+    "position_bias": "position bias",
     "judge": "judge",
     "reward": "reward",
     "return": "return",
@@ -25,7 +27,7 @@ COLUMNS = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
-"""Metrics of `lit-rlhf test` that the table shows, where a run has them, and what it calls them."""
+"""Metrics of `lit-rlhf test` that the table shows, where a run has them and they are not 0 in all, and their titles."""
 
 COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak memory (MiB)"}
 """What is shown of a method's cost: medians, with the range of the rounds."""
@@ -147,7 +149,7 @@ def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str
 
 
 def _any_has(results: Results, metric: str) -> bool:
-    return any(metric in row["metrics"] for rows in results.values() for row in rows)
+    return any(row["metrics"].get(metric) for rows in results.values() for row in rows)
 
 
 def _values(rows: list[dict[str, Any]], metric: str) -> list[float]:
@@ -206,7 +208,7 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
     labels = (
         (unit, "reward, greedy, held-out prompts"),
         ("seconds of training", "reward, greedy, held-out prompts"),
-        ("KL to the reference, nats a completion", "judge's mean score"),
+        ("KL to the reference, nats a completion", "judge's mean score, or win rate where it gives none"),
     )
     for place, title, (x, y) in zip(axes, titles, labels, strict=True):
         place.set(title=title, xlabel=x, ylabel=y)
@@ -250,11 +252,9 @@ def end(result: dict[str, Any]) -> dict[str, float]:
     """Updates and seconds of a whole run, 0 where nothing is trained, and what the test found."""
     updates, metrics = trained(result["curves"]), result["metrics"]
     step, seconds = updates[-1] if updates else (0.0, 0.0)
-    return {
-        "step": step,
-        "seconds": seconds,
-        **{name: metrics.get(name, math.nan) for name in ("reward", "kl", "judge")},
-    }
+    judge = metrics.get("judge", metrics.get("win_rate", math.nan))
+    found = {name: metrics.get(name, math.nan) for name in ("reward", "kl")}
+    return {"step": step, "seconds": seconds, "judge": judge, **found}
 
 
 def trained(rows: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -269,7 +269,7 @@ def course(rows: list[dict[str, float]]) -> list[dict[str, float]]:
         if told := trained([row]):
             step, seconds = told[0]
         if "val/reward" in row and "val/kl" in row:
-            judge = row.get("val/judge", math.nan)
+            judge = row.get("val/judge", row.get("val/win_rate", math.nan))
             points.append(
                 {"step": step, "seconds": seconds, "reward": row["val/reward"], "kl": row["val/kl"], "judge": judge}
             )

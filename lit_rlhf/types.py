@@ -80,6 +80,7 @@ class Prompts(Record):
         index: Each prompt's place in the data set, which also addresses its sampling noise.
         text: The prompts as rewards see them: strings, or lists of messages.
         columns: Every other column of the data set, one list entry a prompt.
+        template_kwargs: What each row hands to the chat template; may be left out where there is nothing.
     """
 
     tokens: Int[Tensor, "prompts context"]
@@ -87,6 +88,7 @@ class Prompts(Record):
     index: Int[Tensor, " prompts"]
     text: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    template_kwargs: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

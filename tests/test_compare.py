@@ -365,6 +365,19 @@ def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, 
     ]
 
 
+def test_where_a_judge_only_compares_its_win_rate_is_drawn():
+    row = {"step": 0, "val/reward": 1.0, "val/kl": 2.0, "val/win_rate": 0.75}
+    assert report.course([row])[0]["judge"] == 0.75
+    assert report.end({"metrics": {"win_rate": 0.5}, "curves": []})["judge"] == 0.5
+
+
+def test_a_column_stands_where_there_is_something_to_see(tmp_path):
+    rows = [{"undecided": 0.0, "position_bias": bias, "win_rate": 0.5} for bias in (0.0, 0.25)]
+    results = {"a": [{"seed": i, "metrics": row, "curves": []} for i, row in enumerate(rows)]}
+    table = report.write(tmp_path, results, {}, 2, (), 1).read_text()
+    assert table.startswith("| method | seeds | win rate | position bias |\n")
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

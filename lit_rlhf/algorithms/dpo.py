@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
 from torch import Tensor
 
 from lit_rlhf import functional as F
@@ -109,8 +110,10 @@ class DPO(Method):
         if not isinstance(data, TextData):  # a loader of the user's own: the reference is asked at every step
             return
         own: dict[int, Tensor] = {}
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        batches = track(data.in_order(data.train_set), "scoring pairs by the reference", transient=True, disable=not shown)
         with all_or_none(self), self.trainer.precision_plugin.train_step_context():
-            for batch in data.in_order(data.train_set):
+            for batch in batches:
                 batch = batch.to(self.device)
                 logprobs = F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)
                 own.update(zip(batch.prompts.index.tolist(), logprobs.cpu(), strict=True))

@@ -320,8 +320,11 @@ def column_completions(
     check_completions("column", column, prompts.columns)
     given = prompts.columns[column]
     texts = [as_completion(prompt, text) for prompt, text in zip(prompts.text, given, strict=True)]
-    pairs = zip(prompts.text, texts, strict=True)
-    ids = [encode_completion(tokenizer, prompt, text) or [0] for prompt, text in pairs]
+    template_kwargs = prompts.template_kwargs or [{}] * len(texts)
+    ids = [
+        encode_completion(tokenizer, prompt, text, template_kwargs=options) or [0]
+        for prompt, text, options in zip(prompts.text, texts, template_kwargs, strict=True)
+    ]
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     lengths = torch.tensor([0 if text is None else len(row) for text, row in zip(given, ids, strict=True)])
     mask = torch.arange(rows.shape[1]) < lengths.unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class Encoder:
 
     def _encode(self, number: int, example: Example) -> Encoded:
         template = {**self.template_kwargs, **example.template_kwargs}
+        example = dataclasses.replace(example, template_kwargs=template)
         prompt = text.encode_prompt(self.tokenizer, example.prompt, template)
         completions = (
             text.encode_completion(self.tokenizer, example.prompt, completion, template_kwargs=template)
@@ -216,6 +218,7 @@ def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Prompts:
         index=torch.tensor([row.index for row in rows]),
         text=[row.example.prompt for row in rows],
         columns={name: [row.example.columns[name] for row in rows] for name in rows[0].example.columns},
+        template_kwargs=[row.example.template_kwargs for row in rows],
     )
 
 

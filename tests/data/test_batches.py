@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 
+from lit_rlhf.algorithms.evaluation import column_completions
 from lit_rlhf.data import batches
 from lit_rlhf.data.batches import Encoder, collate_demonstrations, collate_preferences, collate_prompts
 from lit_rlhf.data.formats import read_demonstration, read_preference, read_prompt
@@ -65,6 +66,19 @@ def test_keyword_arguments_reach_the_template_and_a_row_has_the_last_word(tokeni
     ]
     encoded = Encoder(tokenizer, template_kwargs={"tone": "calm"})(batches.read_examples(rows, read_prompt))
     assert [tokenizer.decode(row.prompt) for row in encoded] == ["calm", "loudf"]
+
+
+def test_completions_in_a_column_go_through_the_same_template_as_their_prompt(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ tone if m.role == 'assistant' }}{% endfor %}"
+        "{% if not add_generation_prompt and tone %}!{% endif %}"
+    )
+    message = [{"role": "user", "content": "U"}]
+    rows = [{"prompt": message, "best": "a", "chat_template_kwargs": {"tone": "loud"}}, {"prompt": message, "best": "a"}]
+    encoded = Encoder(tokenizer, template_kwargs={"tone": "calm"})(batches.read_examples(rows, read_prompt))
+    _, completions = column_completions(tokenizer, batches.collate_prompts(encoded, 0), "best")
+    written = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions.ids()]
+    assert written == ["aloud!", "acalm!"]
 
 
 def test_a_column_that_some_rows_lack_is_none_there():
