@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -195,12 +196,6 @@ class Policy(nn.Module):
         shared = bool(self.shares_prompt) and not checkpoints_activations(self.model)
         return completion_features(self.forward_features, self.causal_lm.config, prompts, completions, shared)
 
-    def _shared_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
-        return shared_features(self.forward_features, self.causal_lm.config, prompts, tokens, owners(len(prompts), k))
-
-    def _plain_features(self, prompts: Prompts, tokens: Tensor, k: int) -> Tensor:
-        return plain_features(self.forward_features, prompts, tokens, k)
-
     def forward_features(
         self,
         ids: Int[Tensor, "rows columns"],
@@ -245,21 +240,22 @@ class Policy(nn.Module):
         """Find out, once, whether this model allows chunked logits and a shared prompt; say so where it does not."""
         if self.shares_prompt is not None:
             return
-        prompts, completions = probe_input(embedding_rows(self.causal_lm), next(self.parameters()).device)
-        was_training = self.model.training
+        prompts, tokens = probe_input(embedding_rows(self.causal_lm), next(self.parameters()).device)
+        forward, config, was_training = self.forward_features, self.causal_lm.config, self.model.training
         self.model.eval()
         try:
             self.chunks_logits = False
-            expected = self._plain_features(prompts, completions, 2)
-            noise = rms(self._plain_features(padded(prompts), completions, 2) - expected)
+            expected = plain_features(forward, prompts, tokens, 2)
+            noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
             self.chunks_logits = True
-            reason = why_not(lambda: self.project(self._plain_features(prompts, completions, 2)), expected, noise)
+            reason = why_not(lambda: self.project(plain_features(forward, prompts, tokens, 2)), expected, noise)
             if reason is None and not self._projects_plainly(prompts):
                 reason = "it scales or caps its logits"
             self.chunks_logits = reason is None
             if reason is not None:
                 rank_zero_info(f"{self._name} holds the logits of all positions at once: {reason}")
-            reason = why_not(lambda: self.project(self._shared_features(prompts, completions, 2)), expected, noise)
+            shared = functools.partial(shared_features, forward, config, prompts, tokens, owners(2, 2))
+            reason = why_not(lambda: self.project(shared()), expected, noise)
             self.shares_prompt = reason is None
             if reason is not None:
                 rank_zero_info(f"{self._name} computes each prompt once a completion: {reason}")

@@ -1,16 +1,22 @@
 """From text to token ids, once for everything that reads text: data, rewards, policies.
 
 A plain string is tokenised as it stands; a list of messages goes through the tokenizer's chat template. A completion
-ends with the end-of-sequence token unless it was cut short, in training a reward model exactly as in using it.
+ends with the end-of-sequence token unless it was cut short, in training a reward model exactly as in using it. It is
+read and written as what follows a prompt: some tokenizers (of Llama 2, Mistral) put a space before every text that they
+are given, and take the first space off every text that they decode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.types import Message, Text
+
+BEFORE = "\n"
+"""Stands before a text that follows another, while it is encoded or decoded."""
 
 
 def encode_prompt(
@@ -29,7 +35,7 @@ def encode_prompt(
             ids.pop()  # some tokenizers close every text; a prompt is open
     else:
         text = _open_prompt(tokenizer, prompt, template_kwargs)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = _encode(tokenizer, text)
     if ids:
         return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -49,21 +55,47 @@ def encode_completion(
         tokenizer: Of the model that will read the ids.
         prompt: What the completion answers; a conversation where the completion is one.
         completion: A string, or the messages that continue the conversation.
-        finished: Whether the completion ended by itself; it then ends with the EOS token, once, and otherwise has none.
+        finished: Whether the completion ended by itself; it then ends with the EOS token, or that with which the chat
+            template ends a turn, once, and otherwise has none.
         template_kwargs: Handed to the chat template.
     """
-    text = completion if isinstance(completion, str) else _continuation(tokenizer, prompt, completion, template_kwargs)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids
-    if eos in ids and not isinstance(
-        completion, str
-    ):  # what a template writes after the end of a turn is never sampled
-        ids = ids[: len(ids) - 1 - ids[::-1].index(eos)]
+    if isinstance(completion, str):
+        ids = _encode_after(tokenizer, completion) if prompt else _encode(tokenizer, completion)
+    else:
+        ids = _encode_after(tokenizer, _continuation(tokenizer, prompt, completion, template_kwargs))
+        ids, eos = _split_end(tokenizer, ids)
     while ids and ids[-1] == eos:
         ids.pop()
-    return [*ids, eos] if finished else ids
+    return [*ids, eos] if finished and eos is not None else ids
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
+    """Return the texts of completions, without special tokens, as they stand behind a prompt."""
+    before = _encode(tokenizer, BEFORE)
+    start = tokenizer.decode(before, skip_special_tokens=True)
+    texts = tokenizer.batch_decode([before + ids for ids in completions], skip_special_tokens=True)
+    whole = all(text.startswith(start) for text in texts)
+    return [text[len(start) :] for text in texts] if whole else tokenizer.batch_decode(completions, True)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that follows another; as those of the text alone where the two would melt into one token."""
+    before, both = _encode(tokenizer, BEFORE), _encode(tokenizer, BEFORE + text)
+    return both[len(before) :] if both[: len(before)] == before else _encode(tokenizer, text)
+
+
+def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int | None]:
+    """Cut off the token that ends a turn, with what a template writes behind it, which is never sampled."""
+    known = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    end = next((i for i in reversed(range(len(ids))) if ids[i] in known), None)
+    if end is None or (ids[end] != tokenizer.eos_token_id and tokenizer.decode(ids[end + 1 :]).strip()):
+        return ids, tokenizer.eos_token_id
+    return ids[:end], ids[end]
 
 
 def _continuation(

@@ -16,6 +16,9 @@ class Bytes:
 
     eos_token_id = 0
 
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": self.encode(text)}
+
     def encode(self, text):
         return list(text.encode())
 

@@ -10,7 +10,17 @@ def rows_of(*opponents):
     return [{"prompt": f"film {i}", "reference": text} for i, text in enumerate(opponents)]
 
 
-def validate(module, rows, root, **options) -> dict[str, float]:
+def prefers(choose):
+    """A judge of pairs that is given each prompt's pair and answers with `choose(completion, opponent)`."""
+
+    def pairs(prompts, completions, opponents, **kwargs):
+        return [choose(a, b) for a, b in zip(completions, opponents, strict=True)]
+
+    pairs.pairwise = True
+    return pairs
+
+
+def validate(module, rows, root, trainer=None, **options) -> dict[str, float]:
     data = lit_rlhf.PromptData(val=rows, batch_size=2, **options)
-    (metrics,) = make_trainer(root).validate(module, datamodule=data, verbose=False)
+    (metrics,) = make_trainer(root, **(trainer or {})).validate(module, datamodule=data, verbose=False)
     return metrics

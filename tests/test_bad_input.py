@@ -54,12 +54,21 @@ def folder(tmp_path_factory):
         ("RLOO", {"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ("RLOO", {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ("RLOO", {"sampling": {"top": 4}}, r"sampling=\{'top': 4\}: .*'top'"),
+        ("RLOO", {"sampling": {"max_new_tokens": 4}}, "max_new_tokens stands beside `sampling`, not in it"),
     ],
     ids=str,
 )
 def test_an_option_that_can_not_be(name, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_module(name, "nowhere", **options)
+
+
+def test_a_device_without_float64_is_told_at_once(folder, tmp_path, monkeypatch):
+    module = make_module("RLOO", folder)
+    module.trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(module.trainer.strategy), "root_device", torch.device("mps"))
+    with pytest.raises(ValueError, match=r"mps has no float64, .* give --trainer.accelerator cpu"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize("name", ["RLOO", "Reinforce", "SFT"])

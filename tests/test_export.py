@@ -88,6 +88,26 @@ def test_transformers_loads_a_reward_model_with_every_weight(base, tmp_path):
 # Policies
 
 
+def test_under_lora_the_head_of_a_reward_model_is_float32(base, tmp_path):
+    """Steps of a usual learning rate would be rounded away in the precision that the frozen trunk may have."""
+    module, _ = trained("RewardModeling", base, tmp_path, lr=1e-5, lora={"r": 2}, load={"dtype": "bfloat16"})
+    learned = [p for p in module.parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32} and {p.dtype for p in module.parameters()} > {torch.float32}
+    score = module.reward_model.get_base_model().score
+    moved = score.modules_to_save["default"].weight - score.original_module.weight
+    assert 0 < moved.abs().max() < 2e-5
+
+
+def test_a_policy_that_is_frozen_in_part_is_exported_whole(base, tmp_path):
+    policy = lit_rlhf.Policy.from_pretrained(base)
+    policy.model.get_input_embeddings().weight.requires_grad_(False)
+    method = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    module, checkpoint = trained("SFT", method, tmp_path)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(exported), logits(module.policy.model))
+
+
 def test_a_merged_adapter_has_the_dtype_and_the_logits_of_training(base, tmp_path):
     module, checkpoint = trained("RLOO", base, tmp_path, lora=LORA)
     folder = export_checkpoint(checkpoint, tmp_path / "merged", merge=True)

@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf import policy as policy_module
 from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
+from runs import make_data, make_trainer
 from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
@@ -269,6 +271,15 @@ def test_under_a_new_adapter_the_reference_is_the_base_model_and_needs_no_copy()
     assert reference._policy is policy
 
 
+def test_the_reference_of_the_next_method_is_what_the_last_one_left_of_an_adapter(tmp_path):
+    policy, (prompts, completions) = Policy(make_llama(SIZE), make_tokenizer(), LORA), make_input()
+    trained = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    make_trainer(tmp_path, max_steps=2).fit(trained, make_data("SFT"))
+    reference = policy.reference().logprobs(prompts, completions)
+    assert torch.equal(reference, policy.logprobs(prompts, completions))
+    assert (reference - make_policy().logprobs(prompts, completions)).abs().max() > 1e-3
+
+
 def test_frozen_weights_are_shared_with_the_reference_and_not_copied():
     policy = Policy(trained_adapter(), make_tokenizer())
     copied = dict(policy.reference()._policy.named_parameters())
@@ -302,7 +313,8 @@ def test_the_plain_path_samples_what_the_fast_one_does(monkeypatch, caplog):
     def no_cache(*args, **kwargs):
         raise NotImplementedError("no cache here")
 
-    monkeypatch.setattr(plain, "_shared_features", no_cache)
+    fast.probe()
+    monkeypatch.setattr("lit_rlhf.policy.shared_features", no_cache)
     prompts, _ = make_input()
     sampling = Sampling(max_new_tokens=9, temperature=1.3)
     expected = fast.sample(prompts, 4, sampling)

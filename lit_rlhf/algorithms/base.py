@@ -15,12 +15,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.monitor import now, peak_memory
-from lit_rlhf.algorithms.plan import check_positions, check_record
+from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
 from lit_rlhf.export import snapshot, write_folder
 from lit_rlhf.loading import load_tokenizer
 from lit_rlhf.policy import Policy
@@ -64,7 +65,7 @@ class Method(LightningModule, ABC):
         self.lora, self.load_options = lora, dict(load or {})
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = 0
-        self.strict_loading = False  # frozen weights are in no checkpoint
+        self.strict_loading = False  # weights under an adapter are in no checkpoint
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
@@ -94,7 +95,6 @@ class Method(LightningModule, ABC):
             ValueError: If the data module yields something else than what the method learns from.
         """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self._updates_loaded = None
         check_record(self)
 
     def configure_model(self) -> None:
@@ -171,9 +171,9 @@ class Method(LightningModule, ABC):
         Args:
             terms: The loss of each completion, pair or token.
             mask: True where a term counts.
-            planned: About how many terms a step has, the same on all ranks; by default those of the batch.
+            planned: About how many terms a step has, the same on all ranks; by default as many as rows are asked for.
         """
-        self._planned = self._planned or float(planned or terms.shape[0])
+        self._planned = self._planned or float(planned or getattr(data_module(self), "batch_size", 1))
         total = terms.masked_fill(~mask, 0.0).sum()
         self._total += float(total.detach())
         self._counted += int(mask.sum())
@@ -227,8 +227,13 @@ class Method(LightningModule, ABC):
         return {**told, "revision": revision}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights, the seed, what an export needs, and what is under way; leave frozen weights out."""
+        """Keep the trained model, the seed, what an export needs, and what is under way; no other frozen weights.
+
+        Of an adapter the trained model is the adapter, otherwise all of the model, some layers of which may be frozen.
+        """
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        if not isinstance(self.get_submodule(self.trained.removesuffix(".")), PeftModel):
+            frozen = {name for name in frozen if not name.startswith(self.trained)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["seed"], checkpoint["seconds"] = self.seed, self.seconds
         self._snapshot = self._snapshot or self.snapshot()
@@ -277,6 +282,8 @@ class Method(LightningModule, ABC):
     def on_train_start(self) -> None:
         """Put the gradients of a resumed update back in place."""
         self._updates_loaded = None
+        if "policy" in self._modules:
+            self.policy.new_adapter = False  # to the next method its reference is what this one leaves
         self._total, self._counted = self._resumed.pop("total", 0.0), self._resumed.pop("counted", 0)
         self._planned = self._resumed.pop("planned", 0.0)
         gradients = self._resumed.pop("gradients", {})

@@ -111,7 +111,7 @@ class DPO(Method):
             return
         own: dict[int, Tensor] = {}
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
-        batches = track(data.in_order(data.train_set), "scoring pairs by the reference", transient=True, disable=not shown)
+        batches = track(data.in_order(data.train_set), "scoring pairs", transient=True, disable=not shown)
         with all_or_none(self), self.trainer.precision_plugin.train_step_context():
             for batch in batches:
                 batch = batch.to(self.device)

@@ -17,7 +17,7 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.monitor import all_or_none
 from lit_rlhf.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.rewards import BothOrders, Scorer
-from lit_rlhf.text import encode_completion
+from lit_rlhf.text import decode_completions, encode_completion
 from lit_rlhf.types import Completions, Prompts, Text
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ NUM_EXAMPLES = 8
 
 def completion_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, completions: Completions) -> list[Text]:
     """Decode completions as rewards see them: strings, or a message each where the prompts are conversations."""
-    texts = tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+    texts = decode_completions(tokenizer, completions.ids())
     k = completions.tokens.shape[1]
     chats = [isinstance(text, list) for text in prompts.text for _ in range(k)] or [False] * len(texts)
     return [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, chats, strict=True)]
@@ -74,17 +74,19 @@ def score(
         columns={name: [value for value in column for _ in range(k)] for name, column in prompts.columns.items()},
         state=state,
     )
+
+    def grouped(values: Tensor) -> Tensor:
+        return values.view(n, k, *values.shape[1:]).to(device)
+
     token_rewards = None
     if scores.token_rewards is not None:
-        rows = torch.zeros(n * k, t, dtype=torch.float32)
-        for row, numbers in zip(rows, scores.token_rewards, strict=True):
-            row[: len(numbers)] = numbers
-        token_rewards = rows.view(n, k, t).to(device)
+        rows = torch.nn.utils.rnn.pad_sequence(scores.token_rewards, batch_first=True)
+        token_rewards = grouped(torch.nn.functional.pad(rows, (0, t - rows.shape[1])))
     return GroupScores(
-        rewards=scores.rewards.view(n, k).to(device),
-        parts={name: part.view(n, k).to(device) for name, part in scores.parts.items()},
-        valid=scores.valid.view(n, k).to(device),
-        whole=scores.whole.view(n, k).to(device),
+        rewards=grouped(scores.rewards),
+        parts={name: grouped(part) for name, part in scores.parts.items()},
+        valid=grouped(scores.valid),
+        whole=grouped(scores.whole),
         token_rewards=token_rewards,
         metrics=scores.metrics,
         extra=scores.extra,
@@ -145,10 +147,11 @@ class Evaluation:
 
     def _update(self, prompts: Prompts) -> None:
         module, options = self.module, self.module.evaluation
+        sampling = dataclasses.replace(module.sampling, greedy=False)
         written = self.write(prompts)
         texts = completion_texts(module.tokenizer, prompts, written)
         scores = score(module.scorer, prompts, written, texts, module.trainer_state())
-        sampled = module.policy.sample(prompts, 1, module.sampling, module.seed, VALIDATION_EPOCH)
+        sampled = module.policy.sample(prompts, 1, sampling, module.seed, VALIDATION_EPOCH)
         reference = module.reference.logprobs(prompts, sampled, module.sampling.temperature)
         kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0] + F.best_of_kl(options.best_of)
         totals, valid = scores.judged()[:, 0], scores.valid[:, 0]
@@ -162,6 +165,7 @@ class Evaluation:
             distinct.update(written.ids())
         if self.perplexity is not None and options.preferred is not None:
             given = column_completions(module.tokenizer, prompts, options.preferred)[1]
+            check_lengths(module.policy.causal_lm.config, prompts, given, options.preferred)
             self.perplexity.update(module.policy.logprobs(prompts, given), given.mask)
         self.compare(prompts, written, texts, totals)
         for i in range(min(len(prompts), NUM_EXAMPLES - len(self.examples))):
@@ -181,7 +185,8 @@ class Evaluation:
         module, n = self.module, self.module.evaluation.best_of
         if n == 1:
             return module.policy.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
-        sampled = module.policy.sample(prompts, n, module.sampling, module.seed, VALIDATION_EPOCH)
+        sampling = dataclasses.replace(module.sampling, greedy=False)
+        sampled = module.policy.sample(prompts, n, sampling, module.seed, VALIDATION_EPOCH)
         texts = completion_texts(module.tokenizer, prompts, sampled)
         scores = score(module.scorer, prompts, sampled, texts, module.trainer_state()).judged()
         best = scores.nan_to_num(-torch.inf).argmax(1)
@@ -198,7 +203,7 @@ class Evaluation:
                 own = score(module.judge, prompts, written, texts, module.trainer_state()).judged()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
             opponents = self.of_opponent(prompts, self.scored_opponent)
-            theirs = torch.tensor([number for _, number in opponents], device=own.device)
+            theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
             # a model's scores of one text can round apart, by what else is in the batch
             same = [text == other for text, (other, _) in zip(texts, opponents, strict=True)]
             tie = (own == theirs) | torch.tensor(same, device=own.device)
@@ -211,7 +216,7 @@ class Evaluation:
         """How much of a win each completion has over the opponent's; NaN where nothing was decided."""
         opponents = self.of_opponent(prompts, self.opponent_texts)
         there = [i for i, text in enumerate(opponents) if text is not None]
-        wins, bias = torch.full((len(texts),), torch.nan), torch.zeros(0)
+        wins, bias = torch.full((len(texts),), torch.nan, dtype=torch.float32), torch.zeros(0)
         if there:
             columns = {name: [column[i] for i in there] for name, column in prompts.columns.items()}
             own = ([prompts.text[i] for i in there], [texts[i] for i in there], [opponents[i] for i in there])
@@ -306,6 +311,18 @@ def check_completions(option: str, column: str, columns: Iterable[str], otherwis
         raise ValueError(
             f"{option}={column!r} is no column of the data (there are {sorted(columns)}): name one that holds "
             f"completions{otherwise}"
+        )
+
+
+def check_lengths(config: Any, prompts: Prompts, given: Completions, column: str) -> None:
+    """Raise a ValueError if a prompt with its completion from a column is longer than the policy has positions."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    lengths = prompts.mask.sum(1) + given.lengths[:, 0]
+    if known is not None and int(lengths.max()) > known:
+        worst = int(lengths.argmax())
+        raise ValueError(
+            f"row {int(prompts.index[worst])} and its {column!r} have {int(lengths[worst])} tokens, more than the "
+            f"{known} positions of the policy: leave out such rows with data.transform"
         )
 
 

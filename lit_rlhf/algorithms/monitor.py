@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lit_rlhf.algorithms.online import Online
 
 
-Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
+Metrics = dict[str, float | Tensor | tuple[Tensor, Tensor]]
 """What a loss tells: by name a number, or values and where they count, for a mean over all ranks."""
 
 
@@ -147,7 +147,7 @@ def log_loss_metrics(module: Online, metrics: Metrics, new: bool) -> None:
     """
     if new:
         module.slice_sums = {}
-    numbers = {f"train/{name}": value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
+    numbers = {f"train/{name}": value for name, value in metrics.items() if not isinstance(value, tuple)}
     module.log_dict(numbers, sync_dist=True, batch_size=1)
     for name, value in metrics.items():
         if isinstance(value, tuple):

@@ -230,13 +230,12 @@ class Online(Method):
 
     def score_reference(self, prompts: Prompts, completions: Completions) -> Float[Tensor, "prompts samples tokens"]:
         """Log-probabilities under the reference, of as many prompts at a time as a training step has."""
-        n = len(prompts)
-        blocks = [slice(i * n // self.minibatches, (i + 1) * n // self.minibatches) for i in range(self.minibatches)]
+        blocks = [nth_part(i, self.minibatches, len(prompts)) for i in range(self.minibatches)]
         parts = [
             self.reference.logprobs(prompts.rows(block).trim(), completions.rows(block), self.sampling.temperature)
             for block in blocks
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def _new_rollout(self, prompts: Prompts) -> Rollout:
@@ -265,9 +264,10 @@ class Online(Method):
         self.clock.begin_step(new=step == 0)
         if step == 0:
             self.rollout = self._new_rollout(batch)
-        elif self.rollout is None:  # resumed in the middle of a rollout
+        elif "rollout" in self._resumed:  # in the middle of a rollout
             self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
             self.slice_sums = {n: sums.to(self.device) for n, sums in self._resumed.pop("slice_sums", {}).items()}
+        assert self.rollout is not None
         part = self.slice(self.rollout, step)
         with self.clock("train"):
             terms, mask, metrics = self.terms(part)
@@ -289,12 +289,8 @@ class Online(Method):
         """Return the part of a rollout that a training step learns from, cut to its own longest rows."""
         row, column = divmod(step % (self.minibatches * self.sample_minibatches), self.sample_minibatches)
         n, k = rollout.rewards.shape
-        rows = slice(row * n // self.minibatches, (row + 1) * n // self.minibatches)
-        part = rollout.rows(rows)
-        if self.sample_minibatches > 1:
-            start, end = (k * i // self.sample_minibatches for i in (column, column + 1))
-            part = part.samples(slice(start, end))
-        return part.trim()
+        part = rollout.rows(nth_part(row, self.minibatches, n))
+        return part.samples(nth_part(column, self.sample_minibatches, k)).trim()
 
     def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
         """Where the seconds of a rollout went, once its last slice is done."""
@@ -316,6 +312,10 @@ class Online(Method):
     def setup(self, stage: str) -> None:
         """Check what can be checked before a model is loaded."""
         super().setup(stage)
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError(
+                f"mps has no float64, which {type(self).__name__} counts in: give --trainer.accelerator cpu"
+            )
         self.opponents = {}
         data = data_module(self)
         if isinstance(data, TextData):
@@ -386,13 +386,7 @@ class Online(Method):
         self._finish("val")
         self._validated_at = self.trainer.global_step
 
-    def on_test_epoch_start(self) -> None:
-        """Start to evaluate."""
-        self._evaluation = Evaluation(self)
-
-    def test_step(self, batch: Prompts, batch_idx: int) -> None:
-        """Sample and score completions of test prompts."""
-        self.validation_step(batch, batch_idx)
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log the same as in validation, under `test/`."""
@@ -407,3 +401,8 @@ class Online(Method):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Sample `num_samples` completions of each prompt (one where greedy) and return them with their scores."""
         return predict(self, batch)
+
+
+def nth_part(i: int, parts: int, total: int) -> slice:
+    """The i-th of as many parts of `total` things, as equal as may be."""
+    return slice(i * total // parts, (i + 1) * total // parts)

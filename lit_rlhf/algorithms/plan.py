@@ -24,8 +24,10 @@ def make_options(kind: type[T], argument: str, options: dict[str, Any] | None, *
     """Build a record from the options that `argument` holds and fields given elsewhere.
 
     Raises:
-        ValueError: If there is no such option.
+        ValueError: If there is no such option, or its place is elsewhere.
     """
+    if twice := sorted(given.keys() & (options or {}).keys()):
+        raise ValueError(f"{argument}={options}: {', '.join(twice)} stands beside `{argument}`, not in it")
     try:
         return kind(**given, **(options or {}))
     except TypeError as error:

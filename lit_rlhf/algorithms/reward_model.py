@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf import functional as F
@@ -62,6 +62,8 @@ class RewardModeling(Method):
         model.config.pad_token_id = pad_token_id(self.tokenizer)
         check_vocabulary(model, self.tokenizer)
         check_positions(self, model.config, "model")
+        if self.lora is not None:  # the head is trained, for which the bfloat16 of a frozen trunk is too coarse
+            model.score.float().register_forward_pre_hook(in_its_own_dtype)
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
         disable_dropout(self.reward_model)
         self.reward_model.train()
@@ -119,6 +121,11 @@ class RewardModeling(Method):
     def snapshot(self) -> dict[str, Any]:
         """See `Method`."""
         return snapshot(self.reward_model, self.tokenizer)
+
+
+def in_its_own_dtype(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Give a layer its input in the precision of its weight."""
+    return (args[0].to(next(layer.parameters()).dtype),)
 
 
 def share_right(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:

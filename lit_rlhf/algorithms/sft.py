@@ -16,15 +16,9 @@ class SFT(Method):
     """Supervised fine-tuning: `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
 
     The prompt is read and not learned. Back to Basics, appendix C: learning rate 2e-5, cosine, 3 % warm-up.
-
-    Args:
-        **options: See `Method`.
     """
 
     record = Demonstrations
-
-    def __init__(self, policy: Any, **options: Any) -> None:
-        super().__init__(policy, **options)
 
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of a batch."""

@@ -209,8 +209,8 @@ class VanillaPG(Online):
 
 def new_head(model: Any) -> nn.Linear:
     """Return an output for values, 0 at the start, on a causal language model's trunk."""
-    weight: Tensor = model.get_input_embeddings().weight
+    weight: Tensor = model.get_output_embeddings().weight  # it reads the same features
     dtype = torch.promote_types(weight.dtype, torch.float32)  # its steps are too fine for bfloat16
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
     return head.to(weight.device)

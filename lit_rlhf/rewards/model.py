@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lit_rlhf.padding import groups_of_like_length, padded_size
-from lit_rlhf.prefix import Forward, hidden_states, shared_features, why_not_shared
+from lit_rlhf.prefix import Forward, hidden_states, probe_input, rms, shared_features, why_not
 from lit_rlhf.text import encode_completion, encode_prompt
 from lit_rlhf.types import Prompts, Text
 
@@ -112,9 +112,12 @@ class RewardModel:
         model = self._model
         reason: str | None = f"a {type(model).__name__} has no linear head called `score`"
         if isinstance(getattr(model, "score", None), torch.nn.Linear):
-            vocabulary = model.get_input_embeddings().weight.shape[0]
-            with torch.autocast(model.device.type, enabled=False):
-                reason = why_not_shared(self._hidden, model.config, vocabulary, model.device)
+            prompts, ends = probe_input(model.get_input_embeddings().weight.shape[0], model.device)
+            starts = [ids[mask].tolist() for ids, mask in zip(prompts.tokens, prompts.mask, strict=True)]
+            rows = [(starts[i // 2], end) for i, end in enumerate(ends.tolist())]
+            whole = [start + end for start, end in rows]
+            expected, alone = self._forward(whole), torch.cat([self._forward([row]) for row in whole])
+            reason = why_not(lambda: self._forward_shared(rows), expected, rms(expected - alone))
         self._shares_prompt = reason is None
         if reason is not None:
             rank_zero_info(f"{_called(self.source)} computes each prompt once a completion: {reason}")

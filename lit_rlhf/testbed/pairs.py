@@ -10,6 +10,7 @@ from lit_rlhf.policy import Policy
 from lit_rlhf.sampling import Sampling
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.world import Brief, write
+from lit_rlhf.text import decode_completions
 
 NUM_SAMPLES = 4
 MAX_NEW_TOKENS = 40
@@ -38,7 +39,7 @@ def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -
     texts: list[str] = []
     for batch in data.val_dataloader():
         completions = policy.sample(batch, NUM_SAMPLES, Sampling(max_new_tokens=MAX_NEW_TOKENS), seed, epoch)
-        texts += policy.tokenizer.batch_decode(completions.ids(), skip_special_tokens=True)
+        texts += decode_completions(policy.tokenizer, completions.ids())
     return [texts[i : i + NUM_SAMPLES] for i in range(0, len(texts), NUM_SAMPLES)]
 
 

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import lit_rlhf
 from enumerable import make_prompts
-from lit_rlhf.critic import Critic
+from lit_rlhf.algorithms.vanilla_pg import new_head
+from lit_rlhf.critic import Critic, value_head
 from lit_rlhf.types import Demonstrations
 from runs import make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
@@ -104,6 +105,15 @@ def test_a_head_on_a_bfloat16_policy_trains(tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0)
     trainer.fit(module, make_data("PPO"))
     assert module.critic.weight.abs().max() > 1e-3
+
+
+def test_a_head_reads_what_the_output_layer_does(tiny):
+    """Which is narrower than the hidden states in some models, such as OPT-350m."""
+    shape = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(make_tokenizer()), do_layer_norm_before=False, **shape))
+    policy, head, batch = lit_rlhf.Policy(model, make_tokenizer()), new_head(model), make_input()
+    values = value_head(head, policy.features(batch.prompts, batch), batch)
+    assert policy.chunks_logits and values.shape == batch.mask.shape
 
 
 def test_a_critic_that_reads_other_tokens_is_refused(tiny, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lit_rlhf
-from judged import OPINIONS, rows_of, validate
+from judged import OPINIONS, prefers, rows_of, validate
 from runs import make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
@@ -62,6 +62,30 @@ def test_a_checkpoint_is_tested_with_the_weights_that_its_training_had_come_to(t
     assert trainer.callback_metrics["val/reward"] == pytest.approx(0.55)
     (tested,) = make_trainer(tmp_path).test(make(), data, ckpt_path=tmp_path / "two.ckpt", verbose=False)
     assert tested["test/reward"] == pytest.approx(0.55)
+
+
+def test_a_module_from_a_checkpoint_knows_how_far_its_training_had_come(tiny, tmp_path):
+    def counting(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    trainer, module = make_trainer(tmp_path, max_steps=2), make_module("RLOO", tiny, rewards=[counting])
+    trainer.fit(module, make_data("RLOO"))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    options = dict(policy=str(tiny), rewards=[counting], max_new_tokens=4)
+    loaded = lit_rlhf.RLOO.load_from_checkpoint(tmp_path / "two.ckpt", **options, weights_only=False)
+    for _ in range(2):
+        assert validate(loaded, rows_of("a", "b"), tmp_path)["val/reward"] == 2
+
+
+@pytest.mark.parametrize("choose", [None, lambda a, b: 0.5], ids=["scores", "pairs"])
+def test_scores_are_not_rounded_where_weights_are_bfloat16(choose, tiny, tmp_path):
+    def constant(completions, **kwargs):
+        return [0.7] * len(completions)
+
+    judged = constant if choose is None else prefers(choose)
+    module = make_module("RLOO", tiny, judge=judged, opponent="reference")
+    metrics = validate(module, rows_of("a", "b"), tmp_path, trainer={"precision": "bf16-true"})
+    assert metrics["val/win_rate"] == 0.5
 
 
 def test_equal_completions_tie_however_the_judge_rounds(tiny, tmp_path):
@@ -155,6 +179,22 @@ def test_perplexity_is_that_of_the_given_completions(tiny, tmp_path):
         total += float(logits.log_softmax(-1)[range(len(given)), given].sum())
         count += len(given)
     assert metrics["val/perplexity"] == pytest.approx(math.exp(-total / count), rel=1e-4)
+
+
+def test_a_given_completion_beyond_the_positions_is_a_sentence(tiny, tmp_path):
+    module = make_module("RLOO", tiny, evaluation={"preferred": "reference"})
+    with pytest.raises(ValueError, match=r"row 1 and its 'reference' have 5\d\d tokens, more than the 512 positions"):
+        validate(module, rows_of("short", "long " * 105), tmp_path)
+
+
+def test_a_greedy_method_is_measured_by_samples_too(tiny, tmp_path):
+    """Its KL, and the best of several samples, are of what the policy would draw."""
+    options = dict(rewards=[worth], evaluation={"best_of": 4})
+    drawn, greedy = (
+        validate(make_module("RLOO", tiny, sampling={"greedy": way}, **options), rows_of(*"abcde"), tmp_path)
+        for way in (False, True)
+    )
+    assert drawn == greedy
 
 
 def test_the_best_of_several_is_what_the_rewards_like(tiny, tmp_path):

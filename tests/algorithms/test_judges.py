@@ -6,18 +6,8 @@ import math
 import pytest
 
 import lit_rlhf
-from judged import OPINIONS, rows_of, validate
+from judged import OPINIONS, prefers, rows_of, validate
 from runs import make_module
-
-
-def prefers(choose):
-    """A judge of pairs that is given each prompt's pair and answers with `choose(completion, opponent)`."""
-
-    def pairs(prompts, completions, opponents, **kwargs):
-        return [choose(a, b) for a, b in zip(completions, opponents, strict=True)]
-
-    pairs.pairwise = True
-    return pairs
 
 
 def opinion(text):

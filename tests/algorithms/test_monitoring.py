@@ -130,3 +130,16 @@ def test_the_seconds_so_far_are_those_of_all_rollouts_so_far(options, accumulate
     assert all(after > before for before, after in pairwise(seconds))
     assert all(total >= 0.2 * count for total, count in zip(seconds[1:], pauses, strict=True))
     assert seconds[-1] < time.perf_counter() - began
+
+
+class Counting(lit_rlhf.RLOO):
+    def loss(self, rollout):
+        terms, metrics = super().loss(rollout)
+        return terms, {**metrics, "half": 0.5, "third": torch.tensor(1 / 3)}
+
+
+def test_a_loss_may_tell_numbers_and_tensors(tiny, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(Counting(str(tiny), rewards=[worth], max_new_tokens=4), make_data("RLOO"))
+    told = trainer.callback_metrics
+    assert told["train/half"] == 0.5 and told["train/third"] == pytest.approx(1 / 3)

@@ -73,6 +73,16 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tin
     check_resumes(name, case, tiny, tmp_path, slice(0, None, 19 if case == "two epochs a rollout" else 6))
 
 
+def test_a_module_that_has_trained_goes_back_to_a_rollout_of_before(tiny, tmp_path):
+    module, options = make_module("RLOO", tiny, minibatches=2), dict(max_epochs=2, callbacks=[SaveEverywhere(tmp_path)])
+    trainer = make_trainer(tmp_path, **options)
+    trainer.fit(module, make_data("RLOO"))
+    expected = state_of(trainer)
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, make_data("RLOO"), ckpt_path=tmp_path / "0-02.ckpt")  # one of two slices is done
+    assert not differing(expected, state_of(trainer))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(4|12) updates a rollout")
 @pytest.mark.parametrize("case", CASES)

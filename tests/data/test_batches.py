@@ -74,7 +74,10 @@ def test_completions_in_a_column_go_through_the_same_template_as_their_prompt(to
         "{% if not add_generation_prompt and tone %}!{% endif %}"
     )
     message = [{"role": "user", "content": "U"}]
-    rows = [{"prompt": message, "best": "a", "chat_template_kwargs": {"tone": "loud"}}, {"prompt": message, "best": "a"}]
+    rows = [
+        {"prompt": message, "best": "a", "chat_template_kwargs": {"tone": "loud"}},
+        {"prompt": message, "best": "a"},
+    ]
     encoded = Encoder(tokenizer, template_kwargs={"tone": "calm"})(batches.read_examples(rows, read_prompt))
     _, completions = column_completions(tokenizer, batches.collate_prompts(encoded, 0), "best")
     written = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions.ids()]

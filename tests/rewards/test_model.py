@@ -1,4 +1,5 @@
 import copy
+import logging
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    LlamaForSequenceClassification,
     Qwen2Config,
 )
 
@@ -104,6 +106,23 @@ def test_the_completions_of_a_prompt_share_it(kind, rows):
     reward._shares_prompt = False
     torch.testing.assert_close(reward(*given), expected, atol=1e-4, rtol=1e-4)
     assert shared < 0.8 * sum(seen)
+
+
+def test_a_model_that_changes_its_score_afterwards_is_asked_itself(tokenizer, caplog):
+    class Larger(LlamaForSequenceClassification):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 10
+            return output
+
+    model = make_model()
+    model.__class__ = Larger
+    reward = RewardModel(model, tokenizer)
+    with caplog.at_level(logging.INFO):
+        scores = reward(["why?"] * 4, ["a", "b", "a", "b"])
+    alone = torch.cat([reward(["why?"], [text]) for text in ("a", "b", "a", "b")])
+    torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
+    assert "Larger' computes each prompt once a completion: its output would differ" in caplog.text
 
 
 def test_a_prompt_is_not_shared_where_that_saves_nothing(tokenizer):

@@ -1,0 +1,57 @@
+"""From text to ids and back, with tokenizers and templates that have their own ways with the ends of a text."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from lit_rlhf.text import decode_completions, encode_completion, encode_prompt
+
+DIALOGUE = "Human: hi\n\nAssistant:"
+
+
+@pytest.fixture
+def spacing():
+    """As Llama 2's: a space is put before every text, and taken off what is decoded."""
+    letters = "▁\n:;" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, "▁g", "▁go"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "g"), ("▁g", "o")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
+def test_a_completion_is_read_as_what_follows_its_prompt(completion, spacing):
+    ids = encode_prompt(spacing, DIALOGUE) + encode_completion(spacing, DIALOGUE, completion, finished=False)
+    assert ids == spacing(DIALOGUE + completion)["input_ids"]
+
+
+@pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
+def test_a_completion_is_written_as_it_stands_behind_its_prompt(completion, spacing):
+    ids = encode_completion(spacing, DIALOGUE, completion)
+    assert ids[-1] == spacing.eos_token_id
+    assert decode_completions(spacing, [ids, ids[:-1]]) == [completion] * 2
+
+
+def test_a_text_without_a_prompt_begins_as_texts_do(spacing):
+    assert encode_completion(spacing, "", "good", finished=False) == spacing("good")["input_ids"]
+
+
+def test_a_turn_ends_as_its_template_ends_it(tokenizer):
+    """With a token that is not the tokenizer's EOS, as Gemma's and Phi's do; what stands behind it is not sampled."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "good"}]
+    written = {
+        finished: tokenizer.decode(encode_completion(tokenizer, prompt, answer, finished)) for finished in (True, False)
+    }
+    assert written == {True: "good<end>", False: "good"}
+
+
+def test_a_special_token_within_a_turn_does_not_end_it(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "a<bos>b"}]
+    assert tokenizer.decode(encode_completion(tokenizer, prompt, answer)).endswith("a<bos>b<eos>")
