@@ -67,6 +67,7 @@ class GradientNoise(Callback):
         prompts = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
         if prompts is not None:
             self._check_parts(pl_module, prompts)
+        super().on_train_start(trainer, pl_module)
 
     def _check_parts(self, module: Online, prompts: int) -> int:
         """Return how many parts a rollout is cut into; raise a ValueError if it has too few prompts for that."""
@@ -121,10 +122,11 @@ class GradientNoise(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""
-        return {"averages": self.averages}
+        return {**super().state_dict(), "averages": self.averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them."""
+        super().load_state_dict(state_dict)
         self.averages = state_dict["averages"]
 
 

@@ -132,11 +132,6 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
         GradientNoise.__init__(self, every_n_rollouts, parts, smoothing)
         GrowingBatch.__init__(self, maximum)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to measure, and that the data can grow."""
-        GradientNoise.on_train_start(self, trainer, pl_module)
-        GrowingBatch.on_train_start(self, trainer, pl_module)
-
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
         """Begin an epoch with the size that the last one ended with, or go on inside one."""
         if steps_done == 0 or not self.sizes:
@@ -153,15 +148,6 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
             following = trainer.fit_loop.epoch_loop.batch_idx // module.repeats + 1
             self.sizes.append((following, size))
             grow(trainer, list(self.sizes))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages and the sizes of this epoch's blocks."""
-        return {**GradientNoise.state_dict(self), **GrowingBatch.state_dict(self)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them."""
-        GradientNoise.load_state_dict(self, state_dict)
-        GrowingBatch.load_state_dict(self, state_dict)
 
 
 def blocks_of(trainer: Trainer) -> BlockSampler:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_rlhf.callbacks.common import is_trial
 from lit_rlhf.callbacks.samples import jsonable
 
 
@@ -32,6 +33,8 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin this rank's part."""
+        if is_trial(trainer):
+            return
         part = self._part(trainer, trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("")
@@ -40,11 +43,15 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Append a batch."""
+        if is_trial(trainer):
+            return
         with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in outputs or ())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the parts of all ranks together."""
+        if is_trial(trainer):
+            return
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-from lightning.pytorch import Trainer
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
@@ -30,6 +32,19 @@ from lit_rlhf.export import export_checkpoint
 CONFIGS = Path(__file__).parent / "configs"
 PACKAGE = Path(__file__).parent
 PROGRAM = "lit-rlhf"
+CONFIG_FLAGS = ("--config", "-c")
+CALLBACKS: dict[str, type[Callback]] = {
+    "checkpoint": callbacks.PolicyCheckpoint,
+    "kl_monitor": callbacks.KLMonitor,
+    "samples": callbacks.SampleLogger,
+    "curves": callbacks.Curves,
+    "predictions": callbacks.PredictionWriter,
+}
+DESCRIPTION = (
+    "Align language models with human feedback. Beside the commands below, `lit-rlhf export` makes a model's folder of "
+    "a checkpoint, and `lit-rlhf compare` runs several methods side by side; each has a --help of its own."
+)
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class RLHFCommandLine(LightningCLI):
@@ -37,11 +52,8 @@ class RLHFCommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks."""
-        parser.add_lightning_class_args(callbacks.PolicyCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(callbacks.KLMonitor, "kl_monitor")
-        parser.add_lightning_class_args(callbacks.SampleLogger, "samples")
-        parser.add_lightning_class_args(callbacks.Curves, "curves")
-        parser.add_lightning_class_args(callbacks.PredictionWriter, "predictions")
+        for name, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer; without a logger of the user's it logs to TensorBoard and `metrics.csv` in one folder."""
@@ -50,6 +62,16 @@ class RLHFCommandLine(LightningCLI):
             tensorboard = TensorBoardLogger(root, name="")
             kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Build it without those callbacks that its flags switch off, which nobody has asked for."""
+        kinds = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
+        off = tuple(kind for flag, kind in kinds.items() if config.get(flag) is False)
+        defaults = self.trainer_defaults
+        defaults["callbacks"] = [callback for callback in defaults["callbacks"] if not isinstance(callback, off)]
+        return super()._instantiate_trainer(
+            config, [callback for callback in callbacks if not isinstance(callback, off)]
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,6 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     given = expand_configs(list(sys.argv[1:] if args is None else args))
     sys.path.insert(0, str(Path.cwd()))  # where a user's own methods and rewards are
+    check_configs(given)
     check_class_names(given)
     quieten()
     try:
@@ -129,7 +152,7 @@ def run() -> None:
         auto_configure_optimizers=False,
         trainer_defaults=defaults,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": PROGRAM, "description": "Align language models with human feedback.", **usage},
+        parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, **usage},
     )
     for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.SaveOnSignal) and callback.stopped is not None:
@@ -138,14 +161,13 @@ def run() -> None:
 
 def expand_configs(args: list[str]) -> list[str]:
     """Replace the bare name of a shipped configuration after `--config` by its path."""
-    flags = ("--config", "-c")
     expanded = []
     for previous, arg in zip(["", *args], args, strict=False):
         flag, separator, value = arg.partition("=")
-        if separator and flag in flags:
+        if separator and flag in CONFIG_FLAGS:
             expanded.append(f"{flag}={shipped_config(value)}")
         else:
-            expanded.append(shipped_config(arg) if previous in flags else arg)
+            expanded.append(shipped_config(arg) if previous in CONFIG_FLAGS else arg)
     return expanded
 
 
@@ -164,6 +186,23 @@ def shipped_config(name: str) -> str:
     sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
 
 
+def check_configs(args: list[str]) -> None:
+    """Check that configurations are for the command that they are given to.
+
+    Raises:
+        SystemExit: If one is of a comparison and the command none, or the other way round.
+    """
+    compares = args[:1] == ["compare"]
+    for previous, arg in zip(["", *args], args, strict=False):
+        path = Path(arg if previous in CONFIG_FLAGS else arg.partition("=")[2] if arg.startswith("--config=") else "")
+        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+            continue
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(keys, dict) and ("model" if compares else "cells") in keys:
+            cure = "it is for fit, validate, test and predict" if compares else "it is for `lit-rlhf compare`"
+            sys.exit(f"{PROGRAM}: --config {arg!r} is not for {args[0]}: {cure}")
+
+
 def check_class_names(args: list[str]) -> None:
     """Check names of classes and functions, where the parser would list all it tried.
 
@@ -175,7 +214,10 @@ def check_class_names(args: list[str]) -> None:
     for previous, arg in zip(["", *args], args, strict=False):
         flag, separator, value = arg.partition("=")
         flag, value = (flag, value) if separator else (previous, arg)
-        if flag not in bases or not all(part.isidentifier() for part in value.split(".")):
+        if flag == "--data" and value.endswith(DATA_SUFFIXES):
+            sys.exit(f"{PROGRAM}: --data {value!r} is a file, and --data takes a class: did you mean --data.train?")
+        named = all(part.isidentifier() for part in value.split("."))
+        if flag not in bases or not named or Path(value).is_file():
             continue
         base = bases[flag]
         if "." in value:
@@ -226,7 +268,8 @@ def own_sentence(error: BaseException | None) -> str | None:
     folders = [PACKAGE.resolve(), (PACKAGE / "callbacks").resolve()]
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if frames and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in folders):
+        said = bool(frames) and (frames[-1].line or "").startswith("raise ")  # and is no slip of a subclass
+        if said and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in folders):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

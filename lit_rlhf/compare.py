@@ -212,9 +212,11 @@ def cell_runs(
 
 def cost_runs(folder: Path, cells: dict[str, Cell], common: list[str], cost: Cost | None) -> Iterator[Run]:
     """Every cell that is trained, round by round; its number is the seed."""
-    for number in range(1, cost.rounds + 1) if cost else ():
+    if cost is None:
+        return
+    for number in range(1, cost.rounds + 1):
         for name, cell in cells.items():
-            if cost and cell.fit is not None:
+            if cell.fit is not None:
                 given: Arguments = {"fit": [*common, *cell.fit, *cost.fit]}
                 place = cell_folder(folder, name, number)
                 yield Run(name, f"cost of {name}, round {number}", place, number, given)

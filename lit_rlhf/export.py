@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -48,7 +49,8 @@ def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
             if path.is_file()
         }
     dtype = str(next(inner.parameters()).dtype).removeprefix("torch.")
-    return {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
+    told = {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
+    return {**told, "base": fingerprint(inner)} if isinstance(model, PeftModel) else told
 
 
 def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False) -> Path:
@@ -56,13 +58,15 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
 
     Args:
         ckpt_path: A checkpoint written while training with one of the package's methods.
-        out: The folder to write, replaced if it is there.
+        out: The folder to write; one that holds a model is replaced.
         merge: Merge an adapter into its model, which is loaded for that from where it came.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint was written by something else, or lacks weights.
+        ValueError: If the checkpoint was written by something else, or lacks weights, or its model is not that under
+            the adapter any more; or if the folder holds something else than a model.
     """
+    check_replaceable(Path(out))
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
@@ -73,6 +77,25 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     write_folder(Path(out), lambda folder: _rebuild(told, weights, folder, merge))
     return Path(out)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise a ValueError if a folder holds something else than a model, which would be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {str(folder)!r} is a file: give a folder")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & {"config.json", "adapter_config.json"}:
+        some = ", ".join(sorted(names)[:3])
+        raise ValueError(f"--out {str(folder)!r} holds something else than a model ({some}): give a folder of its own")
+
+
+def fingerprint(model: Any) -> str:
+    """Tell a model from what further training makes of it, whatever adapter lies on it: by its norms and biases."""
+    told = hashlib.sha256()
+    for name, weight in sorted((n.replace(".base_layer", ""), p) for n, p in model.named_parameters() if p.ndim == 1):
+        if "lora_" not in name:
+            told.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return told.hexdigest()
 
 
 def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:
@@ -95,6 +118,11 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
                 raise ValueError("the adapter's model came in memory: export without --merge, and merge with PEFT")
             where = {"revision": told["revision"]} if told.get("revision") else {}
             base = architecture.from_pretrained(told["source"], config=config, dtype=told["dtype"], **where)
+            if told.get("base", fingerprint(base)) != fingerprint(base):
+                raise ValueError(
+                    f"{told['source']!r} is not the model any more that the adapter was trained on: put that back, or "
+                    "export without --merge"
+                )
         else:  # the adapter alone is saved, so its model needs no weights
             with torch.device("meta"):
                 base = architecture(config)

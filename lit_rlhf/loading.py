@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -27,7 +27,7 @@ def resolve(source: str | Path) -> str:
     looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
     if looks_like_a_path and not Path(text).expanduser().is_dir():
         raise FileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
-    return str(Path(text).expanduser()) if Path(text).expanduser().is_dir() else text
+    return str(Path(text).expanduser().resolve()) if Path(text).expanduser().is_dir() else text
 
 
 def is_adapter(name: str) -> bool:
@@ -36,8 +36,20 @@ def is_adapter(name: str) -> bool:
 
 
 def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used."""
-    return AutoTokenizer.from_pretrained(resolve(source), **hub_options(options))
+    """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    name = resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub_options(options))
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer beside one
+            return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path))
+        raise ValueError(
+            f"{str(source)!r} is no folder here that holds a model with its tokenizer, nor could it be had from the hub"
+        ) from error
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:

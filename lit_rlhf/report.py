@@ -27,7 +27,10 @@ COLUMNS = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
-"""Metrics of `lit-rlhf test` that the table shows, where a run has them and they are not 0 in all, and their titles."""
+"""Metrics of `lit-rlhf test` that the table shows, where a run has them, and what it calls them."""
+
+IF_ANY = ("undecided", "position_bias")
+"""Those of them that are shown only where they are not 0 everywhere."""
 
 COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak memory (MiB)"}
 """What is shown of a method's cost: medians, with the range of the rounds."""
@@ -149,7 +152,8 @@ def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str
 
 
 def _any_has(results: Results, metric: str) -> bool:
-    return any(row["metrics"].get(metric) for rows in results.values() for row in rows)
+    values = [row["metrics"][metric] for rows in results.values() for row in rows if metric in row["metrics"]]
+    return any(values) if metric in IF_ANY else bool(values)
 
 
 def _values(rows: list[dict[str, Any]], metric: str) -> list[float]:

@@ -21,6 +21,10 @@ class OPO(lit_rlhf.RLOO):
         lengths = rollout.completions.mask.sum(-1)
         return rollout.returns - (rollout.returns * lengths).sum(1, keepdim=True) / lengths.sum(1, keepdim=True)
 
+class Slip(lit_rlhf.RLOO):
+    def loss(self, rollout):
+        return super().loss(rollout)[0]  # and no metrics
+
 def words(completions, **kwargs):
     return [float(len(text.split())) for text in completions]
 """
@@ -174,12 +178,37 @@ def test_an_adapter_is_merged_on_demand(place):
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_comparison_does_not_take_the_configuration_of_a_method():
+    with pytest.raises(SystemExit, match="is not for compare: it is for fit"):
+        main(["compare", "--config", "quickstart"])
+
+
+def test_a_configuration_may_be_given_as_a_class(place):
+    Path("mine.yaml").write_text("class_path: RLOO\ninit_args: {num_samples: 2, rewards: [mine.words]}\n")
+    fit("--model=mine.yaml", "--model.policy=tiny", *SHORT)
+    assert "num_samples: 2" in next(place.glob("here/version_0/config.yaml")).read_text()
+
+
+def test_what_the_trainer_is_told_to_leave_out_is_left_out(place, capsys):
+    fit("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false")
+    assert not list(place.glob("here/policy")) and not list(place.glob("here/version_0/checkpoints"))
+    assert "step 1" not in capsys.readouterr().out
+
+
+def test_a_slip_of_ones_own_method_has_its_traceback(place):
+    with pytest.raises(ValueError, match=r"(too many|not enough) values to unpack"):
+        fit("--model=mine.Slip")
+
+
 def test_predict_writes_completions_and_scores(place):
     common = ["--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=6", "--trainer.default_root_dir=here"]
-    main(["predict", "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, "--trainer.accelerator=cpu"])
+    predict = ["predict", "--config=rloo", *common, "--model.rewards+=mine.words", *SHORT, "--trainer.accelerator=cpu"]
+    main(predict)
     rows = [json.loads(line) for line in Path("here/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * 4
     assert all(row["reward"] == len(row["completion"].split()) for row in rows)
+    main([*predict, "--trainer.fast_dev_run=1"])  # writes nothing
+    assert len(Path("here/predictions.jsonl").read_text().splitlines()) == len(rows)
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
@@ -220,6 +249,9 @@ WRONG = {
         "accumulate_grad_batches=3 does not fit a rollout of 4 steps",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
+    "data where a class must be": (["--data=prompts.jsonl"], "did you mean --data.train?"),
+    "a policy that is nowhere": (["--model.policy=nowhere"], "'nowhere' is no folder here that holds a model"),
+    "a configuration of comparisons": (["--config=paper/testbed"], "it is for `lit-rlhf compare`"),
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
     "a column that is not there": (["--data.prompt_column=question"], "question"),

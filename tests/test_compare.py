@@ -376,6 +376,8 @@ def test_a_column_stands_where_there_is_something_to_see(tmp_path):
     results = {"a": [{"seed": i, "metrics": row, "curves": []} for i, row in enumerate(rows)]}
     table = report.write(tmp_path, results, {}, 2, (), 1).read_text()
     assert table.startswith("| method | seeds | win rate | position bias |\n")
+    nothing = {"a": [{"seed": 1, "metrics": {"undecided": 0.0, "reward": 0.0}, "curves": []}]}
+    assert report.write(tmp_path, nothing, {}, 1, (), 1).read_text().startswith("| method | seeds | reward |\n")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,37 @@ def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_
         export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
 
 
+def test_an_adapter_is_not_merged_into_what_its_model_has_become(tmp_path):
+    tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    _, checkpoint = trained("RLOO", tmp_path / "base", tmp_path, lora=LORA)
+    export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    model.model.norm.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="is not the model any more that the adapter was trained on"):
+        export_checkpoint(checkpoint, tmp_path / "again", merge=True)
+    export_checkpoint(checkpoint, tmp_path / "again")
+
+
+def test_an_export_replaces_a_model_and_nothing_else(base, tmp_path):
+    _, checkpoint = trained("SFT", base, tmp_path)
+    for _ in range(2):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds something else than a model \(last.ckpt, out\)"):
+        export_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        export_checkpoint(checkpoint, checkpoint)
+    assert checkpoint.is_file() and files(tmp_path) == {"last.ckpt", "out"}
+
+
+def test_the_folder_of_an_adapter_may_lack_its_tokenizer(base, tmp_path):
+    module, _ = trained("RLOO", base, tmp_path, lora=LORA)
+    module.policy.model.save_pretrained(tmp_path / "adapter")
+    again = make_module("RLOO", tmp_path / "adapter")
+    assert again.tokenizer.get_vocab() == module.tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_whole_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_path):
     policy = make_policy(write_base(tmp_path) if loaded else None, moved=0.05)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.algorithms.monitor import now, peak_memory
 from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
 from lit_rlhf.export import snapshot, write_folder
-from lit_rlhf.loading import load_tokenizer
+from lit_rlhf.loading import load_tokenizer, resolve
 from lit_rlhf.policy import Policy
 from lit_rlhf.schedules import Warmup
 from lit_rlhf.types import Record
@@ -220,11 +220,11 @@ class Method(LightningModule, ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """Return what an export needs beside the weights."""
-        told = snapshot(self.policy.model, self.policy.tokenizer)
-        if not self.policy.loaded:
+        told = snapshot(self.get_submodule(self.trained.removesuffix(".")), self.tokenizer)
+        if "policy" in self._modules and not self.policy.loaded:
             return {**told, "source": ""}
-        revision = self.load_options.get("revision") if told["source"] == self.source else None
-        return {**told, "revision": revision}
+        own = told["source"] in (self.source, resolve(self.source))
+        return {**told, "revision": self.load_options.get("revision") if own else None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, what an export needs, and what is under way; no other frozen weights.

@@ -148,12 +148,6 @@ def check_plan(module: Online, batch_size: int | None) -> None:
         ValueError: If they don't.
     """
     repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
-    overfit_batches = getattr(module.trainer, "overfit_batches", 0)
-    if overfit_batches:
-        raise ValueError(
-            f"overfit_batches={overfit_batches} is not possible here, since it exchanges the sampler "
-            "that repeats prompts: train on a small data set instead, with data.train and data.batch_size"
-        )
     if repeats % accumulate and (accumulate % repeats or module.epochs > 1):
         raise ValueError(
             f"accumulate_grad_batches={accumulate} does not fit a rollout of {repeats} steps (minibatches x "

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.plan import check_positions
-from lit_rlhf.export import snapshot
 from lit_rlhf.loading import add_lora, check_vocabulary, disable_dropout, is_adapter, resolve
 from lit_rlhf.policy import Policy
 from lit_rlhf.text import pad_token_id
@@ -117,10 +116,6 @@ class RewardModeling(Method):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)
-
-    def snapshot(self) -> dict[str, Any]:
-        """See `Method`."""
-        return snapshot(self.reward_model, self.tokenizer)
 
 
 def in_its_own_dtype(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

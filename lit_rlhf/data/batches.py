@@ -174,10 +174,10 @@ class Encoder:
     def _cut_prompt(self, row: Encoded, limit: int) -> Encoded:
         start = row.prompt[:1] if limit > 1 and row.prompt[0] == self.tokenizer.bos_token_id else row.prompt[:0]
         end = row.prompt[len(row.prompt) - limit + len(start) :]
-        return Encoded(row.index, row.example, np.concatenate([start, end]), row.completions)
+        return dataclasses.replace(row, prompt=np.concatenate([start, end]))
 
     def _cut_completions(self, row: Encoded, limit: int) -> Encoded:
-        return Encoded(row.index, row.example, row.prompt, tuple(ids[:limit] for ids in row.completions))
+        return dataclasses.replace(row, completions=tuple(ids[:limit] for ids in row.completions))
 
 
 def _ids(tokens: list[int]) -> Ids:

@@ -133,16 +133,15 @@ class TextData(lightning.LightningDataModule):
 
     def _load(self, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
         held_out = isinstance(self.val, (int, float))
+        if held_out and self.train is None:
+            raise ValueError(f"val={self.val} is a part of data.train, which is not set: set it, or give val a source")
         if self.train_set is None and self.train is not None and (stage == "fit" or held_out):
             rows = self._encode(self.train, ("train",), tokenizer)
-            kept, held = self._hold_out(rows) if held_out else (rows, [])
-            self.train_set = EncodedRows(kept)
-            self.val_set = EncodedRows(held) if held else self.val_set
-        if self.val_set is None and self.val is not None:
-            if isinstance(self.val, (int, float)):
-                raise ValueError(
-                    f"val={self.val} is a part of data.train, which is not set: set it, or give val a source"
-                )
+            if held_out:
+                rows, held = self._hold_out(rows)
+                self.val_set = EncodedRows(held)
+            self.train_set = EncodedRows(rows)
+        if self.val_set is None and self.val is not None and not isinstance(self.val, (int, float)):
             self.val_set = EncodedRows(self._encode(self.val, ("validation", "test"), tokenizer))
 
     def _encode(self, source: Source, prefer: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

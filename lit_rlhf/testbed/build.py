@@ -6,11 +6,11 @@ pipeline that a user runs on data of their own, by the same classes.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from safetensors.torch import load_file, save_file
@@ -107,7 +107,7 @@ def explore(policy: Path, reward_model: Path, rows: list[dict[str, str]], update
 
 
 def build(
-    out: Path,
+    out: Path = Path("runs/testbed"),
     seed: int = 0,
     num_demonstrations: int = 40_000,
     num_prompts: int = 1016,
@@ -151,14 +151,5 @@ def build(
         print(f"with the raters in {noisy:.1%} of {len(held_out)} pairs by {name}, with gold in {true:.1%}")
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m lit_rlhf.testbed.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "testbed", help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    build(given.out, given.seed)
-
-
 if __name__ == "__main__":
-    main()
+    jsonargparse.auto_cli(build, as_positional=False, prog="python -m lit_rlhf.testbed.build")

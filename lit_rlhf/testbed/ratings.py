@@ -8,7 +8,6 @@ Hutto and Gilbert, *VADER*, ICWSM 2014.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import jsonargparse
 from lightning.pytorch import seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -157,8 +157,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def build(
-    data: str | Path,
-    out: Path,
+    data: str,
+    out: Path = Path("runs/ratings"),
     seed: int = 0,
     held_out: int = 1000,
     num_pairs: int = 24_000,
@@ -173,7 +173,7 @@ def build(
         data: The rated texts: JSON lines with `text` and `ratings`.
         out: The folder: `policy`, `reward_model`, `judge`, and the JSON lines `train`, `test` and `pairs`.
         seed: Of everything.
-        held_out: Texts at the end of the file that nothing is trained on.
+        held_out: Texts at the end of the file that nothing is trained on; shuffle the file before.
         num_pairs: Pairs that the reward model learns from, and as many others for the judge.
         epochs: Of SFT over all other texts.
         vocabulary: Tokens.
@@ -206,15 +206,5 @@ def build(
         print(f"{out / name}: with the majority of raters in {model:.1%} of held-out pairs (one rater: {rater:.1%})")
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m lit_rlhf.testbed.ratings", description=__doc__)
-    parser.add_argument("--data", required=True, help="JSON lines with `text` and `ratings`")
-    parser.add_argument("--out", type=Path, default=Path("runs/ratings"), help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    build(given.data, given.out, given.seed)
-
-
 if __name__ == "__main__":
-    main()
+    jsonargparse.auto_cli(build, as_positional=False, prog="python -m lit_rlhf.testbed.ratings")

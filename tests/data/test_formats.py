@@ -123,6 +123,20 @@ def test_an_implicit_prompt_and_its_completions_put_together_are_what_was_given(
     assert not example.prompt.endswith(" ")
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda row: read_preference({**row, "chosen": "The sky is blue.", "rejected": "The sky is green."}),
+        lambda row: read_demonstration({**row, "answer": "Blue."}, completion_column="answer"),
+        lambda row: read_prompt({**row, "chosen": "The sky is blue.", "rejected": "The sky is green."}),
+    ],
+    ids=["preference", "demonstration", "prompt"],
+)
+def test_a_prompt_under_another_name_is_not_left_out(read):
+    with pytest.raises(ValueError, match="no column 'prompt', but 'question': name it with prompt_column='question'"):
+        read({"question": "What colour is the sky?"})
+
+
 def test_empty_fields_that_a_table_adds_to_messages_are_gone():
     example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
     assert example.prompt == [user("Hi")]
