@@ -73,10 +73,14 @@ def encode_completion(
 def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
     """Return the texts of completions, without special tokens, as they stand behind a prompt."""
     before = _encode(tokenizer, BEFORE)
-    start = tokenizer.decode(before, skip_special_tokens=True)
-    texts = tokenizer.batch_decode([before + ids for ids in completions], skip_special_tokens=True)
+    start = _decode(tokenizer, [before])[0]
+    texts = _decode(tokenizer, [before + ids for ids in completions])
     whole = all(text.startswith(start) for text in texts)
-    return [text[len(start) :] for text in texts] if whole else tokenizer.batch_decode(completions, True)
+    return [text[len(start) :] for text in texts] if whole else _decode(tokenizer, completions)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
+    return list(tokenizer.batch_decode(list(rows), skip_special_tokens=True))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -93,7 +97,7 @@ def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list
     """Cut off the token that ends a turn, with what a template writes behind it, which is never sampled."""
     known = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     end = next((i for i in reversed(range(len(ids))) if ids[i] in known), None)
-    if end is None or (ids[end] != tokenizer.eos_token_id and tokenizer.decode(ids[end + 1 :]).strip()):
+    if end is None or (ids[end] != tokenizer.eos_token_id and "".join(_decode(tokenizer, [ids[end + 1 :]])).strip()):
         return ids, tokenizer.eos_token_id
     return ids[:end], ids[end]
 

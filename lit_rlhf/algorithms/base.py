@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.monitor import now, peak_memory
 from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
@@ -173,7 +173,7 @@ class Method(LightningModule, ABC):
             mask: True where a term counts.
             planned: About how many terms a step has, the same on all ranks; by default as many as rows are asked for.
         """
-        self._planned = self._planned or float(planned or getattr(data_module(self), "batch_size", 1))
+        self._planned = self._planned or planned or float(getattr(data_module(self), "batch_size", 1))
         total = terms.masked_fill(~mask, 0.0).sum()
         self._total += float(total.detach())
         self._counted += int(mask.sum())
@@ -220,7 +220,8 @@ class Method(LightningModule, ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """Return what an export needs beside the weights."""
-        told = snapshot(self.get_submodule(self.trained.removesuffix(".")), self.tokenizer)
+        model = cast("PreTrainedModel | PeftModel", self.get_submodule(self.trained.removesuffix(".")))
+        told = snapshot(model, self.tokenizer)
         if "policy" in self._modules and not self.policy.loaded:
             return {**told, "source": ""}
         own = told["source"] in (self.source, resolve(self.source))
