@@ -72,7 +72,7 @@ def encode_completion(
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
     """Return the texts of completions, without special tokens, as they stand behind a prompt."""
-    before = _encode(tokenizer, BEFORE)
+    before = _before(tokenizer)
     start = _decode(tokenizer, [before])[0]
     texts = _decode(tokenizer, [before + ids for ids in completions])
     whole = all(text.startswith(start) for text in texts)
@@ -89,8 +89,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text that follows another; as those of the text alone where the two would melt into one token."""
-    before, both = _encode(tokenizer, BEFORE), _encode(tokenizer, BEFORE + text)
-    return both[len(before) :] if both[: len(before)] == before else _encode(tokenizer, text)
+    if before := _before(tokenizer):
+        both = _encode(tokenizer, BEFORE + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return _encode(tokenizer, text)
+
+
+def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `BEFORE`, none where a tokenizer of a few words does not know it."""
+    try:
+        return _encode(tokenizer, BEFORE)
+    except Exception:  # nothing narrower is what `tokenizers` raises
+        return []
 
 
 def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int | None]:

@@ -157,7 +157,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def build(
-    data: str,
+    data: str | Path,
     out: Path = Path("runs/ratings"),
     seed: int = 0,
     held_out: int = 1000,

@@ -74,8 +74,9 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tin
 
 
 def test_a_module_that_has_trained_goes_back_to_a_rollout_of_before(tiny, tmp_path):
-    module, options = make_module("RLOO", tiny, minibatches=2), dict(max_epochs=2, callbacks=[SaveEverywhere(tmp_path)])
-    trainer = make_trainer(tmp_path, **options)
+    schedule = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
+    module = make_module("RLOO", tiny, minibatches=2, **schedule)
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[SaveEverywhere(tmp_path)])
     trainer.fit(module, make_data("RLOO"))
     expected = state_of(trainer)
     trainer = make_trainer(tmp_path, max_epochs=2)
