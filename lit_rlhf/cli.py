@@ -197,7 +197,10 @@ def check_configs(args: list[str]) -> None:
         path = Path(arg if previous in CONFIG_FLAGS else arg.partition("=")[2] if arg.startswith("--config=") else "")
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
             continue
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            continue  # the parser says what is wrong
         if isinstance(keys, dict) and ("model" if compares else "cells") in keys:
             cure = "it is for fit, validate, test and predict" if compares else "it is for `lit-rlhf compare`"
             sys.exit(f"{PROGRAM}: --config {arg!r} is not for {args[0]}: {cure}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -92,8 +93,10 @@ def check_replaceable(folder: Path) -> None:
 def fingerprint(model: Any) -> str:
     """Tell a model from what further training makes of it, whatever adapter lies on it: by its norms and biases."""
     told = hashlib.sha256()
-    for name, weight in sorted((n.replace(".base_layer", ""), p) for n, p in model.named_parameters() if p.ndim == 1):
-        if "lora_" not in name:
+    wrapped = re.compile(r"\.(base_layer|original_module)\b")
+    plain = {wrapped.sub("", name): weight for name, weight in model.named_parameters() if weight.ndim == 1}
+    for name, weight in sorted(plain.items()):
+        if "lora_" not in name and "modules_to_save" not in name:
             told.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     return told.hexdigest()
 

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from lit_rlhf.text import end_of_turn
+
 
 def resolve(source: str | Path) -> str:
     """Return the folder or hub id that `source` names; `testbed` is the policy shipped with the package.
@@ -46,9 +48,11 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
         return AutoTokenizer.from_pretrained(name, **hub_options(options))
     except (OSError, ValueError) as error:
         if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer beside one
-            return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path))
+            options = {key: value for key, value in options.items() if key != "revision"}
+            return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
         raise ValueError(
-            f"{str(source)!r} is no folder here that holds a model with its tokenizer, nor could it be had from the hub"
+            f"{str(source)!r} is no folder here that holds a model with its tokenizer, nor could it be had from the "
+            f"hub: {error}"
         ) from error
 
 
@@ -148,9 +152,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every id that ends a completion: the generation config's (chat models have several), the tokenizer's."""
+    """Return every id that ends a completion: the generation config's, the tokenizer's, the chat template's."""
     ids: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         value = getattr(owner, "eos_token_id", None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if (turn := end_of_turn(tokenizer)) is not None:
+        ids.add(turn)
     return sorted(ids)

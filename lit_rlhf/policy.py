@@ -51,6 +51,7 @@ from lit_rlhf.prefix import (
     why_not,
 )
 from lit_rlhf.sampling import Sampling, addressed_noise, decode
+from lit_rlhf.text import end_of_turn
 from lit_rlhf.types import Completions, Prompts
 
 LOGITS_AT_ONCE = 2**25
@@ -91,6 +92,8 @@ class Policy(nn.Module):
         disable_dropout(self.model)
         self.train()  # without dropout the modes differ only in what gradient checkpointing does
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
+        if (turn := end_of_turn(tokenizer)) is not None and self.causal_lm.can_generate():
+            stop_at(self.causal_lm.generation_config, turn)  # an export is to end its turns too
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Policy:
@@ -317,6 +320,14 @@ class Reference:
         """See `Policy.sample`."""
         with self._frozen():
             return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
+
+
+def stop_at(config: Any, token: int) -> None:
+    """Add an id to those that end what a model generates."""
+    known = config.eos_token_id
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if token not in ids:
+        config.eos_token_id = [*ids, token]
 
 
 def _join(parts: list[Completions]) -> Completions:

@@ -8,6 +8,7 @@ are given, and take the first space off every text that they decode.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,10 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence
     before = _before(tokenizer)
     start = _decode(tokenizer, [before])[0]
     texts = _decode(tokenizer, [before + ids for ids in completions])
-    whole = all(text.startswith(start) for text in texts)
-    return [text[len(start) :] for text in texts] if whole else _decode(tokenizer, completions)
+    return [
+        text[len(start) :] if text.startswith(start) else _decode(tokenizer, [ids])[0]
+        for text, ids in zip(texts, completions, strict=True)
+    ]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
@@ -106,11 +109,32 @@ def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int | None]:
     """Cut off the token that ends a turn, with what a template writes behind it, which is never sampled."""
-    known = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    end = next((i for i in reversed(range(len(ids))) if ids[i] in known), None)
-    if end is None or (ids[end] != tokenizer.eos_token_id and "".join(_decode(tokenizer, [ids[end + 1 :]])).strip()):
-        return ids, tokenizer.eos_token_id
-    return ids[:end], ids[end]
+    eos: int | None = tokenizer.eos_token_id
+    if eos in ids:
+        ids = ids[: len(ids) - ids[::-1].index(eos)]
+    end, special = eos, _special_ids(tokenizer, len(tokenizer))
+    while (last := next((i for i in reversed(range(len(ids))) if ids[i] in special), None)) is not None:
+        if _decode(tokenizer, [ids[last + 1 :]])[0].strip():
+            break
+        ids, end = ids[:last], ids[last]
+    return ids, end
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """The ids of a tokenizer of this size that are no text."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id with which the chat template ends a turn of the assistant; None without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    try:
+        return encode_completion(tokenizer, *turns)[-1]
+    except Exception:  # a template may refuse such turns in any way
+        return None
 
 
 def _continuation(

@@ -158,11 +158,12 @@ def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_
         export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
 
 
-def test_an_adapter_is_not_merged_into_what_its_model_has_become(tmp_path):
+@pytest.mark.parametrize("kept", [[], ["norm"]], ids=str)
+def test_an_adapter_is_not_merged_into_what_its_model_has_become(kept, tmp_path):
     tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
-    _, checkpoint = trained("RLOO", tmp_path / "base", tmp_path, lora=LORA)
+    _, checkpoint = trained("RLOO", tmp_path / "base", tmp_path, lora={**LORA, "modules_to_save": kept})
     export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
     model.model.norm.weight.data *= 1.1
     model.save_pretrained(tmp_path / "base")

@@ -2,9 +2,11 @@
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lit_rlhf.policy import Policy
 from lit_rlhf.text import decode_completions, encode_completion, encode_prompt
+from tiny import make_llama
 
 DIALOGUE = "Human: hi\n\nAssistant:"
 
@@ -24,6 +26,18 @@ def spacing():
 def test_a_completion_is_read_as_what_follows_its_prompt(completion, spacing):
     ids = encode_prompt(spacing, DIALOGUE) + encode_completion(spacing, DIALOGUE, completion, finished=False)
     assert ids == spacing(DIALOGUE + completion)["input_ids"]
+
+
+def test_a_text_does_not_depend_on_those_beside_it(spacing, monkeypatch):
+    """One of them may melt into what stands before it."""
+    ids = [encode_completion(spacing, DIALOGUE, text) for text in (" good", "melting")]
+    whole = type(spacing).batch_decode
+
+    def melt(self, rows, **kwargs):
+        return [text.replace("\nmelting", "?") for text in whole(self, rows, **kwargs)]
+
+    monkeypatch.setattr(type(spacing), "batch_decode", melt)
+    assert decode_completions(spacing, ids) == [" good", "melting"]
 
 
 @pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
@@ -49,6 +63,21 @@ def test_a_turn_ends_as_its_template_ends_it(tokenizer):
         finished: tokenizer.decode(encode_completion(tokenizer, prompt, answer, finished)) for finished in (True, False)
     }
     assert written == {True: "good<end>", False: "good"}
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n<eos>"])
+def test_a_policy_stops_where_its_template_ends_a_turn(behind, tokenizer, tmp_path):
+    """Also where a base model's configuration knows nothing of that, and so does what it is saved as."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>" + behind + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    policy = Policy(make_llama(len(tokenizer)), tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert policy.eos_ids == [tokenizer.eos_token_id, end]
+    policy.save(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [2, end]
 
 
 def test_a_special_token_within_a_turn_does_not_end_it(tokenizer):

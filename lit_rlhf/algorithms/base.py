@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.algorithms.monitor import now, peak_memory
 from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
 from lit_rlhf.export import snapshot, write_folder
-from lit_rlhf.loading import load_tokenizer, resolve
+from lit_rlhf.loading import load_tokenizer
 from lit_rlhf.policy import Policy
 from lit_rlhf.schedules import Warmup
 from lit_rlhf.types import Record
@@ -224,8 +224,8 @@ class Method(LightningModule, ABC):
         told = snapshot(model, self.tokenizer)
         if "policy" in self._modules and not self.policy.loaded:
             return {**told, "source": ""}
-        own = told["source"] in (self.source, resolve(self.source))
-        return {**told, "revision": self.load_options.get("revision") if own else None}
+        revision = self.load_options.get("revision") if told["source"] == self.source else None  # of an id on the hub
+        return {**told, "revision": revision}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, what an export needs, and what is under way; no other frozen weights.

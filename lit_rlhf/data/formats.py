@@ -58,9 +58,10 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
         prompt, answer = _split_answer(_text(_get(row, name, "prompt"), name))
         return _example(row, prompt, (), {name}, {"completion": answer} if answer else {})
     if name is None and "chosen" in row and "rejected" in row:
-        _refuse_other_prompt(row, prompt_column)
         name = "chosen"  # the prompt is what the two begin with
-        prompt, (chosen, rejected) = _split_common([_text(row[key], key) for key in ("chosen", "rejected")])
+        pair = [_text(row[key], key) for key in ("chosen", "rejected")]
+        _refuse_other_prompt(row, pair)
+        prompt, (chosen, rejected) = _split_common(pair)
         return _example(row, prompt, (), {"chosen", "rejected"}, {"chosen": chosen, "rejected": rejected})
     name = name or "prompt"
     prompt = _text(_get(row, name, "prompt"), name)
@@ -84,8 +85,8 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
             f"{_names(row)}: name yours with completion_column and prompt_column, or make them with a transform"
         )
     completion = _text(_get(row, name, "completion"), name)
-    if completion_column:
-        _refuse_other_prompt(row, prompt_column)
+    if completion_column and prompt_column is None:
+        _refuse_other_prompt(row, [completion])
     if prompt_column or name == "completion" or (completion_column and "prompt" in row):
         prompt_name = prompt_column or "prompt"
         prompt, (completion,) = _align(_text(_get(row, prompt_name, "prompt"), prompt_name), [completion])
@@ -113,16 +114,17 @@ def read_preference(
     pair = [_text(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
     prompt_name = prompt_column or ("prompt" if "prompt" in row else None)
     if prompt_name is None:
-        _refuse_other_prompt(row, prompt_column)
+        _refuse_other_prompt(row, pair)
         prompt, pair = _split_common(pair)
     else:
         prompt, pair = _align(_text(_get(row, prompt_name, "prompt"), prompt_name), pair)
     return _example(row, prompt, tuple(pair), {*names, prompt_name or names[0]})
 
 
-def _refuse_other_prompt(row: Row, prompt_column: str | None) -> None:
-    """Refuse to take a row for one without a prompt where a column has a name that prompts often have."""
-    if prompt_column is None and "prompt" not in row and (found := sorted(_OTHER_PROMPTS & row.keys())):
+def _refuse_other_prompt(row: Row, texts: list[Text]) -> None:
+    """Refuse to take strings for all there is of a row where a column has a name that prompts often have."""
+    strings = all(isinstance(text, str) for text in texts)
+    if strings and "prompt" not in row and (found := sorted(_OTHER_PROMPTS & row.keys())):
         raise ValueError(
             f"no column 'prompt', but {found[0]!r}: name it with prompt_column={found[0]!r}, or drop it by a transform"
         )

@@ -137,6 +137,11 @@ def test_a_prompt_under_another_name_is_not_left_out(read):
         read({"question": "What colour is the sky?"})
 
 
+def test_whole_dialogues_hold_their_prompt_whatever_stands_beside_them():
+    example = read_preference({"question": "...", "chosen": SKY + BLUE, "rejected": SKY + GREEN})
+    assert example.prompt == SKY and example.columns == {"question": "..."}
+
+
 def test_empty_fields_that_a_table_adds_to_messages_are_gone():
     example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
     assert example.prompt == [user("Hi")]
