@@ -212,7 +212,7 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
     labels = (
         (unit, "reward, greedy, held-out prompts"),
         ("seconds of training", "reward, greedy, held-out prompts"),
-        ("KL to the reference, nats a completion", "judge's mean score, or win rate where it gives none"),
+        ("KL to the reference, nats a completion", "judge's mean score (or win rate)"),
     )
     for place, title, (x, y) in zip(axes, titles, labels, strict=True):
         place.set(title=title, xlabel=x, ylabel=y)
