@@ -11,7 +11,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,13 @@ def shipped_config(name: str) -> str:
     sys.exit(f"{PROGRAM}: --config {name!r} is no file, and no configuration that ships has that name ({known})")
 
 
+def given_flags(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Every argument as a value, with the flag that it stands behind: after `=`, or as the argument before."""
+    for previous, arg in zip(["", *args], args, strict=False):
+        flag, separator, value = arg.partition("=")
+        yield (flag, value) if separator else (previous, arg)
+
+
 def check_configs(args: list[str]) -> None:
     """Check that configurations are for the command that they are given to.
 
@@ -193,9 +200,9 @@ def check_configs(args: list[str]) -> None:
         SystemExit: If one is of a comparison and the command none, or the other way round.
     """
     compares = args[:1] == ["compare"]
-    for previous, arg in zip(["", *args], args, strict=False):
-        path = Path(arg if previous in CONFIG_FLAGS else arg.partition("=")[2] if arg.startswith("--config=") else "")
-        if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    for flag, value in given_flags(args):
+        path = Path(value)
+        if flag not in CONFIG_FLAGS or path.suffix not in (".yaml", ".yml") or not path.is_file():
             continue
         try:
             keys = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -203,7 +210,7 @@ def check_configs(args: list[str]) -> None:
             continue  # the parser says what is wrong
         if isinstance(keys, dict) and ("model" if compares else "cells") in keys:
             cure = "it is for fit, validate, test and predict" if compares else "it is for `lit-rlhf compare`"
-            sys.exit(f"{PROGRAM}: --config {arg!r} is not for {args[0]}: {cure}")
+            sys.exit(f"{PROGRAM}: --config {value!r} is not for {args[0]}: {cure}")
 
 
 def check_class_names(args: list[str]) -> None:
@@ -214,9 +221,7 @@ def check_class_names(args: list[str]) -> None:
     """
     bases: dict[str, type | None] = {"--model": Method, "--data": TextData}
     bases |= dict.fromkeys(("--model.rewards+", "--model.rewards", "--model.judge"))
-    for previous, arg in zip(["", *args], args, strict=False):
-        flag, separator, value = arg.partition("=")
-        flag, value = (flag, value) if separator else (previous, arg)
+    for flag, value in given_flags(args):
         if flag == "--data" and value.endswith(DATA_SUFFIXES):
             sys.exit(f"{PROGRAM}: --data {value!r} is a file, and --data takes a class: did you mean --data.train?")
         named = all(part.isidentifier() for part in value.split("."))

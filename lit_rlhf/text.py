@@ -99,6 +99,7 @@ def _encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _encode(tokenizer, text)
 
 
+@functools.lru_cache(maxsize=8)
 def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of `BEFORE`, none where a tokenizer of a few words does not know it."""
     try:

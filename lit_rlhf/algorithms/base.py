@@ -218,10 +218,13 @@ class Method(LightningModule, ABC):
         """Write the model's files into a folder."""
         self.policy.save(folder)
 
+    @property
+    def _trained_model(self) -> PreTrainedModel | PeftModel:
+        return cast("PreTrainedModel | PeftModel", self.get_submodule(self.trained.removesuffix(".")))
+
     def snapshot(self) -> dict[str, Any]:
         """Return what an export needs beside the weights."""
-        model = cast("PreTrainedModel | PeftModel", self.get_submodule(self.trained.removesuffix(".")))
-        told = snapshot(model, self.tokenizer)
+        told = snapshot(self._trained_model, self.tokenizer)
         if "policy" in self._modules and not self.policy.loaded:
             return {**told, "source": ""}
         revision = self.load_options.get("revision") if told["source"] == self.source else None  # of an id on the hub
@@ -233,7 +236,7 @@ class Method(LightningModule, ABC):
         Of an adapter the trained model is the adapter, otherwise all of the model, some layers of which may be frozen.
         """
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        if not isinstance(self.get_submodule(self.trained.removesuffix(".")), PeftModel):
+        if not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.trained)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["seed"], checkpoint["seconds"] = self.seed, self.seconds

@@ -120,6 +120,7 @@ class Evaluation:
     @torch.inference_mode(False)
     def __init__(self, module: Online) -> None:
         self.module = module
+        self.drawing = dataclasses.replace(module.sampling, greedy=False)
         self.examples: list[dict[str, Any]] = []
         means = ["reward", *[f"reward/{name}" for name in module.scorer.names], "kl", "length", "finished", "undecided"]
         if isinstance(module.judge, BothOrders):
@@ -147,11 +148,10 @@ class Evaluation:
 
     def _update(self, prompts: Prompts) -> None:
         module, options = self.module, self.module.evaluation
-        sampling = dataclasses.replace(module.sampling, greedy=False)
         written = self.write(prompts)
         texts = completion_texts(module.tokenizer, prompts, written)
         scores = score(module.scorer, prompts, written, texts, module.trainer_state())
-        sampled = module.policy.sample(prompts, 1, sampling, module.seed, VALIDATION_EPOCH)
+        sampled = module.policy.sample(prompts, 1, self.drawing, module.seed, VALIDATION_EPOCH)
         reference = module.reference.logprobs(prompts, sampled, module.sampling.temperature)
         kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0] + F.best_of_kl(options.best_of)
         totals, valid = scores.judged()[:, 0], scores.valid[:, 0]
@@ -185,8 +185,7 @@ class Evaluation:
         module, n = self.module, self.module.evaluation.best_of
         if n == 1:
             return module.policy.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
-        sampling = dataclasses.replace(module.sampling, greedy=False)
-        sampled = module.policy.sample(prompts, n, sampling, module.seed, VALIDATION_EPOCH)
+        sampled = module.policy.sample(prompts, n, self.drawing, module.seed, VALIDATION_EPOCH)
         texts = completion_texts(module.tokenizer, prompts, sampled)
         scores = score(module.scorer, prompts, sampled, texts, module.trainer_state()).judged()
         best = scores.nan_to_num(-torch.inf).argmax(1)
