@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf import functional as F
+from lit_rlhf.attention import use_cpu_attention
 from lit_rlhf.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
 from lit_rlhf.prefix import (
     Given,
@@ -46,6 +47,7 @@ class Critic(nn.Module):
             name = type(self._classifier).__name__
             raise ValueError(f"a {name} is no critic: give a decoder-only model, with one label if it has labels")
         disable_dropout(model)
+        use_cpu_attention(model)
         self.train()  # without dropout the modes differ only in what gradient checkpointing does
         self.shares_prompt: bool | None = None
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from lit_rlhf import functional as F
+from lit_rlhf.attention import use_cpu_attention
 from lit_rlhf.decoding import CachedDecoder, PlainDecoder
 from lit_rlhf.loading import (
     add_lora,
@@ -90,6 +91,7 @@ class Policy(nn.Module):
         self.shares_prompt: bool | None = None
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
+        use_cpu_attention(self.model)
         self.train()  # without dropout the modes differ only in what gradient checkpointing does
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
         if (turn := end_of_turn(tokenizer)) is not None and self.causal_lm.can_generate():

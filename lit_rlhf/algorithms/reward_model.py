@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Method
 from lit_rlhf.algorithms.plan import check_positions
+from lit_rlhf.attention import use_cpu_attention
 from lit_rlhf.loading import add_lora, check_vocabulary, disable_dropout, is_adapter, resolve
 from lit_rlhf.policy import Policy
 from lit_rlhf.text import pad_token_id
@@ -65,6 +66,7 @@ class RewardModeling(Method):
             model.score.float().register_forward_pre_hook(in_its_own_dtype)
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
         disable_dropout(self.reward_model)
+        use_cpu_attention(self.reward_model)
         self.reward_model.train()
 
     def scores(self, batch: Preferences) -> Float[Tensor, "prompts samples"]:

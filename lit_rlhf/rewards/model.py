@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_rlhf.attention import use_cpu_attention
 from lit_rlhf.padding import groups_of_like_length, padded_size
 from lit_rlhf.prefix import Forward, hidden_states, probe_input, rms, shared_features, why_not
 from lit_rlhf.text import encode_completion, encode_prompt
@@ -101,6 +102,7 @@ class RewardModel:
                     f"the tokenizer of {_called(self.source)} has {len(self._tokenizer)} tokens, "
                     f"the model only {vocabulary}: they do not belong together"
                 )
+        use_cpu_attention(self._model)
         self._model.to(device).eval()
         self._find_out()
 
