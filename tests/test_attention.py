@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lit_rlhf import attention as subject
-from lit_rlhf.attention import NAME, use_cpu_attention, attention
+from lit_rlhf.attention import NAME, attention, use_cpu_attention
 from lit_rlhf.policy import Policy
 from tiny import make_llama, make_tokenizer
 
