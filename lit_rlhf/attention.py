@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_rlhf.packing import dtype_of_product
+
 NAME = "sdpa_on_cpu"
 """What models call this in their configuration; it is not saved with them."""
 
@@ -69,13 +71,14 @@ def attention(
         return sdpa_attention_forward(  # type: ignore[no-any-return, no-untyped-call]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **others
         )
-    dtype = query.dtype
-    if length == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+    dtype = dtype_of_product(query)
+    single = length == 1 and (attention_mask is None or attention_mask.shape[1] == 1)
+    inside = torch.float32 if dtype in (torch.bfloat16, torch.float16) and not single else dtype
+    query, key, value = query.to(inside), key.to(inside), value.to(inside)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(inside)
+    if single:
         query = query.reshape(rows, key_heads, heads // key_heads, -1)
-    elif dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
     with torch.autocast("cpu", enabled=False):
         attended = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=query.shape[1] != key_heads

@@ -58,17 +58,18 @@ class TestTheSameAsTransformers:
         assert ours[0].is_contiguous()
         torch.testing.assert_close(ours, theirs)
 
-    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("autocast", [False, True, "after float32 rotations"])
     def test_no_coarser_in_bfloat16(self, heads, key_heads, length, masked, autocast):
         inputs, mask = make_inputs(heads, key_heads, length, masked, torch.bfloat16)
+        if isinstance(autocast, str):
+            inputs[:2] = (x.detach().float().requires_grad_() for x in inputs[:2])
         layer = Layer(heads // key_heads)
         exact_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
         exact = with_gradients(sdpa_attention_forward, layer, [x.double() for x in inputs], exact_mask)
-        theirs = with_gradients(sdpa_attention_forward, layer, inputs, mask)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            ours = with_gradients(attention, layer, inputs, mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+            ours, theirs = (with_gradients(f, layer, inputs, mask) for f in (attention, sdpa_attention_forward))
         for our, their, right in zip(ours, theirs, exact, strict=True):
-            assert our.dtype == torch.bfloat16
+            assert our.dtype == their.dtype
             error, usual = ((x.double() - right).abs().mean() for x in (our, their))
             assert error <= 1.1 * usual
 
