@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,23 +37,23 @@ class Curves(Callback):
     curves.
 
     Args:
-        every_n_validations: Validations from one drawing to the next.
+        every_n_seconds: Seconds from one drawing to the next, at least: each takes one or two.
 
     Raises:
-        ValueError: If `every_n_validations` is below 1.
+        ValueError: If `every_n_seconds` is below 0.
     """
 
-    def __init__(self, every_n_validations: int = 1) -> None:
-        if every_n_validations < 1:
-            raise ValueError(f"every_n_validations={every_n_validations} must be at least 1")
-        self.every_n_validations = every_n_validations
+    def __init__(self, every_n_seconds: float = 60.0) -> None:
+        if not every_n_seconds >= 0:
+            raise ValueError(f"every_n_seconds={every_n_seconds} must be at least 0")
+        self.every_n_seconds = every_n_seconds
         self.history: History = {}
-        self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to draw, and whether it is possible."""
         self._path = run_folder(trainer) / "curves.png"
         self._enabled = trainer.is_global_zero and not is_trial(trainer) and find_spec("matplotlib") is not None
+        self._drawn = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,12 +63,12 @@ class Curves(Callback):
             self._record(trainer, "train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take down the metrics of a validation, and draw."""
+        """Take down the metrics of a validation, and draw if it is time."""
         if validated_in_fit(trainer):
             self._record(trainer, "val")
-            self._validations += 1
-            if self._enabled and self._validations % self.every_n_validations == 0:
+            if self._enabled and time.monotonic() - self._drawn >= self.every_n_seconds:
                 draw(self.history, self._path)
+                self._drawn = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole run, with the validation that a module may add at the end of training."""

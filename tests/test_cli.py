@@ -30,7 +30,6 @@ def words(completions, **kwargs):
 """
 
 FAST = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-FAST += ["--curves.every_n_validations=9"]  # a picture takes a second
 SHORT = ["--model.max_new_tokens=4", "--data.batch_size=4"]
 
 

@@ -13,7 +13,6 @@ from tiny import make_llama, make_tokenizer
 
 ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 SHORT = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.val=4"]
-SHORT += ["--curves.every_n_validations=9"]
 
 SETTINGS = {
     "tldr": {"demonstrations": "tldr.jsonl", "pairs": "tldr_pairs.jsonl", "prompts": "tldr.jsonl"},

@@ -70,6 +70,23 @@ def test_curves_draw_what_is_known_and_a_resumed_run_continues_them(make_trainer
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.parametrize("seconds, drawings", [(0.0, 3 + 1), (3600.0, 1)])
+def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
+    make_trainer, tmp_path, monkeypatch, seconds, drawings
+):
+    drawn = []
+    monkeypatch.setattr(
+        "lit_rlhf.callbacks.curves.draw", lambda history, path: drawn.append(len(history["val/reward"]))
+    )
+    fit(make_trainer, Curves(every_n_seconds=seconds))
+    assert len(drawn) == drawings and drawn[-1] == 3
+
+
+def test_curves_refuse_less_than_no_time():
+    with pytest.raises(ValueError, match="every_n_seconds=-1 must be at least 0"):
+        Curves(every_n_seconds=-1)
+
+
 def test_without_matplotlib_there_is_no_picture(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_rlhf.callbacks.curves.find_spec", lambda name: None)
     fit(make_trainer, Curves())
