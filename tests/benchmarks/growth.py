@@ -66,16 +66,25 @@ def draw(path: Path, found: dict[str, dict[int, list[float]]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), layout="constrained", squeeze=False)
-    for place, (axis, points) in zip(axes[0], found.items(), strict=True):
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure = plt.figure(figsize=(3.4 * columns, 3 * rows), layout="constrained")
+    for i, (axis, points) in enumerate(found.items(), start=1):
+        place = figure.add_subplot(rows, columns, i)
         x, y = list(points), [statistics.median(times) for times in points.values()]
         place.loglog(x, y, marker="o", label="measured")
         place.loglog(x, [y[-1] * value / x[-1] for value in x], linestyle=":", color="black", label="proportional")
-        place.set(title=axis, xlabel=axis)
-        place.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("seconds an update")
-    axes[0][0].legend(fontsize=8)
+        place.set(xlabel=axis.replace("_", " "), ylabel="seconds an update")
+        place.set_xticks(x, [str(value) for value in x], minor=False)
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter("{x:g}")
+        for direction in (place.xaxis, place.yaxis):
+            direction.set_minor_locator(NullLocator())
+        place.grid(alpha=0.3)
+        if i == 1:
+            place.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
