@@ -43,6 +43,13 @@ class AdaptiveKL(Callback):
             )
         self.kl_coef = method.kl_coef = method.kl_coef if self.kl_coef is None else self.kl_coef
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside of training too, measure with the coefficient of the run that a checkpoint is of."""
+        method: Any = pl_module
+        method.kl_coef = method.kl_coef if self.kl_coef is None else self.kl_coef
+
+    on_test_start = on_validation_start
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

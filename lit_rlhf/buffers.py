@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def keep_float64(module: nn.Module, apply: Callable[[], Any]) -> None:
@@ -15,3 +16,15 @@ def keep_float64(module: nn.Module, apply: Callable[[], Any]) -> None:
     apply()
     for name, buffer in before.items():
         setattr(module, name, buffer.to(getattr(module, name).device))
+
+
+@contextlib.contextmanager
+def unchanged_on_error(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Put buffers back as they were if something is raised: a checkpoint written then has nothing of a lost step."""
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    except BaseException:
+        for buffer, kept in zip(buffers, before, strict=True):
+            buffer.copy_(kept)
+        raise

@@ -144,10 +144,18 @@ def _continuation(
     if isinstance(prompt, str):
         return _contents(completion)
     before = _open_prompt(tokenizer, prompt, template_kwargs)
-    after = _template(tokenizer, [*prompt, *completion], template_kwargs, add_generation_prompt=False)
+    after = _template(tokenizer, _joined(prompt, completion), template_kwargs, add_generation_prompt=False)
     if after.startswith(before):
         return after[len(before) :]
     return _contents(completion)  # a template that rewrites earlier turns
+
+
+def _joined(prompt: list[Message], completion: list[Message]) -> list[Message]:
+    """A conversation and how it goes on; a turn of the assistant that the prompt leaves open is continued."""
+    if not (prompt and completion and prompt[-1]["role"] == completion[0]["role"] == "assistant"):
+        return [*prompt, *completion]
+    turn = {**completion[0], "content": _contents([prompt[-1], completion[0]])}
+    return [*prompt[:-1], turn, *completion[1:]]
 
 
 def _contents(messages: list[Message]) -> str:

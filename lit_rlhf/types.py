@@ -108,7 +108,7 @@ class Completions(Record):
         mask: True where a token counts: up to and including the end of the completion.
         logprobs: Log-probability of each token when it was sampled, in nats, at least float32, 0 where masked.
         finished: True where the completion ended by itself (an EOS token or a stop string), False where it was cut.
-        entropy: Entropy of the distribution that each token was drawn from, in nats, or None where not measured.
+        entropy: Entropy before each token, at the temperature but without top-p and top-k, in nats; None: not measured.
         kept_mass: Probability that top-p, top-k and a minimum length left to draw from, or None where none applies.
     """
 

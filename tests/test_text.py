@@ -65,6 +65,17 @@ def test_a_turn_ends_as_its_template_ends_it(tokenizer):
     assert written == {True: "good<end>", False: "good"}
 
 
+def test_a_turn_that_the_prompt_leaves_open_is_continued(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    prompt = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "a good"}]
+    answer = [{"role": "assistant", "content": " film"}]
+    written = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, answer)
+    assert [tokenizer.decode(ids) for ids in written] == ["<|user|>U<eos><|assistant|>a good", " film<eos>"]
+
+
 @pytest.mark.parametrize("behind", ["", "\n", "\n<eos>"])
 def test_a_policy_stops_where_its_template_ends_a_turn(behind, tokenizer, tmp_path):
     """Also where a base model's configuration knows nothing of that, and so does what it is saved as."""

@@ -239,7 +239,7 @@ class Method(LightningModule, ABC):
         if not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.trained)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"], checkpoint["seconds"] = self.seed, self.seconds
+        checkpoint["seed"], checkpoint["seconds"], checkpoint["repeats"] = self.seed, self.seconds, self.repeats
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
         checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))
@@ -274,7 +274,11 @@ class Method(LightningModule, ABC):
             mend_progress(checkpoint["loops"]["fit_loop"])
         ranks = checkpoint.get("ranks", [{}])
         trainer = self._trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or not any(ranks):
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "loops" in checkpoint:
+            recount_steps(checkpoint["loops"]["fit_loop"], checkpoint.get("repeats", self.repeats), self.repeats)
+        if not any(ranks):
             return
         if len(ranks) != trainer.world_size:
             raise ValueError(
@@ -321,6 +325,25 @@ def mend_progress(fit_loop: dict[str, Any]) -> None:
             progress["processed"] -= 1
     for progress in (epochs["current"], epochs["total"]):
         progress["completed"] = progress["processed"]
+
+
+def recount_steps(fit_loop: dict[str, Any], before: int, now: int) -> None:
+    """Make a checkpoint count its epoch in rollouts of as many steps as they have now.
+
+    Raises:
+        ValueError: If it was saved inside a rollout, whose slices would be other ones.
+    """
+    done = fit_loop["epoch_loop.batch_progress"]["current"]
+    rollouts, inside = divmod(done["processed"], before)
+    if before == now:
+        return
+    if inside:
+        raise ValueError(
+            f"the checkpoint was saved inside a rollout of {before} steps (minibatches x sample_minibatches x epochs), "
+            f"and a rollout has {now} now: resume with {before}, or from a checkpoint between two rollouts"
+        )
+    for name in done:  # that a step has begun may be counted, and not yet that it is complete
+        done[name] += rollouts * (now - before)
 
 
 def prefer_fused(optimizer: Optimizer) -> None:

@@ -43,6 +43,7 @@ from lit_rlhf.algorithms.plan import (
     make_options,
     read_kl_penalty,
 )
+from lit_rlhf.buffers import unchanged_on_error
 from lit_rlhf.data import TextData
 from lit_rlhf.policy import Policy, Reference
 from lit_rlhf.rewards import Scorer, Shaping
@@ -260,9 +261,13 @@ class Online(Method):
 
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
         """Collect a rollout where a new one is due, and return the loss of the slice that is."""
-        step = batch_idx % self.repeats
+        with unchanged_on_error([*self.buffers(recurse=False), *self.shaping.buffers()]):
+            return self._training_step(batch, batch_idx % self.repeats)
+
+    def _training_step(self, batch: Prompts, step: int) -> Tensor:
         self.clock.begin_step(new=step == 0)
         if step == 0:
+            self._resumed.clear()  # of a rollout that the end of its epoch has cut off
             self.rollout = self._new_rollout(batch)
         elif "rollout" in self._resumed:  # in the middle of a rollout
             self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)

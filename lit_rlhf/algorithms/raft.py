@@ -41,20 +41,23 @@ class RAFT(Online):
                 "cut: use minibatches"
             )
 
-    def prepare(self, rollout: Rollout) -> Rollout:
-        """Let only the best completion of each prompt count, the first of equals."""
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """1 for the best completion of each prompt, the first of equals; 0 for the others."""
         returns = rollout.returns
         if rollout.token_rewards is not None:
             returns = returns + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
-        return rollout.replace(valid=F.best_of(returns, rollout.valid))
-
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """1 for what is kept, 0 for the others."""
-        return rollout.valid.to(rollout.returns)
+        return F.best_of(returns, rollout.valid).to(returns)
 
     def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
-        """The negative log-likelihood of the kept completions; the others are not computed."""
-        best = rollout.valid.int().argmax(1)
+        """The negative log-likelihood of the best completions; the others are not computed."""
+        assert rollout.advantages is not None
+        best = rollout.advantages.argmax(1)
         kept = rollout.pick(best).trim()
         terms = -F.masked_sum(self.logprobs(kept), kept.completions.mask)
         return terms.new_zeros(rollout.valid.shape).scatter(1, best.unsqueeze(1), terms), {}
+
+    def terms(self, part: Rollout) -> tuple[Tensor, Tensor, Metrics]:
+        """Only the best completions count."""
+        terms, mask, metrics = super().terms(part)
+        assert part.advantages is not None
+        return terms, mask & (part.advantages > 0), metrics

@@ -104,9 +104,10 @@ class ExactMatch:
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
         """Return 1, 0 or None a completion."""
         pairs = zip(completions, columns[self.column], strict=True)
-        return [None if answer is None else self._value(text_of(text), str(answer)) for text, answer in pairs]
+        return [None if answer is None else self._value(text_of(text), answer) for text, answer in pairs]
 
-    def _value(self, text: str, answer: str) -> float:
+    def _value(self, text: str, answer: Any) -> float:
+        answer = text_of(answer) if isinstance(answer, list) else str(answer)
         if self.pattern is not None:
             matches = list(self.pattern.finditer(text))
             if not matches:

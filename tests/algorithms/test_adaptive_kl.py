@@ -76,3 +76,12 @@ def test_a_method_without_a_kl_is_refused(name, options, tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[AdaptiveKL()])
     with pytest.raises(ValueError, match=f"{name} has no kl_coef above 0"):
         trainer.fit(make_module(name, tiny, **options), make_data(name))
+
+
+def test_a_test_of_a_checkpoint_takes_its_coefficient(tiny, tmp_path):
+    train(tiny, tmp_path, save=tmp_path)
+    saved = torch.load(tmp_path / "third.ckpt", weights_only=True)["callbacks"]["AdaptiveKL"]["kl_coef"]
+    module = make_module("RLOO", tiny, kl_coef=0.5, minibatches=2)
+    trainer = make_trainer(tmp_path, callbacks=[AdaptiveKL(target=0.5, gain=2.0)])
+    trainer.test(module, make_data("RLOO"), ckpt_path=tmp_path / "third.ckpt", verbose=False)
+    assert module.kl_coef == saved != 0.5

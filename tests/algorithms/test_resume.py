@@ -147,3 +147,56 @@ def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one
     assert make_trainer(tmp_path).test(*given, ckpt_path=tmp_path / "two.ckpt", verbose=False)
     with pytest.raises(ValueError, match="by 2 processes, and there are 1 now"):
         make_trainer(tmp_path, max_steps=4).fit(*given, ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_a_rollout_that_the_end_of_an_epoch_cut_off_is_not_taken_up_in_the_next(tiny, tmp_path):
+    options = dict(minibatches=2, trainer={"limit_train_batches": 3})
+    straight = run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
+    last = tmp_path / "0-02.ckpt"
+    assert "rollout" in torch.load(last, weights_only=True)["ranks"][0]
+    assert not differing(straight, run("RLOO", tiny, tmp_path, ckpt_path=last, **options))
+
+
+def test_between_two_rollouts_a_run_goes_on_with_other_minibatches(tiny, tmp_path):
+    """As after memory has run out: the same updates, of more steps each."""
+
+    def fit(minibatches, **options):
+        limits = dict(max_epochs=1, accumulate_grad_batches=minibatches, limit_val_batches=0)
+        trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
+        seen = []
+        module = make_module("RLOO", tiny, minibatches=minibatches)
+        collect = module.collect
+        module.collect = lambda prompts: seen.append(prompts.index.tolist()) or collect(prompts)
+        trainer.fit(module, make_data("RLOO", rows=16), **options)
+        return trainer, seen
+
+    _, straight = fit(1, callbacks=[SaveEverywhere(tmp_path)])
+    assert len(straight) == 4
+    resumed, seen = fit(2, ckpt_path=tmp_path / "0-01.ckpt")
+    assert seen == straight[2:] and resumed.global_step == 4
+    fit(2, callbacks=[SaveEverywhere(tmp_path)])
+    _, seen = fit(1, ckpt_path=tmp_path / "0-03.ckpt")
+    assert seen == straight[2:]
+    with pytest.raises(ValueError, match=r"inside a rollout of 2 steps .* has 4 now: resume with 2"):
+        fit(4, ckpt_path=tmp_path / "0-02.ckpt")
+
+
+def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_path):
+    module = make_module("Reinforce", tiny, shaping={"normalize": True})
+    kept = []
+    loss = module.loss
+
+    def failing(rollout):
+        if len(kept) == 2:
+            assert not torch.equal(statistics()["baseline_total"], kept[-1]["baseline_total"])
+            raise MemoryError
+        kept.append(statistics())
+        return loss(rollout)
+
+    def statistics():
+        return {n: b.clone() for n, b in module.state_dict().items() if n.startswith(("baseline", "shaping"))}
+
+    module.loss = failing
+    with pytest.raises(MemoryError):
+        make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, make_data("Reinforce"))
+    assert len(kept[1]) == 5 and not differing(kept[1], statistics())

@@ -27,6 +27,8 @@ class Limits:
         sample: Seconds of decoding: for each token of the batch the longer of arithmetic and reading.
         read: Of that, what reading weights and cache alone takes.
         held_mib: Weights, gradients, both moments of the optimizer, and the reference.
+        layers: Weights that a token is multiplied by in the layers.
+        head: Weights that it is multiplied by in the output layer.
     """
 
     flops: float
@@ -35,6 +37,8 @@ class Limits:
     sample: float
     read: float
     held_mib: float
+    layers: int
+    head: int
 
 
 def limits(settings: Settings, python: str = sys.executable) -> Limits:
@@ -109,6 +113,8 @@ def count(settings: Settings) -> Limits:
         sample=sum(max(flops / rate, read / bandwidth) for flops, read in steps),
         read=sum(read / bandwidth for _, read in steps),
         held_mib=4 * held / 2**20,
+        layers=layers,
+        head=head,
     )
 
 

@@ -5,9 +5,10 @@
 
 Every measurement is a process of its own, and a round goes through all contenders, so that what disturbs one disturbs
 all. Seconds are those of a round's median update, the first left out; ratios are those of a round. Beside them stands
-how many tokens each passes through models of the policy's size, and what machine and arithmetic allow at best. Memory
-is the peak of the process, and how much of that is beyond weights, gradients, optimizer and reference, which all must
-hold. TRL must be installed, where it is asked for. Table and picture also hold what earlier calls have left in `--out`.
+what they would be by count (of tokens that pass through the models, and of multiplications), and the least that the
+arithmetic takes on this machine. Memory is the peak of the process, and how much of that is beyond weights, gradients,
+optimizer and reference, which all must hold. TRL must be installed, where it is asked for. Table and picture also hold
+what earlier calls have left in `--out`.
 """
 
 from __future__ import annotations
@@ -64,24 +65,29 @@ class Case:
         """Seconds of a contender's update over RLOO's, by round."""
         return [median_update(r[name]) / median_update(r["RLOO"]) for r in self.rounds]
 
-    def counted(self, name: str) -> float:
-        """What those ratios would be, did every token cost the same."""
+    def counted(self, name: str) -> tuple[float, float]:
+        """What those ratios would be, did every token cost the same; and did every multiplication."""
         tokens = counted(self.settings, self.rounds)
-        return tokens[name] / tokens["RLOO"]
+        multiplications = counted(self.settings, self.rounds, self.least.layers, self.least.head)
+        return tokens[name] / tokens["RLOO"], multiplications[name] / multiplications["RLOO"]
 
 
-def counted(settings: Settings, rounds: Rounds) -> dict[str, float]:
-    """Tokens that a completion costs each contender: its own and its share of the prompt, times the passes over them.
+def counted(settings: Settings, rounds: Rounds, layers: int = 1, head: int = 0) -> dict[str, float]:
+    """Work on a completion by contender: a pass over a token counts `layers`, over one of the completion `head` too.
 
-    RLOO passes over them in sampling, for the reference, and three times in training; PPO's critic adds a pass for its
-    values and three in training. TRL scores what it has sampled once more, computes the prompt with every completion,
-    and each to the length of the longest.
+    RLOO passes over the completion and its share of the prompt in sampling, for the reference, and three times in
+    training (twice with LoRA, where most weights have no gradient); PPO's critic, which has no output layer, adds a
+    pass for its values and those of its training. TRL scores what it has sampled once more, computes the prompt with
+    every completion, and each to the length of the longest. What attention multiplies is left out.
     """
     updates = [lengths for r in rounds for lengths in r["RLOO"]["lengths"]]
     mean = statistics.fmean(length for lengths in updates for length in lengths)
     longest = statistics.fmean(max(lengths) for lengths in updates)
-    shared = settings.prompt_tokens / settings.samples + mean
-    return {"RLOO": 5 * shared, "PPO": 9 * shared, "TRL": 6 * (settings.prompt_tokens + longest)}
+    shared = layers * (settings.prompt_tokens / settings.samples + mean)
+    padded = layers * (settings.prompt_tokens + longest) + head * longest
+    training = 2 if settings.lora else 3
+    rloo = (2 + training) * (shared + head * mean)
+    return {"RLOO": rloo, "PPO": rloo + (1 + training) * shared, "TRL": (3 + training) * padded}
 
 
 def median_update(result: Result) -> float:
@@ -96,9 +102,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 HEAD = [
-    "| model, prompts x completions, tokens | | s / update | of RLOO's | counted | peak memory (MiB) "
-    "| of that beyond what all hold |",
-    "|---|---|---|---|---|---|---|",
+    "| model, prompts x completions, tokens | | s / update | of RLOO's | counted: tokens | multiplications "
+    "| peak memory (MiB) | of that beyond what all hold |",
+    "|---|---|---|---|---|---|---|---|",
 ]
 
 
@@ -110,7 +116,7 @@ def row(case: Case, name: str) -> str:
         name,
         spread([median_update(r[name]) for r in case.rounds]),
         spread(case.ratios(name)),
-        f"{case.counted(name):.2f}",
+        *(f"{count:.2f}" for count in case.counted(name)),
         spread(peaks, 0),
         "-" if name == "PPO" else f"{statistics.median(peaks) - case.least.held_mib:.0f}",  # a critic more to hold
     ]
@@ -153,7 +159,7 @@ def draw(path: Path, cases: list[Case]) -> None:
                 error = [[middle - min(ratios)], [max(ratios) - middle]]
                 x = j + (i - (len(names) - 1) / 2) * width
                 axes.bar(x, middle, width, color=f"C{i}", yerr=error, capsize=2)
-                axes.plot([x - width / 2, x + width / 2], [case.counted(name)] * 2, color="black")
+                axes.plot([x - width / 2, x + width / 2], [case.counted(name)[0]] * 2, color="black")
     axes.plot([], [], color="black", label="counted")
     axes.set_xticks(range(len(cases)), [case.title.replace(", ", "\n") for case in cases], fontsize=8)
     axes.set_ylabel("seconds an update, RLOO = 1")

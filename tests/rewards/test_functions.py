@@ -60,6 +60,7 @@ def test_exact_match_compares_with_a_column():
     reward = ExactMatch()
     assert reward(["  The   End", "the", "x"], answer=["the end", "The end", None]) == [1, 0, None]
     assert ExactMatch(normalise=False)([" a"], answer=["a"]) == [0]
+    assert reward(["42", "7"], answer=[messages("42")] * 2) == [1, 0], "an answer that the data give as messages"
     gold = ExactMatch("gold", pattern=r"#### (.+)")
     assert gold(["#### 1 no\n#### 42", messages("#### 42 "), "42"], gold=[42, "42", "42"]) == [1, 1, 0]
 
