@@ -46,7 +46,8 @@ class AdaptiveKL(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Outside of training too, measure with the coefficient of the run that a checkpoint is of."""
         method: Any = pl_module
-        method.kl_coef = method.kl_coef if self.kl_coef is None else self.kl_coef
+        if self.kl_coef is not None:
+            method.kl_coef = self.kl_coef
 
     on_test_start = on_validation_start
 

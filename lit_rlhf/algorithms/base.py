@@ -239,7 +239,7 @@ class Method(LightningModule, ABC):
         if not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.trained)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"], checkpoint["seconds"], checkpoint["repeats"] = self.seed, self.seconds, self.repeats
+        checkpoint["seed"], checkpoint["seconds"], checkpoint["pace"] = self.seed, self.seconds, self._pace
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
         checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))
@@ -250,6 +250,11 @@ class Method(LightningModule, ABC):
             return {}
         gradients = {n: p.grad.cpu() for n, p in self.named_parameters() if p.grad is not None}
         return {"gradients": gradients, "total": self._total, "counted": self._counted, "planned": self._planned}
+
+    @property
+    def _pace(self) -> dict[str, int]:
+        """By what steps make up rollouts and updates."""
+        return {"repeats": self.repeats, "accumulate_grad_batches": self.trainer.accumulate_grad_batches}
 
     @property
     def _steps_done(self) -> int:
@@ -276,10 +281,18 @@ class Method(LightningModule, ABC):
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        if "loops" in checkpoint:
-            recount_steps(checkpoint["loops"]["fit_loop"], checkpoint.get("repeats", self.repeats), self.repeats)
+        before = checkpoint.get("pace", self._pace)
         if not any(ranks):
+            if "loops" in checkpoint:
+                recount_steps(checkpoint["loops"]["fit_loop"], before["repeats"], self.repeats)
             return
+        if before != self._pace:
+            told = [" and ".join(f"{name}={value}" for name, value in pace.items()) for pace in (before, self._pace)]
+            raise ValueError(
+                f"the checkpoint was saved in the middle of an update or a rollout, with {told[0]} (repeats are "
+                f"minibatches x sample_minibatches x epochs), and now it is {told[1]}: resume with what it was, or "
+                "from a checkpoint between two rollouts"
+            )
         if len(ranks) != trainer.world_size:
             raise ValueError(
                 f"the checkpoint was saved in the middle of an update by {len(ranks)} processes, and there are "
@@ -328,20 +341,9 @@ def mend_progress(fit_loop: dict[str, Any]) -> None:
 
 
 def recount_steps(fit_loop: dict[str, Any], before: int, now: int) -> None:
-    """Make a checkpoint count its epoch in rollouts of as many steps as they have now.
-
-    Raises:
-        ValueError: If it was saved inside a rollout, whose slices would be other ones.
-    """
+    """Make a checkpoint from between two rollouts count its epoch in rollouts of as many steps as they have now."""
     done = fit_loop["epoch_loop.batch_progress"]["current"]
-    rollouts, inside = divmod(done["processed"], before)
-    if before == now:
-        return
-    if inside:
-        raise ValueError(
-            f"the checkpoint was saved inside a rollout of {before} steps (minibatches x sample_minibatches x epochs), "
-            f"and a rollout has {now} now: resume with {before}, or from a checkpoint between two rollouts"
-        )
+    rollouts = done["processed"] // before
     for name in done:  # that a step has begun may be counted, and not yet that it is complete
         done[name] += rollouts * (now - before)
 
