@@ -188,7 +188,7 @@ def test_a_critic_of_fewer_positions_is_refused(tiny, tmp_path):
 
 
 def test_no_clipping_is_no_clipping(tiny, tmp_path):
-    module = make_module("PPO", tiny)
+    module = make_module("PPO", tiny, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))  # no decay of weights
     trainer = make_trainer(tmp_path, max_steps=1, gradient_clip_val=0.0)
     module.configure_model()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
