@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.algorithms.monitor import now, peak_memory
 from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
+from lit_rlhf.allocator import keep_freed_memory
 from lit_rlhf.export import snapshot, write_folder
 from lit_rlhf.loading import load_tokenizer
 from lit_rlhf.policy import Policy
@@ -96,6 +97,8 @@ class Method(LightningModule, ABC):
         """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_record(self)
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Load the policy, once the data have been found fit for use.
