@@ -131,6 +131,18 @@ def test_callbacks_of_rollouts_by_flags(place):
     assert "train/prompts" in header and "train/gradient_variance" in header
 
 
+def test_a_run_goes_on_from_its_checkpoint(place):
+    def rows_of(version):
+        with (place / "here" / version / "metrics.csv").open() as file:
+            return [row for row in csv.DictReader(file) if row["train/loss"]]
+
+    fit()
+    fit("--trainer.max_steps=4", "--ckpt_path=here/version_0/checkpoints/last.ckpt")
+    before, after = rows_of("version_0"), rows_of("version_1")
+    assert [row["step"] for row in (*before, *after)] == ["0", "1", "2", "3"]
+    assert float(after[0]["time/total"]) > float(before[-1]["time/total"]) > 0  # the clock goes on, too
+
+
 def test_two_runs_into_one_folder_leave_both(place):
     fit()
     fit()

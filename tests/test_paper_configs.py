@@ -138,11 +138,42 @@ def test_every_command_has_as_many_completions_as_the_paper_says(name, completio
     assert methods == [("RLOO", 4), ("RAFT", 4), ("RLOO", 2), ("Reinforce", 1), ("VanillaPG", 1), ("PPO", 1)]
 
 
+CONTEXT = {"tldr": {"data.max_prompt_tokens": 448}, "hh": {"data.max_prompt_tokens": 348}}
+HYPERPARAMETERS = {
+    "sft": {"model.optimizer.lr": 2e-5, "trainer.max_epochs": 2, "model.lr_scheduler.decay": "cosine"},
+    "reward_model": {"model.optimizer.lr": 1e-5, "trainer.max_epochs": 1, "model.lr_scheduler.decay": "cosine"},
+    "dpo": {"model.optimizer.lr": 1e-6},
+    "tldr": {"model.optimizer.lr": 1e-6, "trainer.max_steps": 600, "model.kl_coef": 0.03},
+    "hh": {"model.optimizer.lr": 1e-6, "trainer.max_steps": 393, "model.kl_coef": 0.10},
+}  # Back to Basics, appendix C
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("step", ["sft", "reward_model", "dpo", None])
+def test_the_hyperparameters_are_the_papers(setting, step):
+    given = flat(CONFIGS / "paper" / f"{setting}_{step}.yaml" if step else CONFIGS / "paper" / f"{setting}.yaml")
+    expected = HYPERPARAMETERS[step or setting] | CONTEXT[setting] | {"model.lr_scheduler.warmup": 0.03}
+    assert {name: given.get(name) for name in expected} == expected
+    if step:
+        assert given["data.max_prompt_tokens"] + given["data.max_completion_tokens"] == 512
+        assert step == "sft" or given["model.policy"] == f"runs/paper/{setting}/sft/policy/last"
+    else:
+        assert "model.lr_scheduler.decay" not in given  # constant
+
+
 def flat(path):
     """The options of a configuration by the flags that override them."""
     options = {}
+
+    def add(flag, value):
+        if not isinstance(value, dict):
+            options[flag] = value
+            return
+        if "class_path" in value:
+            options[flag] = value["class_path"]
+        for name, inner in value.get("init_args", value).items():
+            add(f"{flag}.{name}", inner)
+
     for part, values in yaml.safe_load(path.read_text()).items():
-        if isinstance(values, dict):
-            options |= {part: values["class_path"]} if "class_path" in values else {}
-            options |= {f"{part}.{name}": value for name, value in values.get("init_args", values).items()}
+        add(part, values)
     return options

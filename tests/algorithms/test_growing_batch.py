@@ -290,10 +290,9 @@ def test_updates_of_several_rollouts_are_measured_too(tiny, tmp_path):
     assert recorder.noise[-1] is not None
 
 
-@pytest.mark.parametrize("value_coef", [0.5, 50.0])
-def test_a_critics_own_gradient_is_not_the_policys(value_coef, tiny, tmp_path):
+def test_a_critics_own_gradient_is_not_the_policys(tiny, tmp_path):
     variances = []
-    for coef in (0.5, value_coef):
+    for coef in (0.5, 50.0):
         module = make_module("VanillaPG", tiny, rewards=[worth], value_coef=coef)
         trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
         torch.manual_seed(3)  # the critic's head
