@@ -65,7 +65,8 @@ class PolicyCheckpoint(Checkpoint):
         # Lightning's loops as they stood when the last batch ended. A checkpoint written later, after a validation or
         # at the end of fit, holds these: the loops' own state would by then resume in the next epoch.
         self._loops: dict[str, Any] | None = None
-        self._saved: tuple[int, float | None] | None = None
+        self._validations = 0
+        self._saved: tuple[int, int] | None = None  # at how many batches and validations
         self._saving = False
         self._updating = False
 
@@ -98,6 +99,7 @@ class PolicyCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `policy/best` if this is the best so far."""
+        self._validations += validated_in_fit(trainer)
         if not (self.save_best and self._enabled and validated_in_fit(trainer)):
             return
         score = trainer.callback_metrics.get(self.monitor)
@@ -114,8 +116,8 @@ class PolicyCheckpoint(Checkpoint):
             self._export(pl_module, trainer, "last")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the score of a validation that ended the run; `policy/last` if nothing was left to train."""
-        if self._saved is not None and self._saved[1] != self.best_score:
+        """Keep what a validation at the end of the run has left; write `policy/last` if nothing was left to train."""
+        if self._saved is not None and self._saved[1] != self._validations:
             self.save(trainer)
         if self.save_last and self._enabled and "last" not in self.policies:  # resumed with nothing left to train
             self._export(pl_module, trainer, "last")
@@ -143,7 +145,7 @@ class PolicyCheckpoint(Checkpoint):
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress
         if batches.current.processed != batches.current.completed:  # called while a batch ends
             self._loops = trainer.fit_loop.state_dict()
-        position = (batches.total.processed, self.best_score)
+        position = (batches.total.processed, self._validations)
         if self._enabled and self._loops is not None and position != self._saved:
             self._saving = True
             try:

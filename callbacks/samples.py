@@ -60,7 +60,9 @@ class SampleLogger(Callback):
         if rollout is None or count % self.every_n_rollouts or not trainer.is_global_zero:
             return
         extra = getattr(pl_module, "extra", {})
-        rows = self._log(trainer, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extra))
+        rows = self._log(
+            trainer, pl_module, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extra)
+        )
         if self.to_terminal:
             get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
 
@@ -68,13 +70,16 @@ class SampleLogger(Callback):
         """Write down the held-out completions."""
         examples = getattr(pl_module, "examples", None)
         if examples and trainer.is_global_zero and not trainer.sanity_checking:
-            self._log(trainer, "val", examples)
+            self._log(trainer, pl_module, "val", examples)
 
-    def _log(self, trainer: Trainer, split: str, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "split": split}
+    def _log(
+        self, trainer: Trainer, module: LightningModule, split: str, samples: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        step = getattr(module, "updates_done", trainer.global_step)  # those of a checkpoint that is evaluated, too
+        place = {"step": step, "epoch": trainer.current_epoch, "split": split}
         rows = [jsonable({**dict.fromkeys(COLUMNS), **sample, **place}) for sample in samples]
         for logger in trainer.loggers:
-            _to_logger(logger, f"{split}/samples", rows, trainer.global_step)
+            _to_logger(logger, f"{split}/samples", rows, step)
         if not is_trial(trainer):
             _append(self._path, rows)
         return rows

@@ -177,7 +177,7 @@ def shipped_config(name: str) -> str:
     Raises:
         SystemExit: If it is neither; the message lists what ships.
     """
-    if Path(name).is_file() or name.lstrip().startswith(("{", "[")):
+    if name.lstrip().startswith(("{", "[")) or Path(name).is_file():
         return name
     path = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
     if path.is_file() and path.is_relative_to(CONFIGS):

@@ -154,7 +154,7 @@ def compare(
     chosen = {name: cell for name, cell in cells.items() if not only or name in only}
     if rates:
         chosen, cells, pairs, cost = sweep(chosen, rates), sweep(cells, rates), (), None
-    check_numbers(seeds, jobs, len(cells), bool(cost))
+    check_numbers(seeds, jobs, len(chosen), bool(cost))
     folder, environment = Path(out), threads(jobs)
     all_runs = list(cell_runs(folder, cells, seeds, common, evaluation))
     all_measurements = list(cost_runs(folder / "cost", cells, common, cost))
@@ -282,6 +282,7 @@ def run_cell(run: Run, environment: dict[str, str]) -> str | None:
     fit, test = run.given["fit"], run.given["test"] or []
     if fit is not None:
         if not run.is_trained():
+            log.unlink(missing_ok=True)
             (run.folder / TRAINED).unlink(missing_ok=True)
             if run_logged(["fit", *fit, *place], log, environment) is None:
                 return last_lines(log)
@@ -304,6 +305,7 @@ def measure(run: Run) -> str | None:
     The first half of the updates does not count: memory is taken then.
     """
     place, log = prepare(run)
+    log.unlink(missing_ok=True)
     given = run.given["fit"] or []
     peak = run_logged(["fit", *given, *place], log, {})
     if peak is None:
@@ -323,9 +325,7 @@ def measure(run: Run) -> str | None:
 def prepare(run: Run) -> tuple[list[str], Path]:
     """Make a run's folder; return the arguments that send its commands there, and where their output goes."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = run.folder / "log.txt"
-    log.unlink(missing_ok=True)
-    return ["--seed_everything", str(run.seed), "--trainer.default_root_dir", str(run.folder)], log
+    return ["--seed_everything", str(run.seed), "--trainer.default_root_dir", str(run.folder)], run.folder / "log.txt"
 
 
 def newest(folder: Path, name: str) -> Path:

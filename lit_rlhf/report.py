@@ -96,8 +96,7 @@ def write(
             values = _values(rows, metric)
             mean, half = interval(values) if values else (math.nan, math.nan)
             record |= {metric: mean, f"{metric}_half_interval": half}
-            part = f", {len(values)} of {len(rows)}" if 0 < len(values) < len(rows) else ""
-            cells.append(_number(mean, half) + part)
+            cells.append(_number(mean, half) + _part(values, rows))
         for metric in shown_costs:
             values = _values(costs.get(name, []), metric)
             record[metric] = statistics.median(values) if values else math.nan
@@ -146,7 +145,7 @@ def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str
         cells = [f"{first} - {second}", f"{len(both)}"]
         for metric in shown:
             gaps = [a[metric] - b[metric] for a, b in both if metric in a and metric in b]
-            cells.append(_number(*interval(gaps)) if gaps else "-")
+            cells.append(_number(*interval(gaps)) + _part(gaps, both) if gaps else "-")
         lines.append(_row(cells))
     return lines
 
@@ -158,6 +157,11 @@ def _any_has(results: Results, metric: str) -> bool:
 
 def _values(rows: list[dict[str, Any]], metric: str) -> list[float]:
     return [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+
+
+def _part(values: list[float], rows: Sequence[Any]) -> str:
+    """How many of the rows have a value, where some have and some have not."""
+    return f", {len(values)} of {len(rows)}" if 0 < len(values) < len(rows) else ""
 
 
 def _number(mean: float, half: float) -> str:
@@ -224,7 +228,7 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
         line = style | {"linestyle": ("-", ":")[i // colours.N % 2]}  # more methods than colours
         courses = [c for c in (course(row["curves"]) for row in rows) if c]
         if courses:
-            means = [mean_point([c[j] for c in courses]) for j in range(min(map(len, courses)))]
+            means = mean_course(courses)
             spent = [p["step"] * seconds[name] if name in seconds else p["seconds"] for p in means]
             _line(axes[0], [p["step"] * completions for p in means], [p["reward"] for p in means], line)
             _line(axes[1], spent, [p["reward"] for p in means], line)
@@ -278,6 +282,13 @@ def course(rows: list[dict[str, float]]) -> list[dict[str, float]]:
                 {"step": step, "seconds": seconds, "reward": row["val/reward"], "kl": row["val/kl"], "judge": judge}
             )
     return points
+
+
+def mean_course(courses: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The mean over seeds of each validation that all of them have."""
+    by_step = [{point["step"]: point for point in points} for points in courses]
+    shared = [step for step in by_step[0] if all(step in points for points in by_step)]
+    return [mean_point([points[step] for points in by_step]) for step in shared]
 
 
 def mean_point(points: list[dict[str, float]]) -> dict[str, float]:

@@ -292,6 +292,11 @@ def test_a_reward_that_raises_is_named_and_its_traceback_kept(place):
         fit("--model.rewards+=broken.broken")
 
 
+def test_a_configuration_may_be_written_out_and_long(place):
+    fit("--config", json.dumps({"model": {"init_args": {"sampling": {"stop": ["never said by anyone " * 20]}}}}))
+    assert next(place.glob("here/version_0/metrics.csv")).is_file()
+
+
 def test_an_unknown_configuration_lists_those_that_ship(place):
     with pytest.raises(SystemExit, match="quickstart"):
         main(["fit", "--config", "quikstart"])

@@ -49,7 +49,8 @@ def quick(monkeypatch):
 
     def run_logged(args, log, environment):
         asked.append((args, environment))
-        log.write_text("what went wrong\n")
+        with log.open("a") as file:
+            file.write(f"{args[0]}: what went wrong\n")
         if "--broken" in args:
             return None
         root = Path(args[args.index("--trainer.default_root_dir") + 1])
@@ -194,6 +195,8 @@ def test_a_cell_whose_test_failed_is_not_trained_again(place, quick, capsys):
         with ended:
             main(["compare", "--config", "mine.yaml"])
     assert [args[0] for args, _ in quick] == ["fit", "test", "test", "test"]
+    log = cell_folder(place / "here", "good", 1) / "log.txt"
+    assert log.read_text().startswith("fit:"), "what was said in training is kept with it"
     assert "metrics.csv holds no result of the test" in capsys.readouterr().out
 
 
@@ -303,13 +306,14 @@ def test_only_what_is_asked_for_is_run(place, quick):
         ("--cells={k=1: {}, k 1: {}}", "'k=1' and 'k 1' would write into one folder"),
         ("--cost={fit: [], rounds: 0}", "cost.rounds=0 must be at least 1"),
         ("--rates=[1e-4]", "0 cells"),
+        (["--rates=[1e-4]", "--only=[one]", "--cells={one: {}, two: {fit: []}}"], "0 cells"),
         ("--rates=[0, -1e-4]", r"rates=\[0.0, -0.0001\] must be above 0"),
     ],
 )
 def test_what_can_not_be_compared_is_a_sentence(option, sentence, place, capsys):
     write_config(place, {"one": {}})
     with pytest.raises(SystemExit):
-        main(["compare", "--config", "mine.yaml", option])
+        main(["compare", "--config", "mine.yaml", *([option] if isinstance(option, str) else option)])
     assert re.search(sentence, capsys.readouterr().err)
 
 
@@ -334,6 +338,19 @@ def test_a_difference_is_that_of_equal_seeds(tmp_path):
     results = {"a": [fabricated(s, float(s)) for s in (1, 2, 3)], "b": [fabricated(s, s - 1.0) for s in (2, 3, 4)]}
     table = report.write(tmp_path, results, {}, 3, [("a", "b")], 1).read_text()
     assert table.endswith("| a - b | 2 | 1.00 ± 0.00 |\n")
+    del results["b"][0]["metrics"]["return"]
+    assert report.write(tmp_path, results, {}, 3, [("a", "b")], 1).read_text().endswith("| a - b | 2 | 1, 1 of 2 |\n")
+
+
+def test_a_mean_over_seeds_is_that_of_the_same_updates():
+    rows = [{"step": step, "val/reward": float(step), "val/kl": 1.0, "val/judge": 2.0} for step in (0, 2, 4)]
+    courses = [report.course(some) for some in (with_steps(rows), with_steps(rows[:1] + rows[2:]))]
+    assert [(p["step"], p["reward"]) for p in report.mean_course(courses)] == [(0, 0), (4, 4)]
+
+
+def with_steps(validations):
+    """Rows as a logger writes them: what was trained before each validation."""
+    return [row for v in validations for row in ({"step": v["step"] - 1, "time/total": float(v["step"])}, v)]
 
 
 def test_pictures_show_means_of_validations_and_ends_of_what_has_none(tmp_path, monkeypatch):

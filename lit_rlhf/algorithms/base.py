@@ -70,7 +70,7 @@ class Method(LightningModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
-        self._step_began = 0.0
+        self._step_began: float | None = None  # while a step is under way
         self.seconds = 0.0  # of training so far
         self._updates_loaded: int | None = None  # updates of the run whose checkpoint is evaluated
         self._planned = 0.0  # what the sum of each step of this update is divided by
@@ -134,10 +134,15 @@ class Method(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the seconds of a step and of all steps so far, by which those of any number of updates can be told."""
-        took = now() - self._step_began
-        self.seconds += took
+        before, self.seconds = self.seconds, self._seconds_so_far
+        self._step_began, took = None, self.seconds - before
         told = {**self.seconds_by_phase(took, batch_idx), "time/total": self.seconds, **peak_memory(self.device)}
         self.log_dict(told, batch_size=1)
+
+    @property
+    def _seconds_so_far(self) -> float:
+        """Of training, with the step that is under way."""
+        return self.seconds if self._step_began is None else self.seconds + now() - self._step_began
 
     def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
         """What to log of the seconds of a step: forward, backward and update."""
@@ -242,7 +247,7 @@ class Method(LightningModule, ABC):
         if not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.trained)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"], checkpoint["seconds"], checkpoint["pace"] = self.seed, self.seconds, self._pace
+        checkpoint["seed"], checkpoint["seconds"], checkpoint["pace"] = self.seed, self._seconds_so_far, self._pace
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
         checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))

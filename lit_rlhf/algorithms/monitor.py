@@ -27,7 +27,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._started = 0.0
+        self._started: float | None = None  # while a step is under way
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -44,8 +44,14 @@ class Clock:
 
     def end_step(self) -> None:
         """Count what is left of the step, backward and update included, towards training."""
+        self.seconds, self._started = self.so_far(), None
+
+    def so_far(self) -> dict[str, float]:
+        """Return the seconds of the rollout by phase, with those of a step that is under way."""
+        if self._started is None:
+            return dict(self.seconds)
         rest = now() - self._started - sum(self.seconds.values())
-        self.seconds["train"] = self.seconds.get("train", 0.0) + rest
+        return {**self.seconds, "train": self.seconds.get("train", 0.0) + rest}
 
     def read(self, tokens: int) -> dict[str, float]:
         """Return the seconds by phase, and completion tokens per second."""
@@ -154,9 +160,7 @@ def log_loss_metrics(module: Online, metrics: Metrics, new: bool) -> None:
             module.slice_sums[name] = module.slice_sums.get(name, 0.0) + sum_and_count(*value)
     if module.slice_sums:
         totals = module.sum_over_ranks(torch.stack(list(module.slice_sums.values())))
-        means = {
-            f"train/{name}": row[0] / row[1].clamp(min=1) for name, row in zip(module.slice_sums, totals, strict=True)
-        }
+        means = {f"train/{name}": total / count for name, (total, count) in zip(module.slice_sums, totals, strict=True)}
         module.log_dict(means, batch_size=1)
 
 
@@ -166,10 +170,10 @@ def sum_and_count(values: Tensor, where: Tensor) -> Tensor:
 
 
 def reduce_means(module: Online, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each metric over all that counts on all ranks, in one reduction."""
+    """Return the mean of each metric over all that counts on all ranks, in one reduction; NaN where nothing does."""
     rows = [sum_and_count(values, where) for values, where in sums.values()]
     totals = module.sum_over_ranks(torch.stack(rows))
-    return {name: total / count.clamp(min=1) for name, (total, count) in zip(sums, totals, strict=True)}
+    return {name: total / count for name, (total, count) in zip(sums, totals, strict=True)}
 
 
 def mean_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -265,6 +266,7 @@ class Online(Method):
             return self._training_step(batch, batch_idx % self.repeats)
 
     def _training_step(self, batch: Prompts, step: int) -> Tensor:
+        self.clock.seconds = self._resumed.pop("seconds", self.clock.seconds)
         self.clock.begin_step(new=step == 0)
         if step == 0:
             self._resumed.clear()  # of a rollout that the end of its epoch has cut off
@@ -310,7 +312,9 @@ class Online(Method):
         from transformers import TrainerState
 
         trainer = self.trainer
-        return TrainerState(global_step=self.updates_done, max_steps=trainer.max_steps, epoch=trainer.current_epoch)
+        planned = trainer.estimated_stepping_batches if trainer.state.fn == TrainerFn.FITTING else trainer.max_steps
+        max_steps = int(planned) if math.isfinite(planned) else -1
+        return TrainerState(global_step=self.updates_done, max_steps=max_steps, epoch=trainer.current_epoch)
 
     # Start and resume
 
@@ -372,7 +376,7 @@ class Online(Method):
         """Return, inside a rollout, the rollout too."""
         state = super().state_under_way(steps_done)
         if steps_done % self.repeats != 0 and self.rollout is not None:
-            state |= {"rollout": self.rollout.state(), "slice_sums": self.slice_sums}
+            state |= {"rollout": self.rollout.state(), "slice_sums": self.slice_sums, "seconds": self.clock.so_far()}
         return state
 
     # Validation, test, prediction

@@ -107,13 +107,15 @@ class ExactMatch:
         return [None if answer is None else self._value(text_of(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float:
-        answer = text_of(answer) if isinstance(answer, list) else str(answer)
+        answers = {text_of(answer) if isinstance(answer, list) else str(answer)}
+        if isinstance(answer, float) and answer.is_integer():  # what an empty field makes of a column of integers
+            answers.add(str(int(answer)))
         if self.pattern is not None:
             matches = list(self.pattern.finditer(text))
             if not matches:
                 return 0.0
             text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
-        return float(self._plain(text) == self._plain(answer))
+        return float(self._plain(text) in map(self._plain, answers))
 
     def _plain(self, text: str) -> str:
         return " ".join(text.casefold().split()) if self.normalise else text

@@ -78,7 +78,7 @@ class ReviewPrompts(PromptData):
 
 
 class ReviewPreferences(PreferenceData):
-    """Pairs of the shipped policy's samples, and the raters' judgement of them.
+    """Pairs of the shipped policy's samples, some beside a text of the grammar's writer, and the raters' judgement.
 
     Args:
         train_size: Pairs to train on; a few that raters can't tell apart are left out.

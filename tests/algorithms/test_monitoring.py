@@ -1,5 +1,6 @@
 """When a run validates, and what it tells of its groups."""
 
+import math
 import time
 from itertools import pairwise
 
@@ -73,6 +74,23 @@ def test_the_last_checkpoint_knows_the_score_of_the_last_validation(steps, tiny,
     assert [state["best_score"] for state in saved.values() if "best_score" in state] == [steps]
 
 
+def test_the_last_checkpoint_knows_of_a_validation_that_was_no_better(tiny, tmp_path):
+    class Remembers(Validations):
+        def state_dict(self):
+            return {"steps": self.steps}
+
+    checkpoint, seen = lit_rlhf.callbacks.PolicyCheckpoint(mode="min"), Remembers()
+
+    def progress(completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    options = by_updates(2, max_steps=3, callbacks=[seen, checkpoint], enable_checkpointing=True)
+    make_trainer(tmp_path, **options).fit(make_module("RLOO", tiny, rewards=[progress]), make_data("RLOO"))
+    saved = torch.load(checkpoint.last_path, weights_only=True)["callbacks"]
+    assert checkpoint.best_score == 0
+    assert [state["steps"] for state in saved.values() if "steps" in state] == [seen.steps] == [[0, 2, 3]]
+
+
 def scores_by_sample(*scores):
     """A reward that gives the samples of each group these scores."""
 
@@ -130,6 +148,68 @@ def test_the_seconds_so_far_are_those_of_all_rollouts_so_far(options, accumulate
     assert all(after > before for before, after in pairwise(seconds))
     assert all(total >= 0.2 * count for total, count in zip(seconds[1:], pauses, strict=True))
     assert seconds[-1] < time.perf_counter() - began
+
+
+class Fails(Callback):
+    """Ends a run before its next step."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.after:
+            raise RuntimeError("that is enough")
+
+
+@pytest.mark.parametrize("after", [1, 2], ids=["inside a rollout", "between two"])
+def test_the_clock_of_a_resumed_run_goes_on(after, tiny, tmp_path):
+    def slow(completions, **kwargs):
+        time.sleep(0.3)
+        return [float(len(text)) for text in completions]
+
+    def fit(logger, callbacks, **options):
+        given = dict(logger=logger, callbacks=callbacks, enable_checkpointing=bool(callbacks), limit_val_batches=0)
+        trainer = make_trainer(tmp_path, max_steps=4, **given)
+        trainer.fit(make_module("RLOO", tiny, rewards=[slow], minibatches=2), make_data("RLOO"), **options)
+
+    checkpoint = lit_rlhf.callbacks.PolicyCheckpoint(every_n_updates=1, save_last=False)  # while a step ends
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(False, [checkpoint, Fails(after)])
+    saved = torch.load(checkpoint.last_path, weights_only=True)["seconds"]
+    assert saved > 0.3  # the step it was saved in counts
+    fit(
+        CSVLogger(tmp_path, name="log", version=""),
+        [lit_rlhf.callbacks.PolicyCheckpoint()],
+        ckpt_path=checkpoint.last_path,
+    )
+    rows = read_csv(tmp_path / "log" / "metrics.csv")
+    (_, first), *_ = trained(rows)
+    assert saved < first and first - saved > (0 if after == 1 else 0.3)
+    told = next(row for row in rows if "time/score" in row)
+    assert told["time/score"] > 0.3 and told["time/sample"] > 0
+
+
+def test_a_reward_without_an_opinion_is_not_one_of_zero(tiny, tmp_path):
+    def silent(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module("RLOO", tiny, rewards=[worth, silent]), make_data("RLOO"))
+    assert math.isnan(trainer.callback_metrics["train/reward/silent"])
+    assert trainer.callback_metrics["train/reward"] == trainer.callback_metrics["train/reward/worth"]
+
+
+def test_a_reward_is_told_how_many_updates_there_will_be(tiny, tmp_path):
+    seen = set()
+
+    def progress(completions, trainer_state, **kwargs):
+        seen.add((trainer_state.global_step, trainer_state.max_steps))
+        return [0.5] * len(completions)
+
+    trainer = make_trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    trainer.fit(make_module("RLOO", tiny, rewards=[progress], minibatches=2), make_data("RLOO"))
+    total = trainer.global_step
+    assert seen == {(step, total) for step in range(0, total, 2)} and total == 12
 
 
 class Counting(lit_rlhf.RLOO):

@@ -98,3 +98,10 @@ def test_predictions_are_one_line_a_completion_whatever_stands_in_them(text, mak
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows)
     assert rows and all(row["completion"] == text for row in rows)
+
+
+def test_a_checkpoint_that_is_validated_has_its_own_step(make_trainer, tmp_path):
+    module = Online()
+    module.updates_done = 7  # the Trainer counts from 0 there
+    make_trainer(SampleLogger()).validate(module, verbose=False)
+    assert {row["step"] for row in lines(next(tmp_path.rglob("samples.jsonl")))} == {7}

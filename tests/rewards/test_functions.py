@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from lit_rlhf.data.sources import load_rows
 from lit_rlhf.rewards import ExactMatch, Length, Matches, Repetition, Scorer, Sentiment, Weighted, text_of
 
 
@@ -63,6 +64,12 @@ def test_exact_match_compares_with_a_column():
     assert reward(["42", "7"], answer=[messages("42")] * 2) == [1, 0], "an answer that the data give as messages"
     gold = ExactMatch("gold", pattern=r"#### (.+)")
     assert gold(["#### 1 no\n#### 42", messages("#### 42 "), "42"], gold=[42, "42", "42"]) == [1, 1, 0]
+
+
+def test_exact_match_takes_integers_of_a_table_with_an_empty_field(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,answer\na,42\nb,\nc,7\nd,-1\n")
+    answers = [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))]
+    assert ExactMatch()(["42", "x", "7.0", "-1"], answer=answers) == [1, None, 1, 1]
 
 
 def test_exact_match_says_early_which_column_it_misses():
