@@ -11,6 +11,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -28,12 +31,34 @@ NAME = "sdpa_on_cpu"
 def use_cpu_attention(model: nn.Module) -> None:
     """Make a model of `transformers` compute its attention by `attention`, where it would by PyTorch's otherwise.
 
-    Models with another attention (chosen by their user, or written out in their class) stay as they are.
+    Models with another attention (chosen by their user, or written out in their class) stay as they are, and so do
+    those whose code does something else where the attention has another name.
     """
-    for part in model.modules():  # a PEFT model holds one
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == "sdpa":
-            if part._can_set_attn_implementation():
-                part.set_attn_implementation(NAME)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]  # a PEFT model holds one
+    if any(map(asks_for_a_name, parts)):
+        return
+    for part in parts:
+        if part.config._attn_implementation == "sdpa" and part._can_set_attn_implementation():
+            part.set_attn_implementation(NAME)
+
+
+def asks_for_a_name(model: PreTrainedModel) -> bool:
+    """Whether the source of a model's class, or of those it inherits from, mentions the attention `sdpa` by its name.
+
+    Gemma 4 does, to keep its masks where keys are shared by layers, and others do to apply a sparse attention.
+    """
+    classes = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
+    return any(mentions_sdpa(name) for name in {c.__module__ for c in classes})
+
+
+@functools.cache
+def mentions_sdpa(module: str) -> bool:
+    """Whether the source of a module holds the name as a string; false where there is no source."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return False
+    return '"sdpa"' in source or "'sdpa'" in source
 
 
 def attention(

@@ -18,6 +18,7 @@ from lit_rlhf.attention import use_cpu_attention
 from lit_rlhf.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
 from lit_rlhf.prefix import (
     Given,
+    as_sampled,
     checkpoints_activations,
     completion_features,
     hidden_states,
@@ -48,7 +49,7 @@ class Critic(nn.Module):
             raise ValueError(f"a {name} is no critic: give a decoder-only model, with one label if it has labels")
         disable_dropout(model)
         use_cpu_attention(model)
-        self.train()  # without dropout the modes differ only in what gradient checkpointing does
+        self.train()
         self.shares_prompt: bool | None = None
 
     @classmethod
@@ -110,7 +111,8 @@ class Critic(nn.Module):
         model = self._classifier
         forward = functools.partial(hidden_states, model.base_model)
         shared = bool(self.shares_prompt) and not checkpoints_activations(self.model)
-        features = completion_features(forward, model.config, prompts, completions, shared)
+        with as_sampled(self.model):
+            features = completion_features(forward, model.config, prompts, completions, shared)
         return value_head(model.score, features, completions)
 
     @torch.no_grad()

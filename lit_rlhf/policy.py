@@ -38,6 +38,7 @@ from lit_rlhf.packing import packed_linears
 from lit_rlhf.prefix import (
     Given,
     accepts,
+    as_sampled,
     checkpoints_activations,
     completion_features,
     defined,
@@ -92,7 +93,7 @@ class Policy(nn.Module):
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
         use_cpu_attention(self.model)
-        self.train()  # without dropout the modes differ only in what gradient checkpointing does
+        self.train()
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
         if (turn := end_of_turn(tokenizer)) is not None and self.causal_lm.can_generate():
             stop_at(self.causal_lm.generation_config, turn)  # an export is to end its turns too
@@ -199,7 +200,8 @@ class Policy(nn.Module):
         """What the policy knows before each token of the completions: hidden states, or logits (see `project`)."""
         self.probe()
         shared = bool(self.shares_prompt) and not checkpoints_activations(self.model)
-        return completion_features(self.forward_features, self.causal_lm.config, prompts, completions, shared)
+        with as_sampled(self.model):
+            return completion_features(self.forward_features, self.causal_lm.config, prompts, completions, shared)
 
     def forward_features(
         self,

@@ -7,10 +7,11 @@ features of the last columns of a batch: hidden states, or logits.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -166,6 +167,23 @@ def plain_features(
 def checkpoints_activations(model: nn.Module) -> bool:
     """Whether gradient checkpointing is at work: `transformers` keeps no cache then."""
     return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+@contextlib.contextmanager
+def as_sampled(model: nn.Module) -> Iterator[None]:
+    """Compute as in sampling: in training some models do more than dropout, such as noise on the routes of experts.
+
+    Where activations are checkpointed the mode stays, since `transformers` does that in training only.
+    """
+    was_training = model.training
+    if not was_training or checkpoints_activations(model):
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def defined(prompts: Prompts) -> Prompts:

@@ -5,8 +5,9 @@ import math
 import jaxtyping
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lit_rlhf
 from enumerable import make_prompts
@@ -183,3 +184,11 @@ def test_a_row_longer_than_the_positions_of_the_model(name, tmp_path):
     folder = write_policy(tmp_path / "short", max_position_embeddings=8)
     with pytest.raises(ValueError, match=r"a row of \d+ tokens exceeds the 8 positions of the"):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(name))
+
+
+def test_an_adapter_that_was_loaded_frozen_is_named(folder, tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    module = lit_rlhf.RLOO(lit_rlhf.Policy(frozen, make_tokenizer()), rewards=[vowels])
+    with pytest.raises(ValueError, match="the policy has no trainable parameter: load its adapter with is_trainable=T"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO"))

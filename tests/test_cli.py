@@ -257,7 +257,11 @@ WRONG = {
     "more slices than prompts": (["--model.minibatches=8"], "minibatches=8 is more than the 4 prompts"),
     "an accumulation that does not fit": (
         ["--model.minibatches=4", "--trainer.accumulate_grad_batches=3"],
-        "accumulate_grad_batches=3 does not fit a rollout of 4 steps",
+        "accumulate_grad_batches=3 does not fit a rollout of 4 slices",
+    ),
+    "an update of several passes": (
+        ["--model=PPO", "--model.num_samples=1", "--model.epochs=2", "--trainer.accumulate_grad_batches=2"],
+        "accumulate_grad_batches=2 does not fit a rollout of 1 slices",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
     "data where a class must be": (["--data=prompts.jsonl"], "did you mean --data.train?"),

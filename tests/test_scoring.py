@@ -110,6 +110,46 @@ def test_gradient_checkpointing_takes_the_plain_path_to_the_same_gradients():
     assert policy.sample(prompts, 2, Sampling(max_new_tokens=5)).ids() == drawn.ids()
 
 
+@pytest.mark.parametrize(
+    ("family", "noise"),
+    [("mixtral", {"router_jitter_noise": 0.3, "num_key_value_heads": 4}), ("persimmon", {"attention_dropout": 0.3})],
+)
+def test_what_a_model_does_in_training_only_is_left_out(family, noise):
+    """Noise on the routes of experts; dropout that the model reads from its configuration."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = AutoConfig.for_model(family, vocab_size=SIZE, **sizes, **noise, initializer_range=0.3)
+    policy, (prompts, _) = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer()), make_input()
+    drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=5))
+    for _ in range(2):
+        torch.testing.assert_close(policy.logprobs(prompts, drawn), drawn.logprobs, atol=1e-4, rtol=0)
+    assert policy.model.training
+
+
+def test_a_model_that_asks_for_the_name_of_its_attention_keeps_its_causality():
+    """Gemma 4 slices queries under gradient checkpointing, and then a mask is needed even where nothing is padded."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=SIZE,
+        vocab_size_per_layer_input=SIZE,
+        hidden_size_per_layer_input=8,
+        num_key_value_heads=2,
+        global_head_dim=8,
+        num_kv_shared_layers=2,
+        final_logit_softcapping=30.0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,
+        **sizes,
+    )
+    policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
+    policy.model.activation_checkpointing_enable()
+    prompts = make_prompts(*torch.randint(7, SIZE, (3, 10)).tolist())
+    drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=6, min_new_tokens=6))
+    torch.testing.assert_close(policy.logprobs(prompts, drawn), drawn.logprobs, atol=1e-4, rtol=0)
+
+
 def test_a_model_that_caps_its_logits_has_the_right_gradient():
     torch.manual_seed(0)
     settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)

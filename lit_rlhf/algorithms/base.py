@@ -154,6 +154,8 @@ class Method(LightningModule, ABC):
         for group in groups:
             if not group["params"]:
                 cure = ": give `lora` to train a new adapter"
+                if isinstance(self.policy.model, PeftModel):
+                    cure = ": load its adapter with is_trainable=True"
                 raise ValueError(f"the {group['name']} has no trainable parameter{cure * (group['name'] == 'policy')}")
         optimizer = self.make_optimizer(groups)
         check_precision(optimizer)

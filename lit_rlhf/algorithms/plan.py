@@ -148,10 +148,11 @@ def check_plan(module: Online, batch_size: int | None) -> None:
         ValueError: If they don't.
     """
     repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
-    if repeats % accumulate and (accumulate % repeats or module.epochs > 1):
+    slices = module.minibatches * module.sample_minibatches
+    if slices % accumulate and (accumulate % slices or module.epochs > 1):
         raise ValueError(
-            f"accumulate_grad_batches={accumulate} does not fit a rollout of {repeats} steps (minibatches x "
-            f"sample_minibatches x epochs): give a divisor of {repeats}, or with epochs=1 a multiple of it"
+            f"accumulate_grad_batches={accumulate} does not fit a rollout of {slices} slices (minibatches x "
+            f"sample_minibatches): give a divisor of {slices}, or with epochs=1 a multiple of it"
         )
     if batch_size is not None:
         check_minibatches(module.minibatches, batch_size)
@@ -162,7 +163,7 @@ def check_plan(module: Online, batch_size: int | None) -> None:
     if updates > 2 and not module.corrects_off_policy:
         rank_zero_warn(
             f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
-            f"accumulate_grad_batches to {repeats} to be exactly on-policy"
+            f"accumulate_grad_batches to {slices}{' and set epochs to 1' * (module.epochs > 1)} to be exactly on-policy"
         )
     if module.sampling.truncates:
         rank_zero_warn(
