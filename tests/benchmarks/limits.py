@@ -87,24 +87,25 @@ def count(settings: Settings) -> Limits:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model))
     config, everything = model.config, sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings().weight.numel()
-    layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n)
+    head, layers = model.get_output_embeddings().weight.numel(), multiplied(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # numbers a token
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * key_heads * head_dim  # numbers a token
+    size = 2 if settings.precision.startswith("bf16") else 4  # bytes of a number, as decoding reads it
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim  # of a token with one before it
     n, k, p, t = settings.prompts, settings.samples, settings.prompt_tokens, settings.completion_tokens
     prompts = 2 * layers * n * p + attention * n * p * (p + 1) / 2
     following = 2 * layers * n * k * (t - 1) + attention * n * k * sum(p + i for i in range(1, t))
     train = (2 if settings.lora else 3) * (prompts + following + 2 * head * n * k * t)
-    steps = [(prompts + 2 * head * n, 4.0 * (layers + head))]
+    steps = [(prompts + 2 * head * n, size * (layers + head))]
     for i in range(1, t):
         flops = 2 * (layers + head) * n * k + attention * n * k * (p + i)
-        steps.append((flops, 4.0 * (layers + head + cached * n * k * (p + i))))
+        steps.append((flops, size * (layers + head + cached * n * k * (p + i))))
     trained = everything
     if settings.lora:
         adapted = add_lora(model, LORA)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    held = everything + 3 * trained if settings.lora else 5 * everything
+    held = everything + 4 * trained  # the weights or the adapter once more: a copy, gradient and two moments
     rate, bandwidth = measure_machine(settings)
     return Limits(
         flops=rate,
@@ -116,6 +117,18 @@ def count(settings: Settings) -> Limits:
         layers=layers,
         head=head,
     )
+
+
+def multiplied(model: Any) -> int:
+    """Weights that a token is multiplied by before the output layer; of experts those that it is sent to."""
+    import torch
+
+    lookups = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    lookups.add(id(model.get_output_embeddings().weight))
+    inner = [p for p in model.parameters() if id(p) not in lookups]
+    chosen = getattr(model.config, "num_experts_per_tok", None) or 0
+    experts = sum(p.numel() // p.shape[0] * chosen for p in inner if p.ndim == 3)
+    return sum(p.numel() for p in inner if p.ndim == 2) + experts
 
 
 if __name__ == "__main__":

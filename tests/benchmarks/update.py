@@ -8,7 +8,7 @@ all. Seconds are those of a round's median update, the first left out; ratios ar
 what they would be by count (of tokens that pass through the models, and of multiplications), and the least that the
 arithmetic takes on this machine. Memory is the peak of the process, and how much of that is beyond weights, gradients,
 optimizer and reference, which all must hold. TRL must be installed, where it is asked for. Table and picture also hold
-what earlier calls have left in `--out`.
+what earlier calls have left in `--out`, where this one did not measure the same again.
 """
 
 from __future__ import annotations
@@ -58,8 +58,13 @@ class Case:
             *(["bf16"] if s.precision != "32-true" else []),
             *(["LoRA"] if s.lora else []),
             *(["natural ends"] if s.natural else []),
+            *([s.accelerator] if s.accelerator != "cpu" else []),
         ]
         return ", ".join(parts)
+
+    def replaces(self, other: Case) -> bool:
+        """Whether it measures the same as another case did, in as many updates or not."""
+        return dataclasses.replace(self.settings, updates=other.settings.updates) == other.settings
 
     def ratios(self, name: str) -> list[float]:
         """Seconds of a contender's update over RLOO's, by round."""
@@ -219,7 +224,7 @@ def main() -> None:
             rounds.append({name: measure(name, settings, pythons.get(name, sys.executable)) for name in names})
         least = min(tried, key=lambda limit: limit.train + limit.sample)  # the machine undisturbed
         case = Case(settings, least, rounds)
-        cases = [*(other for other in cases if other.title != case.title), case]
+        cases = [*(other for other in cases if not case.replaces(other)), case]
         machine = f"matrix products {least.flops / 1e9:.0f} GFLOP/s, reading {least.bandwidth / 1e9:.0f} GB/s"
         print("\n".join([*(row(case, name) for name in names), told(case), machine]), flush=True)
         write(args.out, cases)
