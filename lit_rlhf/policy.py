@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +56,8 @@ from lit_rlhf.sampling import Sampling, addressed_noise, decode
 from lit_rlhf.text import end_of_turn
 from lit_rlhf.types import Completions, Prompts
 
+NO_ROUNDING = 0.05
+"""A change of a model's output, relative to its size, that bfloat16 does not explain."""
 LOGITS_AT_ONCE = 2**25
 """Elements of logits held at a time while scoring: 128 MiB in float32."""
 
@@ -254,6 +256,11 @@ class Policy(nn.Module):
             self.chunks_logits = False
             expected = plain_features(forward, prompts, tokens, 2)
             noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
+            if noise > NO_ROUNDING * rms(expected):
+                rank_zero_warn(
+                    f"{self._name} does not leave padding out (its output changes by {noise / rms(expected):.0%} where "
+                    "there is more of it): give data.batch_size=1, or prompts of one length"
+                )
             self.chunks_logits = True
             reason = why_not(lambda: self.project(plain_features(forward, prompts, tokens, 2)), expected, noise)
             if reason is None and not self._projects_plainly(prompts):

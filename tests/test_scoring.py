@@ -198,6 +198,14 @@ def plain_value_and_gradient(policy: Policy, prompts: Prompts, completions):
 # Padding
 
 
+def test_a_model_that_knows_no_mask_is_told_of():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
+    policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
+    with pytest.warns(UserWarning, match="RwkvForCausalLM does not leave padding out .*data.batch_size=1"):
+        policy.probe()
+
+
 def test_extra_padding_changes_nothing():
     policy, (prompts, completions) = make_policy(), make_input()
     expected = value_and_gradient(policy, prompts, completions)
