@@ -132,5 +132,4 @@ class GradientNoise(Callback):
 
 def rollouts_of_update(trainer: Trainer, module: Online) -> float:
     """How many rollouts an update learns from: below 1 where a rollout is cut into several updates."""
-    share = trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)
-    return share if module.epochs == 1 else min(1.0, share)
+    return trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)

@@ -10,6 +10,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from lightning.pytorch.trainer.states import TrainerState
 
 import lit_rlhf
 from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts, plain_logprobs
@@ -48,7 +49,7 @@ def make_module(method=lit_rlhf.RLOO, rewards=(delayed,), moved: float = 0.4, kl
     for parameter in policy.parameters():
         parameter.data += moved * torch.randn_like(parameter)
     module._trainer = SimpleNamespace(
-        world_size=1, accumulate_grad_batches=1, global_step=0, max_steps=-1, current_epoch=0
+        world_size=1, accumulate_grad_batches=1, global_step=0, max_steps=-1, current_epoch=0, state=TrainerState()
     )
     module.log = module.log_dict = lambda *args, **kwargs: None
     return module
