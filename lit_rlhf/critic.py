@@ -21,6 +21,7 @@ from lit_rlhf.prefix import (
     as_sampled,
     checkpoints_activations,
     completion_features,
+    evaluating,
     hidden_states,
     why_not_shared,
 )
@@ -49,7 +50,7 @@ class Critic(nn.Module):
             raise ValueError(f"a {name} is no critic: give a decoder-only model, with one label if it has labels")
         disable_dropout(model)
         use_cpu_attention(model)
-        self.train()
+        self.train()  # Lightning warns of what trains in evaluation mode
         self.shares_prompt: bool | None = None
 
     @classmethod
@@ -120,11 +121,10 @@ class Critic(nn.Module):
         """Find out, once, whether this model allows a shared prompt; say so where it does not."""
         if self.shares_prompt is not None:
             return
-        model, was_training = self._classifier, self.model.training
+        model = self._classifier
         forward = functools.partial(hidden_states, model.base_model)
-        self.model.eval()
-        reason = why_not_shared(forward, model.config, embedding_rows(model), next(self.parameters()).device)
-        self.model.train(was_training)
+        with evaluating(self.model):
+            reason = why_not_shared(forward, model.config, embedding_rows(model), next(self.parameters()).device)
         self.shares_prompt = reason is None
         if reason is not None:
             rank_zero_info(f"the critic computes each prompt once a completion: {reason}")

@@ -42,6 +42,7 @@ from lit_rlhf.prefix import (
     checkpoints_activations,
     completion_features,
     defined,
+    evaluating,
     forward_arguments,
     hidden_states,
     owners,
@@ -95,7 +96,7 @@ class Policy(nn.Module):
         self.chunks_logits: bool | None = None
         disable_dropout(self.model)
         use_cpu_attention(self.model)
-        self.train()
+        self.train()  # Lightning warns of what trains in evaluation mode
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
         if (turn := end_of_turn(tokenizer)) is not None and self.causal_lm.can_generate():
             stop_at(self.causal_lm.generation_config, turn)  # an export is to end its turns too
@@ -150,15 +151,10 @@ class Policy(nn.Module):
             epoch: See `seed`.
         """
         self.probe()
-        was_training = self.model.training
-        self.model.eval()  # no cache is kept in training mode under gradient checkpointing
-        try:
-            size = sampling.batch_size or len(prompts)
-            blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
-            with packed_linears(self.model):
-                parts = [self._sample(defined(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
-        finally:
-            self.model.train(was_training)
+        size = sampling.batch_size or len(prompts)
+        blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
+        with evaluating(self.model), packed_linears(self.model):  # in training a model that checkpoints keeps no cache
+            parts = [self._sample(defined(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
@@ -250,9 +246,8 @@ class Policy(nn.Module):
         if self.shares_prompt is not None:
             return
         prompts, tokens = probe_input(embedding_rows(self.causal_lm), next(self.parameters()).device)
-        forward, config, was_training = self.forward_features, self.causal_lm.config, self.model.training
-        self.model.eval()
-        try:
+        forward, config = self.forward_features, self.causal_lm.config
+        with evaluating(self.model):
             self.chunks_logits = False
             expected = plain_features(forward, prompts, tokens, 2)
             noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
@@ -273,8 +268,6 @@ class Policy(nn.Module):
             self.shares_prompt = reason is None
             if reason is not None:
                 rank_zero_info(f"{self._name} computes each prompt once a completion: {reason}")
-        finally:
-            self.model.train(was_training)
 
     @property
     def _name(self) -> str:

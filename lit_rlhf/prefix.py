@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -169,16 +170,18 @@ def checkpoints_activations(model: nn.Module) -> bool:
     return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-@contextlib.contextmanager
-def as_sampled(model: nn.Module) -> Iterator[None]:
+def as_sampled(model: nn.Module) -> AbstractContextManager[None]:
     """Compute as in sampling: in training some models do more than dropout, such as noise on the routes of experts.
 
     Where activations are checkpointed the mode stays, since `transformers` does that in training only.
     """
+    return contextlib.nullcontext() if checkpoints_activations(model) else evaluating(model)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while."""
     was_training = model.training
-    if not was_training or checkpoints_activations(model):
-        yield
-        return
     model.eval()
     try:
         yield
