@@ -34,6 +34,11 @@ class AdaptiveKL(Callback):
         self.kl_coef: float | None = None
         self.following: float | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a resumed run loads its own coefficient."""
+        if stage == "fit":
+            self.kl_coef = self.following = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the coefficient of the run that is resumed, or the method's own."""
         method: Any = pl_module

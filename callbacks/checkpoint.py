@@ -24,7 +24,8 @@ class PolicyCheckpoint(Checkpoint):
     the end, and when the run fails outside an update; it replaces the one before only when complete.
 
     Args:
-        monitor: The validation metric that says which policy is best; the sanity check does not count.
+        monitor: The validation metric that says which policy is best; the sanity check does not count. While a schedule
+            changes the weights of the rewards, `val/reward` and `val/return` do not compare, and the newest is best.
         mode: Whether the best is the highest or the lowest.
         every_n_updates: Optimizer steps between two checkpoints; None writes one at the end only.
         save_best: Whether to write `policy/best`.
@@ -39,6 +40,9 @@ class PolicyCheckpoint(Checkpoint):
         ValueError: If `mode` or `every_n_updates` makes no sense.
         TypeError: When `fit` starts with a module that has no `export`.
     """
+
+    best_model_path = ""
+    """No checkpoint of the best is kept, only its policy: tells the Trainer so where it is asked for `best`."""
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class PolicyCheckpoint(Checkpoint):
         self.save_best = save_best
         self.save_last = save_last
         self.best_score: float | None = None
+        self.best_weights: list[float] | None = None  # of the rewards, when that was measured
         self.last_path: Path | None = None
         self.policies: dict[str, Path] = {}
         self._warned = False
@@ -75,6 +80,8 @@ class PolicyCheckpoint(Checkpoint):
         self._folder = run_folder(trainer) / "checkpoints"
         self._enabled = stage == "fit" and not is_trial(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
+        if stage == "fit":
+            self.best_score, self.best_weights = None, None  # of an earlier fit; a resumed run loads its own
         if self._enabled and not callable(getattr(pl_module, "export", None)):
             name = type(pl_module).__name__
             raise TypeError(f"PolicyCheckpoint writes through export(folder), which {name} lacks: use ModelCheckpoint")
@@ -102,6 +109,9 @@ class PolicyCheckpoint(Checkpoint):
         self._validations += validated_in_fit(trainer)
         if not (self.save_best and self._enabled and validated_in_fit(trainer)):
             return
+        weights = getattr(pl_module, "reward_weights", None) if self.monitor in ("val/reward", "val/return") else None
+        if weights != self.best_weights:
+            self.best_score, self.best_weights = None, weights
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             self._warn_missing(trainer)
@@ -161,12 +171,12 @@ class PolicyCheckpoint(Checkpoint):
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score."""
-        return {"best_score": self.best_score}
+        """Return the best score, and by which weights of the rewards."""
+        return {"best_score": self.best_score, "best_weights": self.best_weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score of the run that is resumed."""
-        self.best_score = state_dict["best_score"]
+        self.best_score, self.best_weights = state_dict["best_score"], state_dict["best_weights"]
 
     def _improves(self, score: float) -> bool:
         if self.best_score is None:

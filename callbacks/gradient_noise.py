@@ -58,6 +58,12 @@ class GradientNoise(Callback):
         variance, square = self.averages
         return variance / square if square > 0 else math.inf
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a resumed run loads its own averages."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.averages = []
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to measure."""
         if not isinstance(pl_module, Online):
@@ -94,17 +100,22 @@ class GradientNoise(Callback):
         size = len(rollout.prompts) // cuts
         parameters = [p for p in module.policy.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        squares = torch.zeros((), dtype=torch.float64, device=module.device)
+        counted, squares = torch.zeros(2, dtype=torch.float64, device=module.device)
         for i in range(cuts):
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 terms, mask, _ = module.terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
-            loss = terms.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+            if not mask.any():  # no gradient, which is another thing than one of zero
+                continue
+            counted += 1
+            loss = terms.masked_fill(~mask, 0.0).sum() / mask.sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for whole, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     whole += gradient
                     squares += (gradient.double() ** 2).sum()
-        parts = cuts * trainer.world_size
+        parts = int(module.sum_over_ranks(counted))
+        if parts < 2:
+            return
         mean_square = self._mean_square(module, total, parts)
         squares = module.sum_over_ranks(squares)
         estimates = F.gradient_noise(float(squares), float(mean_square), parts, size)

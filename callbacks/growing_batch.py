@@ -36,6 +36,12 @@ class GrowingBatch(Callback):
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
         """Return the sizes of this epoch's blocks, as far as they are known after so many of its steps."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit; a resumed run loads its own sizes."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.sizes = []
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the data can grow, and plan the epoch that is resumed."""
         loader: Any = trainer.train_dataloader
@@ -43,6 +49,11 @@ class GrowingBatch(Callback):
             raise ValueError(
                 f"{type(self).__name__} needs its data from a lit_rlhf.PromptData with num_workers=0, which hands over "
                 "blocks as they grow"
+            )
+        if reload := getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+            raise ValueError(
+                f"{type(self).__name__} grows the blocks of one loader: leave out "
+                f"reload_dataloaders_every_n_epochs={reload}"
             )
         self.start, needed = loader.blocks.sizes[0][1], loader.blocks.rows_for(self.maximum)
         if self.maximum < self.start:

@@ -21,19 +21,23 @@ class KLMonitor(Callback):
 
     Args:
         target: Mean KL, in nats a completion, beyond which to warn (once); typically 5 to 20. None never warns.
-        stop: Also end the training there, after a last validation.
+        stop: Also end the training there, with a last validation where one is due at the end of every epoch.
 
     Raises:
         ValueError: If `target` is not positive, or `stop` is asked for without a target.
     """
 
     def __init__(self, target: float | None = None, stop: bool = False) -> None:
-        if target is not None and target <= 0:
+        if target is not None and not target > 0:
             raise ValueError(f"target={target} can't be exceeded sensibly: give a positive number of nats, or None")
         if stop and target is None:
             raise ValueError("stop=True needs to know beyond which KL: give a target in nats, such as target=10")
         self.target = target
         self.stop = stop
+        self._warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn anew in a new run."""
         self._warned = False
 
     def on_train_batch_end(

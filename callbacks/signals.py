@@ -39,7 +39,8 @@ class SaveOnSignal(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to save."""
         self._folder = run_folder(trainer) / "checkpoints"
-        self.stopped = self._received = None
+        self.stopped = self._received = self._limits = None
+        self._put_back()  # after a run that failed, which is not torn down
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers."""
@@ -63,14 +64,17 @@ class SaveOnSignal(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put back handlers and limits as they were."""
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._receive:
-                signal.signal(number, handler)
-        self._previous = {}
+        self._put_back()
         if self._limits is not None:
             loop = trainer.fit_loop
             trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits
             self._limits = None
+
+    def _put_back(self) -> None:
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)
+        self._previous = {}
 
     def _install(self) -> None:
         # Lightning sets its own handlers right before, and takes all of them back when the run ends.

@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
-from lit_rlhf import callbacks
+from lit_rlhf import __version__, callbacks
 from lit_rlhf.algorithms import Method
 from lit_rlhf.compare import CellsFailed, compare
 from lit_rlhf.data import TextData
@@ -80,7 +80,10 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The arguments; those of the process where None.
     """
-    given = expand_configs(list(sys.argv[1:] if args is None else args))
+    given = expand_configs(list(sys.argv[1:] if args is None else args)) or ["--help"]
+    if given == ["--version"]:
+        print(f"{PROGRAM} {__version__}")
+        return
     sys.path.insert(0, str(Path.cwd()))  # where a user's own methods and rewards are
     check_configs(given)
     check_class_names(given)

@@ -164,8 +164,8 @@ def compare(
     check_arguments([*runs, *measurements])
     failed = run_all(runs, lambda run: run_cell(run, environment), jobs) + run_all(measurements, measure, 1)
     found = read_results(all_runs)
-    results = {name: found.get(name, []) for name in cells if name in found or name in chosen}
     costs: report.Results = {run.cell: [] for run in all_measurements} | read_results(all_measurements)
+    results = {name: found.get(name, []) for name in cells if name in found or name in chosen or costs.get(name)}
     table = report.write(folder, results, costs, len(seeds), pairs, completions, cost.rounds if cost else 0)
     if rates:
         report.add_best_rates(table, results)

@@ -46,10 +46,8 @@ from lit_rlhf.prefix import (
     forward_arguments,
     hidden_states,
     owners,
-    padded,
     plain_features,
-    probe_input,
-    rms,
+    probe_plain,
     shared_features,
     why_not,
 )
@@ -57,8 +55,6 @@ from lit_rlhf.sampling import Sampling, addressed_noise, decode
 from lit_rlhf.text import end_of_turn
 from lit_rlhf.types import Completions, Prompts
 
-NO_ROUNDING = 0.05
-"""A change of a model's output, relative to its size, that bfloat16 does not explain."""
 LOGITS_AT_ONCE = 2**25
 """Elements of logits held at a time while scoring: 128 MiB in float32."""
 
@@ -100,6 +96,8 @@ class Policy(nn.Module):
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
         if (turn := end_of_turn(tokenizer)) is not None and self.causal_lm.can_generate():
             stop_at(self.causal_lm.generation_config, turn)  # an export is to end its turns too
+        if self.causal_lm.can_generate():
+            make_savable(self.causal_lm.generation_config)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Policy:
@@ -245,16 +243,16 @@ class Policy(nn.Module):
         """Find out, once, whether this model allows chunked logits and a shared prompt; say so where it does not."""
         if self.shares_prompt is not None:
             return
-        prompts, tokens = probe_input(embedding_rows(self.causal_lm), next(self.parameters()).device)
         forward, config = self.forward_features, self.causal_lm.config
         with evaluating(self.model):
             self.chunks_logits = False
-            expected = plain_features(forward, prompts, tokens, 2)
-            noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
-            if noise > NO_ROUNDING * rms(expected):
+            prompts, tokens, expected, noise, disturbed = probe_plain(
+                forward, embedding_rows(self.causal_lm), next(self.parameters()).device
+            )
+            if disturbed:
                 rank_zero_warn(
-                    f"{self._name} does not leave padding out (its output changes by {noise / rms(expected):.0%} where "
-                    "there is more of it): give data.batch_size=1, or prompts of one length"
+                    f"{self._name} does not leave padding out (its output changes by {disturbed:.0%} where there is "
+                    "more of it): give data.batch_size=1, or prompts of one length"
                 )
             self.chunks_logits = True
             reason = why_not(lambda: self.project(plain_features(forward, prompts, tokens, 2)), expected, noise)
@@ -267,7 +265,9 @@ class Policy(nn.Module):
             reason = why_not(lambda: self.project(shared()), expected, noise)
             self.shares_prompt = reason is None
             if reason is not None:
-                rank_zero_info(f"{self._name} computes each prompt once a completion: {reason}")
+                rank_zero_info(
+                    f"{self._name} computes each prompt once a completion, and samples without a cache: {reason}"
+                )
 
     @property
     def _name(self) -> str:
@@ -332,6 +332,14 @@ def stop_at(config: Any, token: int) -> None:
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if token not in ids:
         config.eos_token_id = [*ids, token]
+
+
+def make_savable(config: Any) -> None:
+    """Let a configuration sample that has options of sampling and does not: `transformers` loads but won't save it."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def _join(parts: list[Completions]) -> Completions:

@@ -23,6 +23,9 @@ from transformers import DynamicCache
 from lit_rlhf.padding import groups_of_like_length
 from lit_rlhf.types import Prompts
 
+NO_ROUNDING = 0.05
+"""A change of a model's output, relative to its size, that bfloat16 does not explain."""
+
 
 @runtime_checkable
 class Given(Protocol):
@@ -210,6 +213,25 @@ def probe_input(vocabulary: int, device: torch.device) -> tuple[Prompts, Int[Ten
     return Prompts(ids[:10].view(2, 5), mask, torch.arange(2, device=device)), ids[10:].view(4, 4)
 
 
+def probe_plain(
+    forward: Forward, vocabulary: int, device: torch.device
+) -> tuple[Prompts, Tensor, Tensor, float, float]:
+    """What the plain path gives for the probe.
+
+    Returns:
+        Prompts, completions, their features, the root mean square of what padding changes in these, and 0.0; or, for a
+        model whose output depends on its padding, the same without padding, which then changes nothing, and by how
+        much padding would change it, relative to its size.
+    """
+    prompts, tokens = probe_input(vocabulary, device)
+    expected = plain_features(forward, prompts, tokens, 2)
+    noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
+    if noise <= NO_ROUNDING * rms(expected):
+        return prompts, tokens, expected, noise, 0.0
+    whole = prompts.replace(mask=torch.ones_like(prompts.mask))
+    return whole, tokens, plain_features(forward, whole, tokens, 2), 0.0, noise / rms(expected)
+
+
 def why_not(compute: Callable[[], Tensor], expected: Tensor, noise: float) -> str | None:
     """Say how far a fast path is from the plain one; None where no further than padding moves that.
 
@@ -234,9 +256,7 @@ def why_not_shared(forward: Forward, config: Any, vocabulary: int, device: torch
         vocabulary: How many token ids it embeds.
         device: Where it is.
     """
-    prompts, tokens = probe_input(vocabulary, device)
-    expected = plain_features(forward, prompts, tokens, 2)
-    noise = rms(plain_features(forward, padded(prompts), tokens, 2) - expected)
+    prompts, tokens, expected, noise, _ = probe_plain(forward, vocabulary, device)
     return why_not(lambda: shared_features(forward, config, prompts, tokens, owners(2, 2)), expected, noise)
 
 

@@ -57,7 +57,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def student_t(freedom: int) -> float:
-    """Student's t for 95 %, two-sided; beyond the table by Fisher's expansion, which is right to three decimals."""
+    """Student's t for 95 %, two-sided; beyond the table by Fisher's expansion, which is right to 0.001."""
     if freedom <= len(T_95):
         return T_95[freedom - 1]
     z = 1.959964

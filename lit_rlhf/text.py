@@ -28,7 +28,8 @@ def encode_prompt(
     An empty string is the start of a text: the tokenizer's BOS token (or its EOS token where it has none).
 
     Raises:
-        ValueError: If the prompt is a conversation and the tokenizer has no chat template.
+        ValueError: If the prompt is a conversation and the tokenizer has no chat template, or if it is empty and the
+            tokenizer has neither of the two tokens.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
@@ -40,7 +41,12 @@ def encode_prompt(
     if ids:
         return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [] if start is None else [start]
+    if start is None:
+        raise ValueError(
+            f"an empty prompt needs a token to start with, and the tokenizer {tokenizer.name_or_path!r} has neither "
+            "BOS nor EOS: set tokenizer.bos_token"
+        )
+    return [start]
 
 
 def encode_completion(

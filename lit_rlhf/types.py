@@ -48,6 +48,9 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
 class Record:
     """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too.
 
+    What a subclass of `Rollout` adds may be `[prompts]`, `[prompts, samples]` or `[prompts, samples, tokens]`, other
+    `Completions`, or dicts of these.
+
     Treat records as constants: `replace` makes a changed one. They are not frozen because Lightning refuses frozen
     dataclasses where it casts a batch (the precisions `bf16-true` and `64-true`).
     """
@@ -164,12 +167,12 @@ class Rollout(Record):
 
     def samples(self: RolloutT, index: slice) -> RolloutT:
         """Return the samples of each prompt that `index` selects; only for what no longer looks across a group."""
-        return self._cut(lambda tensor: tensor[:, index])
+        return self._cut(lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor)
 
     def pick(self: RolloutT, sample: Int[Tensor, " prompts"]) -> RolloutT:
         """Return one sample of each prompt: the one whose number `sample` gives."""
         rows = torch.arange(len(sample), device=sample.device)
-        return self._cut(lambda tensor: tensor[rows, sample].unsqueeze(1))
+        return self._cut(lambda tensor: tensor[rows, sample].unsqueeze(1) if tensor.ndim > 1 else tensor)
 
     def _cut(self: RolloutT, on_tensor: Callable[[Tensor], Tensor]) -> RolloutT:
         names = [f.name for f in dataclasses.fields(self) if f.name != "prompts"]
@@ -177,25 +180,40 @@ class Rollout(Record):
 
     def trim(self: RolloutT) -> RolloutT:
         """Cut the padding that all prompts and the padding that all completions share."""
-        length = int(self.completions.lengths.max())
-        cut = self.map(lambda tensor: tensor[:, :, :length] if tensor.ndim == 3 else tensor)
+        length, tokens = int(self.completions.lengths.max()), self.completions.tokens.shape[2]
+        cut = self.map(lambda tensor: tensor[:, :, :length] if tensor.shape[2:] == (tokens,) else tensor)
         return cut.replace(prompts=self.prompts.trim())
 
     def state(self) -> dict[str, Any]:
-        """Return everything but the prompts as nested dicts of CPU tensors, for a checkpoint."""
-        return _plain(self.to("cpu"), skip={"prompts"})
+        """Return everything but the prompts, of these their index, as nested dicts of CPU tensors, for a checkpoint."""
+        return {**_plain(self.to("cpu"), skip={"prompts"}), "index": self.prompts.index.cpu()}
 
     @classmethod
     def from_state(cls: type[RolloutT], state: dict[str, Any], prompts: Prompts) -> RolloutT:
-        """Rebuild what `state` returned, for the prompts that it was made of."""
-        fields = dict(state)
-        completions = Completions(**fields.pop("completions"))
-        return cls(prompts=prompts, completions=completions, **fields)
+        """Rebuild what `state` returned, for the prompts that it was made of.
+
+        Raises:
+            ValueError: If these are other prompts.
+        """
+        fields = {name: _restored(value) for name, value in state.items()}
+        before, now = fields.pop("index").tolist(), prompts.index.tolist()
+        if before != now:
+            raise ValueError(
+                f"the checkpoint was saved inside a rollout of the rows {before[:4]}, and the data now hand over "
+                f"{now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of the "
+                "run, or from a checkpoint between two rollouts"
+            )
+        return cls(prompts=prompts, **fields)
 
 
 def _plain(record: Record, skip: set[str]) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in skip}
     return {name: _plain(value, set()) if isinstance(value, Record) else value for name, value in values.items()}
+
+
+def _restored(value: Any) -> Any:
+    names = {f.name for f in dataclasses.fields(Completions)}
+    return Completions(**value) if isinstance(value, dict) and value.keys() == names else value
 
 
 @dataclass

@@ -5,6 +5,7 @@ import math
 import jaxtyping
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf.algorithms.base import check_precision
+from lit_rlhf.text import encode_prompt
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_llama, make_tokenizer
 
@@ -42,6 +44,8 @@ def folder(tmp_path_factory):
     ("name", "options", "sentence"),
     [
         ("RLOO", {"truncated": "leaveout"}, "truncated='leaveout' must be 'keep', 'leave_out', or a number"),
+        ("RLOO", {"truncated": -1.0}, "truncated=-1.0 must be .* a number from 0 on"),
+        ("RLOO", {"truncated": True}, "truncated=True must be"),
         ("Reinforce", {"baseline": "nnone"}, "baseline='nnone' must be one of none, mean, exponential"),
         ("Reinforce", {"baseline_decay": 1.0}, "baseline_decay=1.0 must be at least 0 and below 1"),
         ("RLOO", {"kl_coef": math.nan}, "kl_coef=nan must be 0 or more"),
@@ -92,8 +96,11 @@ def test_an_adapter_that_would_change_the_reference_is_refused(option):
 def test_half_of_a_new_adapter_does_not_make_a_small_rate_large_enough():
     policy = lit_rlhf.Policy(make_llama(263, initializer_range=1.0).bfloat16(), make_tokenizer(), lora={"r": 2})
     policy.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="too small to move them"):
-        check_precision(torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-7))
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-7)
+    with pytest.raises(ValueError, match=r"too small to move them .*bf16-mixed, or train `lora`$"):
+        check_precision(optimizer)
+    with pytest.raises(ValueError, match=r"too small to move them .*bf16-mixed$"):
+        check_precision(optimizer, has_adapter=True)
 
 
 # Policies
@@ -192,3 +199,40 @@ def test_an_adapter_that_was_loaded_frozen_is_named(folder, tmp_path):
     module = lit_rlhf.RLOO(lit_rlhf.Policy(frozen, make_tokenizer()), rewards=[vowels])
     with pytest.raises(ValueError, match="the policy has no trainable parameter: load its adapter with is_trainable=T"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO"))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_loader_from_outside_the_run_is_refused(minibatches, folder, tmp_path):
+    data, module = make_data("RLOO"), make_module("RLOO", folder, minibatches=minibatches)
+    data.tokenizer = make_tokenizer()
+    data.setup()
+    with pytest.raises(ValueError, match=r"made outside the run.*trainer.fit\(method, datamodule=data\)"):
+        make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data.train_dataloader())
+
+
+def test_accumulation_is_not_rescheduled_under_a_rollout(folder, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[GradientAccumulationScheduler({0: 3})])
+    with pytest.raises(ValueError, match=r"GradientAccumulationScheduler .*BatchSchedule"):
+        trainer.fit(make_module("PPO", folder, minibatches=2), make_data("PPO"))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda terms: terms.mean(), lambda terms: terms.sum(1, keepdim=True), lambda terms: terms[..., None]]
+)
+def test_terms_of_another_shape_are_refused(change, folder, tmp_path):
+    class Own(lit_rlhf.RLOO):
+        def loss(self, rollout):
+            terms, metrics = super().loss(rollout)
+            return change(terms), metrics
+
+    module = Own(str(folder), rewards=[vowels], num_samples=3, max_new_tokens=6)
+    with pytest.raises(ValueError, match=r"Own.loss must return terms of shape \(4, 3\) or \(4, 3, \d\), one a"):
+        make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, make_data("RLOO"))
+
+
+def test_an_empty_prompt_needs_a_token_to_start_with():
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"neither BOS nor EOS: set tokenizer.bos_token"):
+        encode_prompt(tokenizer, "")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import lit_rlhf
 from lit_rlhf.cli import CONFIGS, main
 from tiny import make_llama, make_tokenizer
 
@@ -18,8 +19,9 @@ import lit_rlhf
 
 class OPO(lit_rlhf.RLOO):
     def advantages(self, rollout):
-        lengths = rollout.completions.mask.sum(-1)
-        return rollout.returns - (rollout.returns * lengths).sum(1, keepdim=True) / lengths.sum(1, keepdim=True)
+        lengths = rollout.completions.lengths * rollout.valid
+        total = lengths.sum(1, keepdim=True).clamp(min=1)
+        return rollout.returns - (rollout.returns * lengths).sum(1, keepdim=True) / total
 
 class Slip(lit_rlhf.RLOO):
     def loss(self, rollout):
@@ -315,3 +317,13 @@ def test_a_run_that_a_signal_ended_is_not_taken_for_a_finished_one(place):
         fit("--trainer.callbacks+=ending.End")
     assert stopped.value.code == 128 + 15
     assert next(Path("here").rglob("last.ckpt")).is_file()
+
+
+def test_without_a_command_it_says_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("fit", "validate", "test", "predict", "export", "compare"))
+    main(["--version"])
+    assert capsys.readouterr().out == f"lit-rlhf {lit_rlhf.__version__}\n"

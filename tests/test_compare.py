@@ -111,6 +111,9 @@ def test_costs_are_measured_after_all_else_and_once(place, quick):
     table = read_table(place)
     assert float(table["good"]["seconds"]) == 2 and float(table["good"]["peak_mib"]) == 321
     assert table["start"]["seconds"] == "nan"
+    main(["compare", "--config", "mine.yaml", "--seeds=[]", "--only=[start]"])
+    assert float(read_table(place)["good"]["seconds"]) == 2  # measured before, so in the table
+    main(["compare", "--config", "mine.yaml"])
     assert "| good - start | 1 | 0 | 0 |" in (place / "here" / "table.md").read_text()
     left = {path.name for path in (place / "here" / "cost").rglob("*")}
     assert "metrics.csv" in left and not left & {"policy", "checkpoints"}

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import lit_rlhf
 from enumerable import make_prompts
@@ -369,6 +369,22 @@ def test_the_plain_path_samples_what_the_fast_one_does(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         drawn = plain.sample(prompts, 4, sampling)
     assert fast.shares_prompt and not plain.shares_prompt
-    assert "once a completion: NotImplementedError: no cache here" in caplog.text
+    assert "without a cache: NotImplementedError: no cache here" in caplog.text
     assert drawn.ids() == expected.ids()
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+
+
+def test_a_model_that_ignores_what_is_cached_shares_no_prompt():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
+    policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
+    with pytest.warns(UserWarning, match="does not leave padding out"):
+        policy.probe()
+    assert policy.shares_prompt is False
+
+
+def test_sampling_options_of_a_model_that_does_not_sample_can_be_saved(tmp_path):
+    model = make_llama(SIZE)
+    model.generation_config.temperature = 0.7  # without do_sample, which `transformers` refuses to save
+    Policy(model, make_tokenizer()).save(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.7

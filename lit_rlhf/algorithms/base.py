@@ -72,7 +72,7 @@ class Method(LightningModule, ABC):
         self._total, self._counted = 0.0, 0  # the terms of this update so far: their sum, and how many
         self._step_began: float | None = None  # while a step is under way
         self.seconds = 0.0  # of training so far
-        self._updates_loaded: int | None = None  # updates of the run whose checkpoint is evaluated
+        self._updates_loaded: int | None = None  # updates of the run whose checkpoint, or whose outcome, is evaluated
         self._planned = 0.0  # what the sum of each step of this update is divided by
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds for this rank, until it is put in place
         self.source = "" if isinstance(policy, Policy) else str(policy)
@@ -116,7 +116,7 @@ class Method(LightningModule, ABC):
 
     @property
     def updates_done(self) -> int:
-        """Updates of the weights so far; outside `fit`, where the Trainer restores no count, the checkpoint's."""
+        """Updates of the weights so far; outside `fit`, without a count, the checkpoint's or the last fit's."""
         return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Method(LightningModule, ABC):
                     cure = ": load its adapter with is_trainable=True"
                 raise ValueError(f"the {group['name']} has no trainable parameter{cure * (group['name'] == 'policy')}")
         optimizer = self.make_optimizer(groups)
-        check_precision(optimizer)
+        check_precision(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         prefer_fused(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
@@ -311,8 +311,9 @@ class Method(LightningModule, ABC):
         self._resumed = ranks[trainer.global_rank]
 
     def on_train_start(self) -> None:
-        """Put the gradients of a resumed update back in place."""
+        """Put the gradients of a resumed update back in place; find out now whether the model can be saved."""
         self._updates_loaded = None
+        self._snapshot = self._snapshot or self.snapshot()
         if "policy" in self._modules:
             self.policy.new_adapter = False  # to the next method its reference is what this one leaves
         self._total, self._counted = self._resumed.pop("total", 0.0), self._resumed.pop("counted", 0)
@@ -321,6 +322,10 @@ class Method(LightningModule, ABC):
         for name, parameter in self.named_parameters():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
+
+    def on_fit_end(self) -> None:
+        """Keep the number of updates, for a Trainer that evaluates what has been trained."""
+        self._updates_loaded = self.trainer.global_step
 
     def _check_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Raise if the checkpoint lacks a trained weight: it is of another model, or of other LoRA options."""
@@ -372,7 +377,7 @@ def prefer_fused(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
-def check_precision(optimizer: Optimizer) -> None:
+def check_precision(optimizer: Optimizer, has_adapter: bool = False) -> None:
     """Refuse weights in bfloat16 that the learning rate cannot move.
 
     An Adam step changes a weight by about the learning rate; bfloat16 rounds away changes below 1/512 of the weight.
@@ -391,5 +396,6 @@ def check_precision(optimizer: Optimizer) -> None:
         if rate < needed:
             raise ValueError(
                 f"the trained weights are bfloat16, and a learning rate of {rate:g} is too small to move them (about "
-                f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed, or train `lora`"
+                f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed"
+                f"{'' if has_adapter else ', or train `lora`'}"
             )

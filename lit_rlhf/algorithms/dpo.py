@@ -107,7 +107,8 @@ class DPO(Method):
         self.on_validation_start()
         self.reference_logprobs = {}
         data = data_module(self)
-        if not isinstance(data, TextData):  # a loader of the user's own: the reference is asked at every step
+        trial = getattr(self.trainer, "fast_dev_run", False)
+        if trial or not isinstance(data, TextData):  # or a loader of the user's own: the reference is asked every step
             return
         own: dict[int, Tensor] = {}
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None

@@ -132,7 +132,7 @@ class Evaluation:
         self.distinct = {n: self.new(DistinctN(n)) for n in (1, 2)}
         self.perplexity = None if module.evaluation.preferred is None else self.new(Perplexity())
         weights = module.judge.weights(module.updates_done)
-        if weights != module.opponent_weights:  # scores by other weights do not compare
+        if weights != module.opponent_weights or module.judge.follows_training:  # other scores do not compare
             module.opponents, module.opponent_weights = {}, weights
 
     def new(self, metric: M) -> M:

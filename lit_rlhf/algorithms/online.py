@@ -121,9 +121,9 @@ class Online(Method):
             raise ValueError(f"sample_minibatches={sample_minibatches} is more than num_samples={num_samples}")
         if not (kl_coef >= 0 and math.isfinite(kl_coef)):
             raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
-        known = truncated in ("keep", "leave_out") if isinstance(truncated, str) else math.isfinite(truncated)
-        if not known:
-            raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number to subtract")
+        fine = truncated in ("keep", "leave_out") if isinstance(truncated, str) else 0 <= truncated < math.inf
+        if not fine or isinstance(truncated, bool):
+            raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number from 0 on to subtract")
         self.kl_estimator, self.kl_place = read_kl_penalty(kl_penalty)
         self.scorer = Scorer(rewards)
         self.shaping = make_options(Shaping, "shaping", shaping)
@@ -288,6 +288,12 @@ class Online(Method):
     def terms(self, part: Rollout) -> tuple[Tensor, Tensor, Metrics]:
         """The terms of a slice with the KL where it belongs to the loss, where they count, and metrics."""
         terms, metrics = self.loss(part)
+        shapes = (part.valid.shape, part.counted.shape)
+        if terms.shape not in shapes:
+            raise ValueError(
+                f"{type(self).__name__}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one "
+                f"a completion or one a token, not {tuple(terms.shape)}: the mean is taken by the base"
+            )
         if self.kl_place == "loss":
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
         return terms, part.valid if terms.ndim == 2 else part.counted, metrics
@@ -337,6 +343,11 @@ class Online(Method):
         super().configure_model()
         if not hasattr(self, "reference"):
             self.reference = self.policy.reference()
+
+    @property
+    def reward_weights(self) -> list[float]:
+        """What the rewards are multiplied by now: scores by other weights do not compare."""
+        return self.scorer.weights(self.updates_done)
 
     def place(self) -> None:
         """Move to the device what is no part of the module, and check what needs the models."""

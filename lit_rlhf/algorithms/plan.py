@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf.algorithms.evaluation import check_completions, check_opponent
@@ -133,8 +134,17 @@ def check_positions(module: Method, config: Any, whose: str) -> None:
 
 
 def check_loader(module: Online) -> None:
-    """Raise a ValueError if a rollout lasts several steps, and the training loader does not repeat its prompts."""
-    if module.repeats > 1 and not isinstance(module.trainer.train_dataloader, ResumableLoader):
+    """Raise a ValueError if a rollout lasts several steps, and the training loader does not repeat its prompts.
+
+    Nor does one that a `PromptData` has made outside the run; it would not find its place on a resume either.
+    """
+    loader = module.trainer.train_dataloader
+    if isinstance(loader, ResumableLoader) and loader.trainer is not module.trainer:
+        raise ValueError(
+            "the training loader was made outside the run, and knows nothing of its ranks and its place: give the data "
+            "module itself, trainer.fit(method, datamodule=data)"
+        )
+    if module.repeats > 1 and not isinstance(loader, ResumableLoader):
         raise ValueError(
             f"a rollout lasts {module.repeats} steps here, for which the loader must repeat its prompts: give the "
             "data as a lit_rlhf.PromptData instead of a loader of your own, or set minibatches and epochs to 1"
@@ -149,6 +159,11 @@ def check_plan(module: Online, batch_size: int | None) -> None:
     """
     repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
     slices = module.minibatches * module.sample_minibatches
+    if any(isinstance(c, GradientAccumulationScheduler) for c in getattr(module.trainer, "callbacks", ())):
+        raise ValueError(
+            "GradientAccumulationScheduler changes what an update is while a rollout is cut into slices by it: set "
+            "accumulate_grad_batches, and let the batch grow by lit_rlhf.callbacks.BatchSchedule"
+        )
     if slices % accumulate and (accumulate % slices or module.epochs > 1):
         raise ValueError(
             f"accumulate_grad_batches={accumulate} does not fit a rollout of {slices} slices (minibatches x "

@@ -30,8 +30,8 @@ class Reward(Protocol):
     """The shape of a reward; a plain function will do.
 
     With an attribute `token_level = True` it returns, for each completion, one number a token of its `completion_ids`
-    (the EOS token included). One that holds a model may have `setup(device)`, called before the first use, and one that
-    reads columns through `**kwargs` may name them in `required_columns`.
+    (the EOS token included). One that holds a model may have `setup(device)`, called once before the first use, and
+    one that reads columns through `**kwargs` may name them in `required_columns`.
     """
 
     def __call__(

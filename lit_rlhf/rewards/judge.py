@@ -46,11 +46,17 @@ class BothOrders:
 
     def __init__(self, judge: Callable[..., Any]) -> None:
         self._entry = Entry.of(judge, taken=set(), role="judge")
+        self._device: torch.device | None = None
 
     @property
     def names(self) -> list[str]:
         """The name by which the judge is shown."""
         return [self._entry.name]
+
+    @property
+    def follows_training(self) -> bool:
+        """False: of the opponent nothing is kept but what it wrote."""
+        return False
 
     def weights(self, step: int) -> list[float]:
         """Nothing: a judge of pairs has no weights that could change."""
@@ -61,9 +67,10 @@ class BothOrders:
         self._entry.check({*columns, *GIVEN})
 
     def setup(self, device: torch.device | str) -> None:
-        """Load what the judge needs onto `device`."""
-        if callable(setup := getattr(self._entry.reward, "setup", None)):
+        """Load what the judge needs onto `device`, once for a device."""
+        if self._device != torch.device(device) and callable(setup := getattr(self._entry.reward, "setup", None)):
             setup(device)
+        self._device = torch.device(device)
 
     def __call__(
         self,

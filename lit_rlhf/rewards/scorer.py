@@ -65,6 +65,7 @@ class Scorer:
             raise ValueError(
                 "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
             )
+        self._device: torch.device | None = None
         self._entries: list[Entry] = []
         for reward in rewards:
             self._entries.append(Entry.of(reward, {entry.name for entry in self._entries}, role))
@@ -72,6 +73,11 @@ class Scorer:
     def weights(self, step: int) -> list[float]:
         """What the rewards are multiplied by after `step` updates."""
         return [entry.weight(step) for entry in self._entries]
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether a reward asks where training stands, so that its scores of one text may change."""
+        return any("trainer_state" in (entry.accepts or ()) for entry in self._entries)
 
     @property
     def names(self) -> list[str]:
@@ -85,10 +91,13 @@ class Scorer:
             entry.check(names)
 
     def setup(self, device: torch.device | str) -> None:
-        """Load what rewards need (models) onto `device`; called before the first use."""
+        """Load what rewards need (models) onto `device`, once for a device; called before the first use."""
+        if self._device == torch.device(device):
+            return
         for entry in self._entries:
             if callable(setup := getattr(entry.reward, "setup", None)):
                 setup(device)
+        self._device = torch.device(device)
 
     def __call__(
         self,

@@ -2,8 +2,8 @@
 
 From a file of texts, each rated by several people, to what a comparison of methods needs: a small policy that writes
 such texts, a reward model of one half of the ratings, a judge of the other half, prompts and preferences. The last
-texts of the file are held out of all of it. It was made for the 10,605 movie reviews, with 15 to 29 ratings each, of
-Hutto and Gilbert, *VADER*, ICWSM 2014.
+texts of the file are held out of all of it. It was made for the 10,605 sentences of movie reviews, with 15 to 29
+ratings each, of Hutto and Gilbert, *VADER*, ICWSM 2014.
 """
 
 from __future__ import annotations

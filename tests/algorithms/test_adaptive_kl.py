@@ -85,3 +85,11 @@ def test_a_test_of_a_checkpoint_takes_its_coefficient(tiny, tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[AdaptiveKL(target=0.5, gain=2.0)])
     trainer.test(module, make_data("RLOO"), ckpt_path=tmp_path / "third.ckpt", verbose=False)
     assert module.kl_coef == saved != 0.5
+
+
+def test_another_fit_starts_with_its_own_coefficient(tiny, tmp_path):
+    callback = AdaptiveKL(target=1e-3, gain=0.5)
+    for kl_coef in (0.5, 0.05):
+        trainer = make_trainer(tmp_path, max_steps=2, callbacks=[callback], limit_val_batches=0)
+        trainer.fit(make_module("RLOO", tiny, kl_coef=kl_coef), make_data("RLOO"))
+        assert abs(callback.kl_coef / kl_coef - 1) < 0.25

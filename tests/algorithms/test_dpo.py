@@ -105,3 +105,9 @@ def test_training_prefers_what_was_chosen(tiny, tmp_path):
 def test_beta_must_be_positive(tiny):
     with pytest.raises(ValueError, match="beta=0 must be a number above 0"):
         lit_rlhf.DPO(str(tiny), beta=0)
+
+
+def test_a_trial_does_not_score_the_whole_data_set(tiny, tmp_path):
+    module = make_module("DPO", tiny)
+    make_trainer(tmp_path, fast_dev_run=True).fit(module, make_data("DPO"))
+    assert not module.reference_logprobs

@@ -359,3 +359,39 @@ def test_a_reward_needs_its_column_in_every_part_of_the_data(part, tiny, tmp_pat
     data = lit_rlhf.PromptData(**{**parts, part: rows}, batch_size=2)
     with pytest.raises(ValueError, match=r"'needs_answer' asks for \['answer'\]"):
         make_trainer(tmp_path, max_steps=1).fit(Unloaded(str(tiny), rewards=[needs_answer]), data)
+
+
+@pytest.mark.parametrize("judged_by", ["the rewards", "a scorer", "a judge of pairs"])
+def test_a_reward_is_set_up_once(judged_by, tiny, tmp_path):
+    class Loading:
+        calls = 0
+
+        def __call__(self, completions, **kwargs):
+            return [0.5] * len(completions)
+
+        def setup(self, device):
+            self.calls += 1
+
+    reward, judge = Loading(), None if judged_by == "the rewards" else Loading()
+    if judge is not None:
+        judge.pairwise = judged_by == "a judge of pairs"
+    trainer = make_trainer(tmp_path, max_steps=3, val_check_interval=1)
+    trainer.fit(make_module("RLOO", tiny, rewards=[reward], judge=judge), make_data("RLOO"))
+    assert reward.calls == 1 and (judge is None or judge.calls == 1)
+
+
+def test_another_trainer_evaluates_what_training_has_come_to(tiny, tmp_path):
+    reward = lit_rlhf.Weighted(lambda completions, **kwargs: [1.0] * len(completions), 1.0, "one", 0.1, updates=2)
+    module = make_module("RLOO", tiny, rewards=[reward])
+    make_trainer(tmp_path, max_steps=2).fit(module, make_data("RLOO"))
+    assert validate(module, rows_of("a", "b"), tmp_path)["val/reward"] == pytest.approx(0.1)
+
+
+def test_what_follows_training_is_the_same_for_both_sides(tiny, tmp_path):
+    def rising(completions, trainer_state):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    trainer = make_trainer(tmp_path, max_steps=2, val_check_interval=1)
+    trainer.fit(make_module("RLOO", tiny, rewards=[rising]), make_data("RLOO"))
+    assert trainer.callback_metrics["val/reward"] == 2
+    assert trainer.callback_metrics["val/win_rate"] == 0.5

@@ -374,3 +374,35 @@ def test_growth_that_joins_a_run_leaves_what_was_handed_over(make, tiny, tmp_pat
     assert whole.sizes[0] == 2 and joined.sizes[0] >= 2 and joined.sizes[-1] > 2
     first_epoch = joined.sizes[: (joined.lengths[0] - 10) // 2]
     assert 40 - 9 < 5 * 2 + sum(first_epoch) <= 40  # five rollouts of two prompts before it, then as many rows as last
+
+
+def test_growth_needs_one_loader(tiny, tmp_path):
+    with pytest.raises(ValueError, match="leave out reload_dataloaders_every_n_epochs=1"):
+        train(tiny, tmp_path, BatchSchedule(8, 2), trainer={"reload_dataloaders_every_n_epochs": 1})
+
+
+def test_another_fit_grows_from_its_own_start(tiny, tmp_path):
+    callback = BatchSchedule(8, 2)
+    sizes = []
+    for _ in range(2):
+        train(tiny, tmp_path, callback)
+        sizes.append(callback.sizes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+def test_parts_in_which_nothing_counts_are_no_gradients_of_zero(tiny, tmp_path):
+    """Where all but one part is without an opinion, nothing is estimated; and the others count alone."""
+
+    def first_only(prompts, completions, **kwargs):
+        asked = list(dict.fromkeys(prompts))[: first_only.prompts]
+        pairs = zip(prompts, completions, strict=True)
+        return [float(len(text)) if prompt in asked else None for prompt, text in pairs]
+
+    told = {}
+    for number in (1, 2, 4):
+        first_only.prompts = number
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
+        trainer.fit(make_module("RLOO", tiny, rewards=[first_only]), make_data("RLOO"))
+        told[number] = trainer.callback_metrics.get("train/gradient_variance")
+    assert told[1] is None and told[2] > 0 and told[4] > 0

@@ -1,11 +1,15 @@
 """A run that was stopped and resumed ends bitwise where the run that was never stopped does."""
 
+import dataclasses
+from dataclasses import dataclass
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 import lit_rlhf
-from runs import METHODS, ONLINE, make_data, make_module, make_trainer
+from lit_rlhf.types import Completions, Rollout
+from runs import METHODS, ONLINE, make_data, make_module, make_trainer, vowels
 
 
 class SaveEverywhere(Callback):
@@ -200,3 +204,51 @@ def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_
     with pytest.raises(MemoryError):
         make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, make_data("Reinforce"))
     assert len(kept[1]) == 5 and not differing(kept[1], statistics())
+
+
+@pytest.mark.parametrize("change", [{"rows": 16}, {"batch_size": 6}], ids=str)
+def test_a_rollout_is_not_taken_up_with_other_prompts(change, tiny, tmp_path):
+    run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], minibatches=2)
+    with pytest.raises(ValueError, match=r"saved inside a rollout of the rows \[.*resume with the data"):
+        run("RLOO", tiny, tmp_path, ckpt_path=tmp_path / "0-00.ckpt", minibatches=2, data=change)
+
+
+@dataclass
+class WithMore(Rollout):
+    difficulty: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    baseline: Completions | None = None
+
+
+class More(lit_rlhf.RLOO):
+    """A method whose rollout holds something of each prompt, something of each completion, and other completions."""
+
+    rollout_type = WithMore
+
+    def prepare(self, rollout):
+        n, k = rollout.rewards.shape
+        features = torch.arange(n * k * 40.0).view(n, k, 40)
+        other = dataclasses.replace(self.sampling, greedy=True, max_new_tokens=9)
+        baseline = self.policy.sample(rollout.prompts, k, other)
+        return rollout.replace(difficulty=torch.arange(n), features=features, baseline=baseline)
+
+    def loss(self, part):
+        self.seen.append((part.difficulty, part.features, part.baseline.tokens))
+        return super().loss(part)
+
+
+@pytest.mark.filterwarnings("ignore:4 updates a rollout")
+def test_what_a_method_adds_to_a_rollout_is_cut_and_resumed_with_it(tiny, tmp_path):
+    def train(ckpt_path=None, callbacks=()):
+        module = More(str(tiny), rewards=[vowels], num_samples=4, max_new_tokens=6, minibatches=2, sample_minibatches=2)
+        module.seen = []
+        trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=list(callbacks))
+        trainer.fit(module, make_data("RLOO"), ckpt_path=ckpt_path)
+        return module.seen
+
+    seen = train(callbacks=[SaveEverywhere(tmp_path)])
+    difficulty, features, tokens = seen[3]
+    assert difficulty.tolist() == [2, 3] and tokens.shape == (2, 2, 9)
+    assert torch.equal(features, torch.arange(640.0).view(4, 4, 40)[2:, 2:])
+    again = train(ckpt_path=tmp_path / "0-01.ckpt")
+    assert len(again) == 2 and all(torch.equal(a, b) for a, b in zip(again[1], seen[3], strict=True))

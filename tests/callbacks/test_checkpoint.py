@@ -173,3 +173,35 @@ def test_a_module_without_export_is_refused_at_once(make_trainer):
 
     with pytest.raises(TypeError, match="Bare"), warnings.catch_warnings():
         fit(make_trainer, PolicyCheckpoint(), Bare())
+
+
+def test_a_callback_of_an_earlier_fit_starts_anew(make_trainer, tmp_path):
+    checkpoint = PolicyCheckpoint()
+    fit(make_trainer, checkpoint)
+    lower = Plain()
+    lower.scores = [-1.0]
+    fit(make_trainer, checkpoint, lower, default_root_dir=tmp_path / "second")
+    assert "best" in lower.exports and checkpoint.best_score == -1
+
+
+def test_scores_by_other_weights_of_the_rewards_do_not_compare(make_trainer):
+    module = Plain()
+    module.scores, module.reward_weights = [0.3, 0.2, 0.1], [1.0]
+    fit(make_trainer, PolicyCheckpoint(), module)
+    assert module.exports.count("best") == 1
+
+    class Falling(Plain):
+        @property
+        def reward_weights(self):
+            return [1.0 - self.global_step / 100]
+
+    falling = Falling()
+    falling.scores = module.scores
+    fit(make_trainer, PolicyCheckpoint(), falling)
+    assert falling.exports.count("best") > 1
+
+
+def test_no_checkpoint_of_the_best_is_a_sentence(make_trainer):
+    trainer, module = fit(make_trainer, PolicyCheckpoint())
+    with pytest.raises(ValueError, match="not configured to save the best model"):
+        trainer.validate(module, ckpt_path="best")

@@ -40,7 +40,14 @@ def test_methods_without_rollouts_are_left_alone(make_trainer):
     assert "train/kl_p50" not in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("arguments", [{"target": -1.0}, {"stop": True}])
+@pytest.mark.parametrize("arguments", [{"target": -1.0}, {"target": float("nan")}, {"stop": True}])
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ValueError, match="target"):
         KLMonitor(**arguments)
+
+
+def test_a_second_fit_is_warned_of_too(make_trainer):
+    monitor = KLMonitor(target=2.5)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="nats a completion"):
+            make_trainer(monitor).fit(Online())
