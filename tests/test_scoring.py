@@ -204,6 +204,7 @@ def test_a_model_that_knows_no_mask_is_told_of():
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
     with pytest.warns(UserWarning, match="RwkvForCausalLM does not leave padding out .*data.batch_size=1"):
         policy.probe()
+    assert policy.shares_prompt is False  # and what is cached it ignores
 
 
 def test_extra_padding_changes_nothing():
@@ -372,15 +373,6 @@ def test_the_plain_path_samples_what_the_fast_one_does(monkeypatch, caplog):
     assert "without a cache: NotImplementedError: no cache here" in caplog.text
     assert drawn.ids() == expected.ids()
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=2e-5, rtol=0)
-
-
-def test_a_model_that_ignores_what_is_cached_shares_no_prompt():
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
-    policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
-    with pytest.warns(UserWarning, match="does not leave padding out"):
-        policy.probe()
-    assert policy.shares_prompt is False
 
 
 def test_sampling_options_of_a_model_that_does_not_sample_can_be_saved(tmp_path):

@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -92,6 +92,7 @@ class Entry:
     token_level: bool
     accepts: frozenset[str] | None  # None: everything
     requires: frozenset[str]
+    ready_on: list[torch.device] = field(default_factory=list)  # where it was set up last
 
     @classmethod
     def of(cls, reward: Any, taken: set[str], role: str = "reward") -> Entry:
@@ -114,6 +115,13 @@ class Entry:
     def weight(self, step: int) -> float:
         """What the numbers are multiplied by after `step` updates."""
         return math.prod(weighted.weight_at(step) for weighted in self.weights)
+
+    def setup(self, device: torch.device | str) -> None:
+        """Let the reward load what it needs onto `device`, unless that is where it was set up last."""
+        wanted = [torch.device(device)]
+        if self.ready_on != wanted and callable(setup := getattr(self.reward, "setup", None)):
+            setup(device)
+        self.ready_on[:] = wanted
 
     def check(self, names: set[str]) -> None:
         """Raise a ValueError if the reward asks for a name that is not among `names`."""

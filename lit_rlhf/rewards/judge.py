@@ -46,7 +46,6 @@ class BothOrders:
 
     def __init__(self, judge: Callable[..., Any]) -> None:
         self._entry = Entry.of(judge, taken=set(), role="judge")
-        self._device: torch.device | None = None
 
     @property
     def names(self) -> list[str]:
@@ -68,9 +67,7 @@ class BothOrders:
 
     def setup(self, device: torch.device | str) -> None:
         """Load what the judge needs onto `device`, once for a device."""
-        if self._device != torch.device(device) and callable(setup := getattr(self._entry.reward, "setup", None)):
-            setup(device)
-        self._device = torch.device(device)
+        self._entry.setup(device)
 
     def __call__(
         self,

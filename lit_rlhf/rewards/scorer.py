@@ -65,7 +65,6 @@ class Scorer:
             raise ValueError(
                 "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
             )
-        self._device: torch.device | None = None
         self._entries: list[Entry] = []
         for reward in rewards:
             self._entries.append(Entry.of(reward, {entry.name for entry in self._entries}, role))
@@ -92,12 +91,8 @@ class Scorer:
 
     def setup(self, device: torch.device | str) -> None:
         """Load what rewards need (models) onto `device`, once for a device; called before the first use."""
-        if self._device == torch.device(device):
-            return
         for entry in self._entries:
-            if callable(setup := getattr(entry.reward, "setup", None)):
-                setup(device)
-        self._device = torch.device(device)
+            entry.setup(device)
 
     def __call__(
         self,
