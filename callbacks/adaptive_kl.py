@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.common import completion_kl, gathered, new_rollout
+from lit_rlhf.callbacks.utils import completion_kl, gathered, new_rollout
 
 
 class AdaptiveKL(Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.callbacks.common import is_trial, run_folder, validated_in_fit
+from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
 
 
 class PolicyCheckpoint(Checkpoint):
@@ -78,7 +78,7 @@ class PolicyCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to write, and refuse a module that has nothing to write."""
         self._folder = run_folder(trainer) / "checkpoints"
-        self._enabled = stage == "fit" and not is_trial(trainer)
+        self._enabled = stage == "fit" and not is_fast_dev_run(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
         if stage == "fit":
             self.best_score, self.best_weights = None, None  # of an earlier fit; a resumed run loads its own

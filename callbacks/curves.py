@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.common import is_trial, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, validated_in_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ class Curves(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to draw, and whether it is possible."""
         self._path = run_folder(trainer) / "curves.png"
-        self._enabled = trainer.is_global_zero and not is_trial(trainer) and find_spec("matplotlib") is not None
+        self._enabled = trainer.is_global_zero and not is_fast_dev_run(trainer) and find_spec("matplotlib") is not None
         self._drawn = time.monotonic()
 
     def on_train_batch_end(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms import Online
+from lit_rlhf.algorithms import OnlineAlgorithm
 
 
 class GradientNoise(Callback):
@@ -66,7 +66,7 @@ class GradientNoise(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to measure."""
-        if not isinstance(pl_module, Online):
+        if not isinstance(pl_module, OnlineAlgorithm):
             raise ValueError(
                 f"{type(self).__name__} is for methods that sample, and {type(pl_module).__name__} does not"
             )
@@ -75,7 +75,7 @@ class GradientNoise(Callback):
             self._check_parts(pl_module, prompts)
         super().on_train_start(trainer, pl_module)
 
-    def _check_parts(self, module: Online, prompts: int) -> int:
+    def _check_parts(self, module: OnlineAlgorithm, prompts: int) -> int:
         """Return how many parts a rollout is cut into; raise a ValueError if it has too few prompts for that."""
         cuts = max(self.parts, module.minibatches)
         if cuts > prompts:
@@ -92,7 +92,7 @@ class GradientNoise(Callback):
         if first and number % self.every_n_rollouts == 0 and module.rollout is not None:
             self.measure(trainer, module)
 
-    def measure(self, trainer: Trainer, module: Online) -> None:
+    def measure(self, trainer: Trainer, module: OnlineAlgorithm) -> None:
         """Measure the gradient of the current rollout, and log it."""
         assert module.rollout is not None
         rollout = module.rollout
@@ -127,7 +127,7 @@ class GradientNoise(Callback):
         module.log("train/gradient_variance", estimates[0] / prompts, batch_size=1)
         module.log("train/gradient_noise_scale", float(self.noise_scale or 0.0), batch_size=1)
 
-    def _mean_square(self, module: Online, total: list[Tensor], parts: int) -> Tensor:
+    def _mean_square(self, module: OnlineAlgorithm, total: list[Tensor], parts: int) -> Tensor:
         """The squared norm of the mean gradient of all parts, on all ranks."""
         return torch.stack([((module.sum_over_ranks(g).double() / parts) ** 2).sum() for g in total]).sum()
 
@@ -141,6 +141,6 @@ class GradientNoise(Callback):
         self.averages = state_dict["averages"]
 
 
-def rollouts_of_update(trainer: Trainer, module: Online) -> float:
+def rollouts_of_update(trainer: Trainer, module: OnlineAlgorithm) -> float:
     """How many rollouts an update learns from: below 1 where a rollout is cut into several updates."""
     return trainer.accumulate_grad_batches / (module.minibatches * module.sample_minibatches)

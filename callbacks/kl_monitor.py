@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_rlhf.callbacks.common import completion_kl, gathered, new_rollout
+from lit_rlhf.callbacks.utils import completion_kl, gathered, new_rollout
 
 QUANTILES = {"train/kl_p05": 0.05, "train/kl_p50": 0.5, "train/kl_p95": 0.95}
 

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_rlhf.callbacks.common import is_trial
 from lit_rlhf.callbacks.samples import jsonable
+from lit_rlhf.callbacks.utils import is_fast_dev_run
 
 
 class PredictionWriter(Callback):
@@ -33,7 +33,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin this rank's part."""
-        if is_trial(trainer):
+        if is_fast_dev_run(trainer):
             return
         part = self._part(trainer, trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +43,14 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Append a batch."""
-        if is_trial(trainer):
+        if is_fast_dev_run(trainer):
             return
         with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in outputs or ())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the parts of all ranks together."""
-        if is_trial(trainer):
+        if is_fast_dev_run(trainer):
             return
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lit_rlhf.callbacks.common import as_number, scalar_metrics, validated_in_fit
 from lit_rlhf.callbacks.growing_batch import GrowingBatch
+from lit_rlhf.callbacks.utils import format_number, scalar_metrics, validated_in_fit
 
 RATES = {
     "throughput/completion_tokens": "tokens/s",
@@ -106,5 +106,5 @@ class RLHFProgressBar(RichProgressBar):
 
     def _line(self, head: str, metrics: dict[str, Any]) -> None:
         self._printed = time.monotonic()
-        values = [f"{name} {as_number(value)}" for name, value in metrics.items() if isinstance(value, int | float)]
+        values = [f"{name} {format_number(value)}" for name, value in metrics.items() if isinstance(value, int | float)]
         print(*[head, *values, f"({self._printed - self._started:.0f} s)"], flush=True)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.common import as_number, completion_kl, is_trial, new_rollout, run_folder
+from lit_rlhf.callbacks.utils import completion_kl, format_number, is_fast_dev_run, new_rollout, run_folder
 from lit_rlhf.types import Rollout
 
 COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", "kl", "length", "finished"]
@@ -80,7 +80,7 @@ class SampleLogger(Callback):
         rows = [jsonable({**dict.fromkeys(COLUMNS), **sample, **place}) for sample in samples]
         for logger in trainer.loggers:
             _to_logger(logger, f"{split}/samples", rows, step)
-        if not is_trial(trainer):
+        if not is_fast_dev_run(trainer):
             _append(self._path, rows)
         return rows
 
@@ -155,8 +155,8 @@ def _short(value: Any, limit: int, end: bool = False) -> Text:
 
 def _reward(row: dict[str, Any]) -> str:
     parts = row["parts"] or {}
-    lines = [f"{name} {as_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
-    return "\n".join([as_number(row["reward"]), *lines])
+    lines = [f"{name} {format_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
+    return "\n".join([format_number(row["reward"]), *lines])
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
@@ -165,7 +165,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         prompt, completion = _short(row["prompt"], 300, end=True), _short(row["completion"], 600)
-        table.add_row(prompt, completion, Text(_reward(row)), as_number(row["kl"]), str(row["length"] or "-"))
+        table.add_row(prompt, completion, Text(_reward(row)), format_number(row["kl"]), str(row["length"] or "-"))
     return table
 
 
@@ -189,6 +189,6 @@ def _cell(value: Any) -> Any:
 
 
 def _markdown(row: dict[str, Any]) -> str:
-    values = f"reward {as_number(row['reward'])}, KL {as_number(row['kl'])}, {json.dumps(row['parts'])}"
+    values = f"reward {format_number(row['reward'])}, KL {format_number(row['kl'])}, {json.dumps(row['parts'])}"
     quoted = as_text(row["completion"]).replace("\n", "\n> ")
     return f"{as_text(row['prompt'])}\n\n> {quoted}\n\n*{values}*"

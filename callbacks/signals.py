@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import get_console
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint, write_checkpoint
-from lit_rlhf.callbacks.common import run_folder, validated_in_fit
+from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
-from lit_rlhf.callbacks.common import as_number, run_folder, scalar_metrics, validated_in_fit
 from lit_rlhf.callbacks.samples import as_text
+from lit_rlhf.callbacks.utils import format_number, run_folder, scalar_metrics, validated_in_fit
 
 ROWS = {
     "val/reward": "reward",
@@ -94,7 +94,7 @@ def _numbers(first: dict[str, Any], last: dict[str, Any]) -> Table:
         table.add_column(_when(record["step"]), justify="right")
     for name in _rows(last["metrics"]):
         values = [last] if once else [first, last]
-        table.add_row(_label(name, last["judge"]), *[as_number(record["metrics"].get(name)) for record in values])
+        table.add_row(_label(name, last["judge"]), *[format_number(record["metrics"].get(name)) for record in values])
     return table
 
 

@@ -111,7 +111,7 @@ def kl_of_completions(
     return masked_sum({"k1": kl_k1, "k3": kl_k3}[estimator](logprobs, reference_logprobs), mask)
 
 
-def shaped_return(
+def kl_penalized_return(
     rewards: Float[Tensor, "prompts samples"], kl: Float[Tensor, "prompts samples"], kl_coef: float
 ) -> Float[Tensor, "prompts samples"]:
     """What is optimised: `R(x, y) = r(x, y) - beta * log(pi(y|x) / ref(y|x))`. Back to Basics, section 2."""
@@ -124,7 +124,7 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> fl
     return kl_coef * (1 + gain * error)
 
 
-def credited_rewards(
+def token_rewards_with_kl(
     rewards: Float[Tensor, "prompts samples"],
     penalties: Float[Tensor, "prompts samples tokens"],
     mask: Bool[Tensor, "prompts samples tokens"],
@@ -225,7 +225,7 @@ def gae(
     return advantages.masked_fill(~mask, 0.0)
 
 
-def clipped_ratio_loss(
+def ppo_clip_loss(
     logprobs: Float[Tensor, "*batch tokens"],
     old_logprobs: Float[Tensor, "*batch tokens"],
     advantages: Float[Tensor, "*batch tokens"],

@@ -112,7 +112,7 @@ class Completions(Record):
         logprobs: Log-probability of each token when it was sampled, in nats, at least float32, 0 where masked.
         finished: True where the completion ended by itself (an EOS token or a stop string), False where it was cut.
         entropy: Entropy before each token, at the temperature but without top-p and top-k, in nats; None: not measured.
-        kept_mass: Probability that top-p, top-k and a minimum length left to draw from, or None where none applies.
+        sampled_mass: Probability that top-p, top-k and a minimum length left to draw from, or None where none applies.
     """
 
     tokens: Int[Tensor, "prompts samples tokens"]
@@ -120,7 +120,7 @@ class Completions(Record):
     logprobs: Float[Tensor, "prompts samples tokens"]
     finished: Bool[Tensor, "prompts samples"]
     entropy: Float[Tensor, "prompts samples tokens"] | None = None
-    kept_mass: Float[Tensor, "prompts samples tokens"] | None = None
+    sampled_mass: Float[Tensor, "prompts samples tokens"] | None = None
 
     @property
     def lengths(self) -> Int[Tensor, "prompts samples"]:

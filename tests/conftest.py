@@ -1,12 +1,19 @@
 import pytest
+import torch
 
 from tiny import make_llama, make_tokenizer
 
+SEEDED = ("algorithms", "callbacks", "evaluation", "training")
+"""Folders of tests that train: their runs have a seed."""
+
 
 @pytest.fixture(autouse=True)
-def unseeded(monkeypatch):
-    """Lightning's `seed_everything` leaves its seed in the environment, where the next test's methods would find it."""
+def seed(monkeypatch, request):
+    """Set a seed where tests train; drop the one that Lightning's `seed_everything` leaves in the environment."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if request.path.parent.name in SEEDED:
+        monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+        torch.manual_seed(7)
 
 
 @pytest.fixture
@@ -17,3 +24,25 @@ def tokenizer():
 @pytest.fixture
 def llama(tokenizer):
     return make_llama(len(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny policy."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ending(tmp_path_factory):
+    """A folder with a policy that ends many of its completions by itself, by one of many EOS tokens."""
+    folder = tmp_path_factory.mktemp("ending")
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer))
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

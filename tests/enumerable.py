@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lit_rlhf.policy import Policy
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.types import Completions, Prompts
 
 EOS = 0

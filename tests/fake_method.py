@@ -89,7 +89,7 @@ class Plain(LightningModule):
         torch.save(self.weights.detach(), folder / "weights.pt")
 
 
-class Online(Plain):
+class OnlineAlgorithm(Plain):
     """Two training steps share a rollout, whose KL is `kl` times the sample's number (1, 2, ...) in each completion."""
 
     repeats = 2

@@ -9,14 +9,14 @@ import lit_rlhf
 from lit_rlhf import algorithms
 
 METHODS = [n for n in algorithms.__all__ if not getattr(getattr(algorithms, n), "__abstractmethods__", None)]
-ONLINE = [n for n in METHODS if issubclass(getattr(algorithms, n), lit_rlhf.Online)]
+ONLINE = [n for n in METHODS if issubclass(getattr(algorithms, n), lit_rlhf.OnlineAlgorithm)]
 
 
 def vowels(completions, **kwargs):
     return [sum(c in "aeiou" for c in text) / 4 for text in completions]
 
 
-def make_module(name: str, folder: Path, lr: float = 1e-2, **options) -> lit_rlhf.Method:
+def make_module(name: str, folder: Path, lr: float = 1e-2, **options) -> lit_rlhf.Algorithm:
     if name in ONLINE:
         defaults = dict(rewards=[vowels], num_samples=3, max_new_tokens=6, kl_coef=0.05)
         options = {**defaults, **options}

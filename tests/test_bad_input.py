@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf.algorithms.base import check_precision
-from lit_rlhf.text import encode_prompt
+from lit_rlhf.tokenization import encode_prompt
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_llama, make_tokenizer
 
@@ -142,7 +142,7 @@ def test_a_prompt_and_its_completion_need_positions(stage, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         run(train_and_hold_out(21))
     run(train_and_hold_out(20))
-    run(train_and_hold_out(21, max_prompt_tokens=20, too_long="truncate"))  # as the sentence says
+    run(train_and_hold_out(21, max_prompt_tokens=20, truncation="truncate"))  # as the sentence says
 
 
 # Data

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lit_rlhf
-from lit_rlhf.cli import CONFIGS, main
+from lit_rlhf.cli.main import CONFIGS, main
 from tiny import make_llama, make_tokenizer
 
 MINE = """
@@ -97,7 +97,7 @@ def test_every_configuration_that_ships_runs_and_its_checkpoint_exports(given, p
 
 EVERY_UPDATE = """
     train/loss train/reward train/reward/review_reward train/return train/kl train/kl_k3 train/kl_coef train/entropy
-    train/completion_length train/finished train/advantage_std train/equal_groups train/skipped_groups train/grad_norm
+    train/completion_length train/finished train/advantage_std train/zero_variance_groups train/skipped_groups train/grad_norm
     train/logprob_mismatch train/lr train/kl_p05 train/kl_p50 train/kl_p95
     time/sample time/score time/train throughput/completion_tokens
 """.split()

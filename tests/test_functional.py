@@ -189,7 +189,7 @@ def test_the_gradient_of_the_kl_is_that_of_k1_in_the_reward():
 
 
 def test_the_kl_is_subtracted():
-    returns = F.shaped_return(double([1, 2]), double([10, -20]), 0.1)
+    returns = F.kl_penalized_return(double([1, 2]), double([10, -20]), 0.1)
     assert_close(returns, double([0, 4]), atol=1e-12, rtol=0)
 
 
@@ -278,7 +278,7 @@ def test_padding_reaches_no_advantage():
 
 
 def test_the_reward_of_a_completion_is_credited_to_its_last_token():
-    credited = F.credited_rewards(double([1, 2, 3]), torch.full((1, 3, 4), 0.25, dtype=torch.float64), MASK)
+    credited = F.token_rewards_with_kl(double([1, 2, 3]), torch.full((1, 3, 4), 0.25, dtype=torch.float64), MASK)
     expected = double([[-0.25, -0.25, -0.25, 0.75], [-0.25, 1.75, 0, 0], [2.75, 0, 0, 0]])
     assert torch.equal(credited, expected)
 
@@ -294,11 +294,11 @@ def test_the_reward_of_a_completion_is_credited_to_its_last_token():
     ],
 )
 def test_the_clip_takes_the_worse_of_two_and_only_stops_what_goes_too_far(ratio, advantage, term, held):
-    terms, where = F.clipped_ratio_loss(double(ratio).log(), double(0.0), double(advantage), 0.2)
+    terms, where = F.ppo_clip_loss(double(ratio).log(), double(0.0), double(advantage), 0.2)
     assert_close(terms, double(term), atol=1e-12, rtol=0)
     assert where.tolist() == [held]
     assert_close(
-        F.clipped_ratio_loss(double(ratio).log(), double(0.0), double(advantage), None)[0], -double(ratio * advantage)
+        F.ppo_clip_loss(double(ratio).log(), double(0.0), double(advantage), None)[0], -double(ratio * advantage)
     )
 
 

@@ -1,12 +1,12 @@
 """The methods, one file each."""
 
-from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.algorithms.dpo import DPO, IPO
-from lit_rlhf.algorithms.online import Online
+from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.raft import RAFT
 from lit_rlhf.algorithms.reinforce import Reinforce
-from lit_rlhf.algorithms.reward_model import RewardModeling
+from lit_rlhf.algorithms.reward_modeling import RewardModeling
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.algorithms.vanilla_pg import VanillaPG
@@ -18,8 +18,8 @@ __all__ = [
     "RAFT",
     "RLOO",
     "SFT",
-    "Method",
-    "Online",
+    "Algorithm",
+    "OnlineAlgorithm",
     "Reinforce",
     "RewardModeling",
     "VanillaPG",

@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.algorithms.monitor import now, peak_memory
-from lit_rlhf.algorithms.plan import check_positions, check_record, data_module
-from lit_rlhf.allocator import keep_freed_memory
-from lit_rlhf.export import snapshot, write_folder
-from lit_rlhf.loading import load_tokenizer
-from lit_rlhf.policy import Policy
-from lit_rlhf.schedules import Warmup
+from lit_rlhf.models.allocator import keep_freed_memory
+from lit_rlhf.models.export import snapshot, write_folder
+from lit_rlhf.models.loading import load_tokenizer
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.training.checks import check_positions, check_record, data_module
+from lit_rlhf.training.monitor import now, peak_memory
+from lit_rlhf.training.schedules import Warmup
 from lit_rlhf.types import Record
 
 
-class Method(LightningModule, ABC):
+class Algorithm(LightningModule, ABC):
     """A method that trains a language model.
 
     Args:
@@ -51,7 +51,7 @@ class Method(LightningModule, ABC):
     """Prefix in the module's `state_dict` of the model that an export writes."""
     repeats = 1
     """Training steps that share one batch of the data module (R)."""
-    longest_new = 0
+    max_new_tokens = 0
     """Tokens that it may write behind a prompt."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Method(LightningModule, ABC):
         """Log the seconds of a step and of all steps so far, by which those of any number of updates can be told."""
         before, self.seconds = self.seconds, self._seconds_so_far
         self._step_began, took = None, self.seconds - before
-        told = {**self.seconds_by_phase(took, batch_idx), "time/total": self.seconds, **peak_memory(self.device)}
+        told = {**self.phase_timings(took, batch_idx), "time/total": self.seconds, **peak_memory(self.device)}
         self.log_dict(told, batch_size=1)
 
     @property
@@ -144,7 +144,7 @@ class Method(LightningModule, ABC):
         """Of training, with the step that is under way."""
         return self.seconds if self._step_began is None else self.seconds + now() - self._step_began
 
-    def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
+    def phase_timings(self, took: float, batch_idx: int) -> dict[str, float]:
         """What to log of the seconds of a step: forward, backward and update."""
         return {"time/train": took}
 
@@ -159,7 +159,7 @@ class Method(LightningModule, ABC):
                 raise ValueError(f"the {group['name']} has no trainable parameter{cure * (group['name'] == 'policy')}")
         optimizer = self.make_optimizer(groups)
         check_precision(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
-        prefer_fused(optimizer)
+        enable_fused_adam(optimizer)
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
@@ -252,9 +252,9 @@ class Method(LightningModule, ABC):
         checkpoint["seed"], checkpoint["seconds"], checkpoint["pace"] = self.seed, self._seconds_so_far, self._pace
         self._snapshot = self._snapshot or self.snapshot()
         checkpoint["export"] = {"prefix": self.trained, **self._snapshot}
-        checkpoint["ranks"] = self.gather(self.state_under_way(self._steps_done))
+        checkpoint["ranks"] = self.gather(self.in_flight_state(self._steps_done))
 
-    def state_under_way(self, steps_done: int) -> dict[str, Any]:
+    def in_flight_state(self, steps_done: int) -> dict[str, Any]:
         """Return what this rank must keep to go on from here: inside an update, its gradients."""
         if steps_done % self.trainer.accumulate_grad_batches == 0:
             return {}
@@ -286,7 +286,7 @@ class Method(LightningModule, ABC):
         self._updates_loaded = checkpoint.get("global_step")
         self._check_weights(checkpoint["state_dict"])
         if "loops" in checkpoint:
-            mend_progress(checkpoint["loops"]["fit_loop"])
+            fix_loop_progress(checkpoint["loops"]["fit_loop"])
         ranks = checkpoint.get("ranks", [{}])
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
@@ -294,7 +294,7 @@ class Method(LightningModule, ABC):
         before = checkpoint.get("pace", self._pace)
         if not any(ranks):
             if "loops" in checkpoint:
-                recount_steps(checkpoint["loops"]["fit_loop"], before["repeats"], self.repeats)
+                rescale_progress(checkpoint["loops"]["fit_loop"], before["repeats"], self.repeats)
             return
         if before != self._pace:
             told = [" and ".join(f"{name}={value}" for name, value in pace.items()) for pace in (before, self._pace)]
@@ -337,7 +337,7 @@ class Method(LightningModule, ABC):
             )
 
 
-def mend_progress(fit_loop: dict[str, Any]) -> None:
+def fix_loop_progress(fit_loop: dict[str, Any]) -> None:
     """Make a checkpoint resume at the very next batch where `max_steps` or a stop has ended the run.
 
     Lightning then counts the epoch as done when it was cut short, and as begun when its last batch was the last step.
@@ -355,7 +355,7 @@ def mend_progress(fit_loop: dict[str, Any]) -> None:
         progress["completed"] = progress["processed"]
 
 
-def recount_steps(fit_loop: dict[str, Any], before: int, now: int) -> None:
+def rescale_progress(fit_loop: dict[str, Any], before: int, now: int) -> None:
     """Make a checkpoint from between two rollouts count its epoch in rollouts of as many steps as they have now."""
     done = fit_loop["epoch_loop.batch_progress"]["current"]
     rollouts = done["processed"] // before
@@ -363,7 +363,7 @@ def recount_steps(fit_loop: dict[str, Any], before: int, now: int) -> None:
         done[name] += rollouts * (now - before)
 
 
-def prefer_fused(optimizer: Optimizer) -> None:
+def enable_fused_adam(optimizer: Optimizer) -> None:
     """Let Adam, where the choice is left open, go over weights and moments once, and not once for each operation.
 
     The result is the same to rounding. That it is not given to the constructor keeps unscaling, and with it the

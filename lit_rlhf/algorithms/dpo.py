@@ -15,25 +15,25 @@ from rich.progress import track
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.monitor import all_or_none
-from lit_rlhf.algorithms.plan import data_module
-from lit_rlhf.algorithms.reward_model import share_right
+from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.algorithms.reward_modeling import pairwise_accuracy
 from lit_rlhf.data import TextData
-from lit_rlhf.policy import Policy, Reference
+from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.training.checks import data_module
+from lit_rlhf.training.monitor import raise_on_all_ranks
 from lit_rlhf.types import Preferences
 
 
-class DPO(Method):
+class DPO(Algorithm):
     """Direct preference optimization: loss `-log sigmoid(beta * margin)`.
 
     The margin is `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions. The
     reference's log-probabilities are computed once for the data set, before the first step.
 
     Args:
-        policy: See `Method`. As it is at the start, it is also the reference.
+        policy: See `Algorithm`. As it is at the start, it is also the reference.
         beta: How dear the distance from the reference is, typically 0.05 to 0.5.
-        **options: See `Method`.
+        **options: See `Algorithm`.
 
     Raises:
         ValueError: If beta is not above 0.
@@ -73,7 +73,7 @@ class DPO(Method):
     def _log(self, prefix: str, gained: Tensor) -> None:
         chosen, rejected = (self.beta * gained).unbind(1)
         metrics = {
-            f"{prefix}/accuracy": share_right(chosen, rejected),
+            f"{prefix}/accuracy": pairwise_accuracy(chosen, rejected),
             f"{prefix}/reward_margin": (chosen - rejected).mean(),
             f"{prefix}/chosen_reward": chosen.mean(),
             f"{prefix}/rejected_reward": rejected.mean(),
@@ -85,7 +85,7 @@ class DPO(Method):
     # The reference
 
     def setup(self, stage: str) -> None:
-        """See `Method`; forget what the reference said of other data."""
+        """See `Algorithm`; forget what the reference said of other data."""
         super().setup(stage)
         self.held_out_reference = {}
 
@@ -113,7 +113,7 @@ class DPO(Method):
         own: dict[int, Tensor] = {}
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         batches = track(data.in_order(data.train_set), "scoring pairs", transient=True, disable=not shown)
-        with all_or_none(self), self.trainer.precision_plugin.train_step_context():
+        with raise_on_all_ranks(self), self.trainer.precision_plugin.train_step_context():
             for batch in batches:
                 batch = batch.to(self.device)
                 logprobs = F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)

@@ -24,17 +24,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import Evaluation, EvaluationOptions, completion_texts, predict, score
-from lit_rlhf.algorithms.monitor import (
-    Clock,
-    Metrics,
-    all_or_none,
-    log_loss_metrics,
-    log_rollout,
-    mean_metrics,
-)
-from lit_rlhf.algorithms.plan import (
+from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.data import TextData
+from lit_rlhf.evaluation.evaluator import Evaluation, EvaluationOptions, completion_texts, predict, score
+from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.rewards import Scorer, Shaping
+from lit_rlhf.training.buffers import unchanged_on_error
+from lit_rlhf.training.checks import (
     check_columns,
     check_loader,
     check_minibatches,
@@ -44,19 +41,22 @@ from lit_rlhf.algorithms.plan import (
     make_options,
     read_kl_penalty,
 )
-from lit_rlhf.buffers import unchanged_on_error
-from lit_rlhf.data import TextData
-from lit_rlhf.policy import Policy, Reference
-from lit_rlhf.rewards import Scorer, Shaping
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.training.monitor import (
+    Clock,
+    Metrics,
+    log_loss_metrics,
+    log_rollout,
+    mean_metrics,
+    raise_on_all_ranks,
+)
 from lit_rlhf.types import Completions, Prompts, Rollout
 
 
-class Online(Method):
+class OnlineAlgorithm(Algorithm):
     """A method that learns from its own completions.
 
     Args:
-        policy: See `Method`. As it is at the start, it is also the reference of the KL.
+        policy: See `Algorithm`. As it is at the start, it is also the reference of the KL.
         rewards: What a completion is worth: callables, bare or `lit_rlhf.rewards.Weighted`.
         num_samples: Completions of each prompt (k), typically 2 to 8.
         max_new_tokens: A completion is cut here.
@@ -73,14 +73,14 @@ class Online(Method):
         shaping: Options of `lit_rlhf.rewards.Shaping`: `normalize`, `clip`, `noise`.
         truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
             nowhere), or a number that is subtracted from their reward.
-        sampling: More options of `lit_rlhf.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
+        sampling: More options of `lit_rlhf.models.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
             `batch_size`, `greedy`.
         judge: Decides the win rate in validation: a callable like a reward, or with `pairwise = True` one that compares
-            two completions (`lit_rlhf.rewards.PairJudge`). The rewards themselves by default.
+            two completions (`lit_rlhf.evaluation.PairJudge`). The rewards themselves by default.
         opponent: Whom the win rate is against: `policy`, the reference policy's greedy completions, or the name of a
             column of completions.
-        evaluation: Options of `lit_rlhf.algorithms.evaluation.EvaluationOptions`: `best_of`, `preferred`.
-        **options: See `Method`.
+        evaluation: Options of `lit_rlhf.evaluation.evaluator.EvaluationOptions`: `best_of`, `preferred`.
+        **options: See `Algorithm`.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -141,13 +141,13 @@ class Online(Method):
         self.opponents: dict[int, Any] = {}  # by the prompt's index: its completion, and for a judge of one its score
         self.opponent_weights: list[float] = []
         self._evaluation: Evaluation | None = None
-        self.slice_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
+        self.metric_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
         self._mismatch: Tensor | None = None
         self._logprobs: Tensor | None = None
         self._validated_at = -1
 
     @property
-    def longest_new(self) -> int:  # type: ignore[override]
+    def max_new_tokens(self) -> int:  # type: ignore[override]
         """Tokens that a completion may have."""
         return self.sampling.max_new_tokens
 
@@ -200,9 +200,9 @@ class Online(Method):
 
     def collect(self, prompts: Prompts) -> Rollout:
         """Sample completions, score them, and take the KL to the reference off their rewards."""
-        with self.clock("sample"), all_or_none(self):
+        with self.clock("sample"), raise_on_all_ranks(self):
             completions = self.sample(prompts)
-        with self.clock("score"), all_or_none(self):
+        with self.clock("score"), raise_on_all_ranks(self):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
             reference_logprobs = self.score_reference(prompts, completions)
@@ -226,7 +226,7 @@ class Online(Method):
             rewards=rewards,
             parts=scores.parts,
             valid=valid,
-            returns=F.shaped_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
+            returns=F.kl_penalized_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
             token_rewards=scores.token_rewards,
         )
 
@@ -273,7 +273,7 @@ class Online(Method):
             self.rollout = self._new_rollout(batch)
         elif "rollout" in self._resumed:  # in the middle of a rollout
             self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
-            self.slice_sums = {n: sums.to(self.device) for n, sums in self._resumed.pop("slice_sums", {}).items()}
+            self.metric_sums = {n: sums.to(self.device) for n, sums in self._resumed.pop("metric_sums", {}).items()}
         assert self.rollout is not None
         part = self.slice(self.rollout, step)
         with self.clock("train"):
@@ -305,7 +305,7 @@ class Online(Method):
         part = rollout.rows(nth_part(row, self.minibatches, n))
         return part.samples(nth_part(column, self.sample_minibatches, k)).trim()
 
-    def seconds_by_phase(self, took: float, batch_idx: int) -> dict[str, float]:
+    def phase_timings(self, took: float, batch_idx: int) -> dict[str, float]:
         """Where the seconds of a rollout went, once its last slice is done."""
         self.clock.end_step()
         if (batch_idx + 1) % self.repeats or self.rollout is None:
@@ -383,11 +383,11 @@ class Online(Method):
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
 
-    def state_under_way(self, steps_done: int) -> dict[str, Any]:
+    def in_flight_state(self, steps_done: int) -> dict[str, Any]:
         """Return, inside a rollout, the rollout too."""
-        state = super().state_under_way(steps_done)
+        state = super().in_flight_state(steps_done)
         if steps_done % self.repeats != 0 and self.rollout is not None:
-            state |= {"rollout": self.rollout.state(), "slice_sums": self.slice_sums, "seconds": self.clock.so_far()}
+            state |= {"rollout": self.rollout.state(), "metric_sums": self.metric_sums, "seconds": self.clock.so_far()}
         return state
 
     # Validation, test, prediction

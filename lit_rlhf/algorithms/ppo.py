@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.monitor import Metrics
 from lit_rlhf.algorithms.vanilla_pg import ValuedRollout, VanillaPG
+from lit_rlhf.training.monitor import Metrics
 from lit_rlhf.types import Rollout
 
 
@@ -40,7 +40,7 @@ class PPO(VanillaPG):
         *args: See `VanillaPG`.
         gae_lambda: From 0, one-step advantages that trust the critic, to 1, whole returns. Typically 0.95 or 1.
         clip: How far the ratio w may leave 1 before it stops to count (epsilon); None: anywhere.
-        value_clip: How far the critic's values may move at once; None: anywhere.
+        clip_range_vf: How far the critic's values may move at once; None: anywhere.
         ratio: Whether to correct by w what was sampled before the last updates; without it there is no clip either.
         whiten: Whether to bring a rollout's advantages to mean 0 and variance 1, over all ranks.
         **kwargs: See `VanillaPG`.
@@ -56,7 +56,7 @@ class PPO(VanillaPG):
         *args: Any,
         gae_lambda: float = 0.95,
         clip: float | None = 0.2,
-        value_clip: float | None = 0.2,
+        clip_range_vf: float | None = 0.2,
         ratio: bool = True,
         whiten: bool = True,
         **kwargs: Any,
@@ -64,10 +64,10 @@ class PPO(VanillaPG):
         super().__init__(*args, **kwargs)
         if not 0 <= gae_lambda <= 1:
             raise ValueError(f"gae_lambda={gae_lambda} must be between 0 and 1")
-        for name, value in {"clip": clip, "value_clip": value_clip}.items():
+        for name, value in {"clip": clip, "clip_range_vf": clip_range_vf}.items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0, or null for none")
-        self.gae_lambda, self.clip, self.value_clip = gae_lambda, clip, value_clip
+        self.gae_lambda, self.clip, self.clip_range_vf = gae_lambda, clip, clip_range_vf
         self.ratio = self.corrects_off_policy = ratio
         self.whiten = whiten
 
@@ -113,7 +113,7 @@ class PPO(VanillaPG):
         assert isinstance(rollout, PPORollout) and rollout.old_logprobs is not None and rollout.advantages is not None
         mask, old = rollout.completions.mask, rollout.old_logprobs
         old.copy_(old.where(~old.isnan(), logprobs.detach()))  # a view of the whole rollout's, for later passes
-        terms, held = F.clipped_ratio_loss(logprobs, old, rollout.advantages, self.clip)
+        terms, held = F.ppo_clip_loss(logprobs, old, rollout.advantages, self.clip)
         ratio = (logprobs.detach() - old).exp()
         metrics: Metrics = {"clip_fraction": (held, rollout.counted), "ratio": (ratio, rollout.counted)}
         return F.masked_sum(terms, mask), metrics
@@ -121,4 +121,4 @@ class PPO(VanillaPG):
     def value_terms(self, rollout: ValuedRollout, values: Tensor) -> Tensor:
         """The clipped term of each token."""
         assert rollout.values is not None and rollout.targets is not None
-        return F.value_loss(values, rollout.targets, rollout.values, self.value_clip)
+        return F.value_loss(values, rollout.targets, rollout.values, self.clip_range_vf)

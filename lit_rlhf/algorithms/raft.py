@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.monitor import Metrics
-from lit_rlhf.algorithms.online import Online
+from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.training.monitor import Metrics
 from lit_rlhf.types import Rollout
 
 
-class RAFT(Online):
+class RAFT(OnlineAlgorithm):
     """Reward-ranked fine-tuning: loss `-log pi(y|x)` of the completion with the highest return, a token sum.
 
     Args:
-        *args: See `Online`; `num_samples` is k.
-        **kwargs: See `Online`.
+        *args: See `OnlineAlgorithm`; `num_samples` is k.
+        **kwargs: See `OnlineAlgorithm`.
 
     Raises:
         ValueError: If `num_samples` is 1, where the best is the only one, or if `sample_minibatches` or the KL in the

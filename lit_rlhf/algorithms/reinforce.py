@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.monitor import Metrics
-from lit_rlhf.algorithms.online import Online
-from lit_rlhf.buffers import keep_float64
+from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.training.buffers import keep_float64
+from lit_rlhf.training.monitor import Metrics
 from lit_rlhf.types import Rollout
 
 
-class Reinforce(Online):
+class Reinforce(OnlineAlgorithm):
     """REINFORCE with a moving-average baseline: `A = R - b`, loss `-A log pi(y|x)`.
 
     Args:
-        *args: See `Online`.
+        *args: See `OnlineAlgorithm`.
         baseline: `mean` of all earlier returns, `exponential` moving average of them, or `none`.
         baseline_decay: Weight of the past in the exponential average, after each rollout.
-        **kwargs: See `Online`.
+        **kwargs: See `OnlineAlgorithm`.
     """
 
     baseline_total: Tensor

@@ -18,8 +18,8 @@ class RLOO(Reinforce):
     """REINFORCE leave-one-out: `A_i = R_i - mean_{j != i} R_j`, loss `-A_i log pi(y_i|x)`.
 
     Args:
-        *args: See `Online`; `num_samples` is k.
-        **kwargs: See `Online`.
+        *args: See `OnlineAlgorithm`; `num_samples` is k.
+        **kwargs: See `OnlineAlgorithm`.
 
     Raises:
         ValueError: If `num_samples` is 1: there is no other completion to compare with.

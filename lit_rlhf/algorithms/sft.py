@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlhf.algorithms.base import Method
-from lit_rlhf.algorithms.evaluation import completion_texts
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.evaluation.evaluator import completion_texts
+from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Demonstrations
 
 
-class SFT(Method):
+class SFT(Algorithm):
     """Supervised fine-tuning: `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
 
     The prompt is read and not learned. Back to Basics, appendix C: learning rate 2e-5, cosine, 3 % warm-up.

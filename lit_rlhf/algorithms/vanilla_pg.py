@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.monitor import Metrics
-from lit_rlhf.algorithms.online import Online
-from lit_rlhf.algorithms.plan import check_positions
-from lit_rlhf.critic import Critic, value_head
-from lit_rlhf.loading import check_same_tokens
+from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.models.loading import check_same_tokens
+from lit_rlhf.models.scalar import Critic, value_head
+from lit_rlhf.training.checks import check_positions
+from lit_rlhf.training.monitor import Metrics
 from lit_rlhf.types import Rollout
 
 
@@ -35,21 +35,21 @@ class ValuedRollout(Rollout):
     targets: Float[Tensor, "prompts samples tokens"] | None = None
 
 
-class VanillaPG(Online):
+class VanillaPG(OnlineAlgorithm):
     """Policy gradient a token: `A_t = G_t - V(s_t)`, loss `-sum_t A_t log pi(y_t) + c sum_t (V(s_t) - G_t)^2 / 2`.
 
     `G_t` is the undiscounted return from token t on: minus `kl_coef` times k1 for each token, token-level rewards, and
     at the last token the reward of the whole completion.
 
     Args:
-        *args: See `Online`.
+        *args: See `OnlineAlgorithm`.
         critic: What learns the baseline: a model of its own that starts from this folder or hub id, a reward model
             (with its head) or a policy; `policy`: from where the policy starts; `head`: no model, only a new output of
             the policy's own trunk, which then learns both. With `lora` a model of its own is trained by an adapter of
             the same options, too.
         critic_lr: The critic's learning rate; the policy's where None.
         value_coef: Weight of the critic's loss (c); with a model of its own it matters little.
-        **kwargs: See `Online`.
+        **kwargs: See `OnlineAlgorithm`.
 
     Raises:
         ValueError: If a number is out of its range, or there is nothing to copy the critic from; at `fit`, if the
@@ -132,7 +132,7 @@ class VanillaPG(Online):
             penalties = self.kl_coef * estimate(completions.logprobs, rollout.reference_logprobs)
         if rollout.token_rewards is not None:
             penalties = penalties - rollout.token_rewards
-        return F.credited_rewards(rollout.rewards, penalties, completions.mask)
+        return F.token_rewards_with_kl(rollout.rewards, penalties, completions.mask)
 
     # The critic
 
@@ -158,7 +158,7 @@ class VanillaPG(Online):
             check_same_tokens("critic", source, self.policy.tokenizer, **options)
 
     def place(self) -> None:
-        """See `Online`; refuse a head on a policy that does not show its hidden states."""
+        """See `OnlineAlgorithm`; refuse a head on a policy that does not show its hidden states."""
         super().place()
         if isinstance(self.critic, Critic):
             check_positions(self, self.critic.config, "critic")

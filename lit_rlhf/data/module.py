@@ -13,12 +13,12 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from lit_rlhf.data import batches
-from lit_rlhf.data.batches import Encoded, EncodedRows, Encoder
+from lit_rlhf.data import encoding
+from lit_rlhf.data.encoding import Encoded, EncodedRows, Encoder
 from lit_rlhf.data.formats import Example, read_demonstration, read_preference, read_prompt
 from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import Row, Source, load_rows
-from lit_rlhf.text import pad_token_id
+from lit_rlhf.tokenization import pad_token_id
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TextData(lightning.LightningDataModule):
         eval_batch_size: The same outside training; as `batch_size` where None.
         prompt_column: The column of the prompts, where it is not `prompt`.
         max_prompt_tokens: The longest prompt.
-        too_long: Whether longer prompts are dropped, or truncated to their end.
+        truncation: Whether longer prompts are dropped, or truncated to their end.
         transform: A function from row to row, applied first; where it returns None, the row is dropped.
         drop_duplicates: Keep only the first of the rows that share a prompt.
         chat_template_kwargs: Handed to the chat template, such as `{"enable_thinking": False}`.
@@ -72,7 +72,7 @@ class TextData(lightning.LightningDataModule):
         eval_batch_size: int | None = None,
         prompt_column: str | None = None,
         max_prompt_tokens: int | None = None,
-        too_long: Literal["drop", "truncate"] = "drop",
+        truncation: Literal["drop", "truncate"] = "drop",
         transform: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
         drop_duplicates: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -82,7 +82,7 @@ class TextData(lightning.LightningDataModule):
         self.train, self.val, self.split = train, val, split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.prompt_column, self.transform, self.drop_duplicates = prompt_column, transform, drop_duplicates
-        self.max_prompt_tokens, self.too_long = max_prompt_tokens, too_long
+        self.max_prompt_tokens, self.truncation = max_prompt_tokens, truncation
         self.max_completion_tokens: int | None = None
         self.chat_template_kwargs, self.num_workers = chat_template_kwargs or {}, num_workers
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -97,7 +97,7 @@ class TextData(lightning.LightningDataModule):
         return list(rows[0].example.columns) if rows else None
 
     @property
-    def longest_row(self) -> int:
+    def max_sequence_length(self) -> int:
         """Tokens of the longest prompt with its completion, if it has one; 0 before `setup`."""
         rows = (row for part in (self.train_set, self.val_set) for row in part or ())
         return max((len(row.prompt) + max(map(len, row.completions), default=0) for row in rows), default=0)
@@ -145,11 +145,11 @@ class TextData(lightning.LightningDataModule):
             self.val_set = EncodedRows(self._encode(self.val, ("validation", "test"), tokenizer))
 
     def _encode(self, source: Source, prefer: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-        examples = batches.read_examples(load_rows(source, prefer), self.read, self.transform)
+        examples = encoding.read_examples(load_rows(source, prefer), self.read, self.transform)
         self.check(examples)
         if self.drop_duplicates:
-            examples = batches.drop_duplicates(examples)
-        limits = (self.max_prompt_tokens, self.max_completion_tokens, self.too_long)
+            examples = encoding.drop_duplicates(examples)
+        limits = (self.max_prompt_tokens, self.max_completion_tokens, self.truncation)
         return Encoder(tokenizer, *limits, self.chat_template_kwargs)(examples)
 
     def _hold_out(self, rows: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
@@ -242,7 +242,7 @@ def _check_numbers(data: TextData) -> None:
             raise ValueError(f"{name}={value}: it must be at least {number}")
     if (isinstance(data.val, float) and not 0 < data.val < 1) or (isinstance(data.val, int) and data.val < 1):
         raise ValueError(f"val={data.val}: give a number of rows, a share between 0 and 1, a source, or nothing")
-    for name, allowed in (("split", ("random", "last")), ("too_long", ("drop", "truncate"))):
+    for name, allowed in (("split", ("random", "last")), ("truncation", ("drop", "truncate"))):
         if getattr(data, name) not in allowed:
             raise ValueError(f"{name}={getattr(data, name)!r}: it must be one of {', '.join(map(repr, allowed))}")
 
@@ -251,7 +251,7 @@ class PromptData(TextData):
     """Prompts to sample completions of; every other column reaches the rewards. Yields `Prompts`."""
 
     record = Prompts
-    collate = staticmethod(batches.collate_prompts)
+    collate = staticmethod(encoding.collate_prompts)
 
     def read(self, row: Row) -> Example:
         """Read one row: `prompt`, or the prompt of a demonstration or preference."""
@@ -259,7 +259,7 @@ class PromptData(TextData):
 
     def check(self, examples: dict[int, Example]) -> None:
         """Refuse empty prompts."""
-        batches.refuse_empty(examples)
+        encoding.refuse_empty(examples)
 
 
 class DemonstrationData(TextData):
@@ -268,13 +268,13 @@ class DemonstrationData(TextData):
     Args:
         train: Rows to train on, as in `TextData`.
         completion_column: The column of the completions, where it is not `completion`, `messages` or `text`.
-        max_completion_tokens: The longest completion, its EOS token included; longer ones go by `too_long` too, and
+        max_completion_tokens: The longest completion, its EOS token included; longer ones go by `truncation` too, and
             a truncated one keeps its beginning.
         **rest: As in `TextData`.
     """
 
     record = Demonstrations
-    collate = staticmethod(batches.collate_demonstrations)
+    collate = staticmethod(encoding.collate_demonstrations)
 
     def __init__(
         self,
@@ -300,13 +300,13 @@ class PreferenceData(TextData):
         train: Rows to train on, as in `TextData`.
         chosen_column: The column of the better completions, where it is not `chosen`.
         rejected_column: The column of the worse completions, where it is not `rejected`.
-        max_completion_tokens: The longest completion, its EOS token included; longer ones go by `too_long` too, and
+        max_completion_tokens: The longest completion, its EOS token included; longer ones go by `truncation` too, and
             a truncated one keeps its beginning.
         **rest: As in `TextData`.
     """
 
     record = Preferences
-    collate = staticmethod(batches.collate_preferences)
+    collate = staticmethod(encoding.collate_preferences)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lit_rlhf.types import Text
 
 
-def text_of(text: Text) -> str:
+def to_text(text: Text) -> str:
     """Return a prompt or a completion as one string: itself, or what its messages say, line by line."""
     if isinstance(text, str):
         return text
@@ -50,7 +50,7 @@ class Length:
         """Return one number a completion, at most 0."""
         if self.unit == "tokens":
             return [self._value(len(ids)) for ids in completion_ids]
-        texts = map(text_of, completions)
+        texts = map(to_text, completions)
         return [self._value(len(text.split() if self.unit == "words" else text)) for text in texts]
 
     def _value(self, length: int) -> float:
@@ -59,10 +59,10 @@ class Length:
         return min(0.0, 1 - length / self.maximum) if self.maximum else 0.0
 
 
-class Matches:
+class RegexMatch:
     r"""1 where a regular expression is found in the completion, else 0.
 
-    `Matches(r"[.!?]\s*$")` asks for a last sentence that ends, `Matches(r"(?s)<a>.*</a>", full=True)` for a format.
+    `RegexMatch(r"[.!?]\s*$")` asks for a last sentence that ends, `RegexMatch(r"(?s)<a>.*</a>", full=True)` for a format.
 
     Args:
         pattern: In the syntax of `re`, flags included: `(?i)` for any case, `(?s)` for a dot that matches newlines.
@@ -78,7 +78,7 @@ class Matches:
     def __call__(self, completions: list[Text]) -> list[float]:
         """Return 1 or 0 a completion."""
         find = self.pattern.fullmatch if self.full else self.pattern.search
-        return [float(find(text_of(completion)) is not None) for completion in completions]
+        return [float(find(to_text(completion)) is not None) for completion in completions]
 
 
 class ExactMatch:
@@ -104,10 +104,10 @@ class ExactMatch:
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
         """Return 1, 0 or None a completion."""
         pairs = zip(completions, columns[self.column], strict=True)
-        return [None if answer is None else self._value(text_of(text), answer) for text, answer in pairs]
+        return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float:
-        answers = {text_of(answer) if isinstance(answer, list) else str(answer)}
+        answers = {to_text(answer) if isinstance(answer, list) else str(answer)}
         if isinstance(answer, float) and answer.is_integer():  # what an empty field makes of a column of integers
             answers.add(str(int(answer)))
         if self.pattern is not None:
@@ -138,7 +138,7 @@ class Repetition:
 
     def __call__(self, completions: list[Text]) -> list[float]:
         """Return one number a completion, above -1 and at most 0."""
-        return [self._value(text_of(completion).casefold().split()) for completion in completions]
+        return [self._value(to_text(completion).casefold().split()) for completion in completions]
 
     def _value(self, words: list[str]) -> float:
         grams = list(zip(*(words[i:] for i in range(self.n)), strict=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_rlhf.rewards.functions import text_of
+from lit_rlhf.rewards.functions import to_text
 from lit_rlhf.types import Text
 
 
@@ -33,5 +33,5 @@ class Sentiment:
 
     def _value(self, prompt: Text, completion: Text) -> float:
         blank = "" if isinstance(completion, str) else "\n"  # a string goes on where its prompt stops
-        text = text_of(prompt) + blank + text_of(completion)
+        text = to_text(prompt) + blank + to_text(completion)
         return float(self._analyzer.polarity_scores(text)["compound"])

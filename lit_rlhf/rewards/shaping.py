@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lit_rlhf.buffers import keep_float64
-from lit_rlhf.sampling import addressed_noise
+from lit_rlhf.models.sampling import counter_based_uniform
+from lit_rlhf.training.buffers import keep_float64
 
 NOISE_EPOCH = 2**32
 """Added to the epoch in the address of the noise of rewards, so that it is not that of sampling."""
@@ -66,7 +66,7 @@ class Shaping(nn.Module):
         shaped = rewards
         if self.noise:
             seed, epoch, index = address
-            uniform = addressed_noise(seed, NOISE_EPOCH + epoch, index, rewards.shape[1], 1)
+            uniform = counter_based_uniform(seed, NOISE_EPOCH + epoch, index, rewards.shape[1], 1)
             normal = torch.special.ndtri(uniform.clamp(min=1e-12)).view(rewards.shape)
             shaped = shaped + self.noise * normal.to(rewards)
         if self.normalize:

@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
-from lit_rlhf.algorithms.base import Method
+from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.callbacks import RLHFProgressBar
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
-from lit_rlhf.policy import Policy
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.rewards import RewardModel
-from lit_rlhf.schedules import Warmup
 from lit_rlhf.testbed.pairs import sampled_pairs
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
 from lit_rlhf.testbed.utility import gold
 from lit_rlhf.testbed.world import demonstrations, prompts
+from lit_rlhf.training.schedules import Warmup
 
 
 def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4) -> Policy:
@@ -49,7 +49,7 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: in
     return Policy(LlamaForCausalLM(config), tokenizer)
 
 
-def fit(method: Method, data: LightningDataModule, epochs: int, max_steps: int = -1) -> None:
+def fit(method: Algorithm, data: LightningDataModule, epochs: int, max_steps: int = -1) -> None:
     """Train on the CPU; nothing is written."""
     quiet: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
     limits: dict[str, Any] = dict(max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0)

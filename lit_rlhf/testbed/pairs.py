@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from lit_rlhf.data import PromptData
-from lit_rlhf.policy import Policy
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.world import Brief, write
-from lit_rlhf.text import decode_completions
+from lit_rlhf.tokenization import decode_completions
 
 NUM_SAMPLES = 4
 MAX_NEW_TOKENS = 40

@@ -26,7 +26,7 @@ from enumeration import (
     totals,
     true_gradient,
 )
-from lit_rlhf.critic import Critic, value_head
+from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Demonstrations
 
 
@@ -75,7 +75,7 @@ def test_a_critic_learns_the_return_that_it_did_not_expect():
 
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_ppo_without_its_additions_is_vanilla_policy_gradient(critic):
-    bare = dict(gae_lambda=1.0, clip=None, value_clip=None, ratio=False, whiten=False)
+    bare = dict(gae_lambda=1.0, clip=None, clip_range_vf=None, ratio=False, whiten=False)
     gradients = []
     for method, options in ((lit_rlhf.VanillaPG, {}), (lit_rlhf.PPO, bare)):
         module = make_module(method, (delayed, immediate), num_samples=2, critic="head", **options)
@@ -136,8 +136,8 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
         wanted, now = (advantages - mean) / variance**0.5, values_of(module, y)
         total -= torch.minimum(ratio * wanted, ratio.clamp(1 - module.clip, 1 + module.clip) * wanted).sum()
         miss = (now - advantages - values) ** 2
-        if module.value_clip is not None:
-            near = values + (now - values).clamp(-module.value_clip, module.value_clip)
+        if module.clip_range_vf is not None:
+            near = values + (now - values).clamp(-module.clip_range_vf, module.clip_range_vf)
             held += int((near != now).sum())
             miss = torch.maximum(miss, (near - advantages - values) ** 2)
         total += module.value_coef * miss.sum() / 2
@@ -148,13 +148,13 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize(
     "options",
-    [{"gae_lambda": 0.5}, {"gae_lambda": 1.0, "whiten": True}, {"gae_lambda": 0.0, "value_clip": 0.05}],
+    [{"gae_lambda": 0.5}, {"gae_lambda": 1.0, "whiten": True}, {"gae_lambda": 0.0, "clip_range_vf": 0.05}],
     ids=["lambda", "whitened", "values clipped"],
 )
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(critic, options):
     """What the sampler rounds differently changes the KL that it is rewarded by, but no ratio."""
-    settings = {"whiten": False, "value_clip": None, "value_coef": 0.7, "epochs": 2, "clip": 0.2, **options}
+    settings = {"whiten": False, "clip_range_vf": None, "value_coef": 0.7, "epochs": 2, "clip": 0.2, **options}
     module = make_module(lit_rlhf.PPO, num_samples=4, critic="head", **settings)
     if critic == "model":
         module.critic = copied_critic(module, 0.5)
@@ -176,7 +176,7 @@ def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(critic, o
         actual = flat_gradient(module)
         expected, held = ppo_gradient(module, group, sampled, before, [DELAYED[y] for y in group])
         assert_same(actual, expected)
-        assert (held > 0) == (step == 1 and module.value_clip is not None)
+        assert (held > 0) == (step == 1 and module.clip_range_vf is not None)
         assert (logged["train/clip_fraction"] > 0) == (step == 1)
         torch.manual_seed(step)
         for parameter in module.parameters():

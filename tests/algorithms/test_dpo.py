@@ -63,13 +63,13 @@ def test_the_gradient_is_that_of_the_equation(name, tiny, tmp_path):
 
 def test_the_reference_is_asked_once_for_each_pair(tiny, tmp_path, monkeypatch):
     asked = []
-    ask = lit_rlhf.policy.Reference.logprobs
+    ask = lit_rlhf.models.policy.Reference.logprobs
 
     def counting(self, prompts, completions, temperature=1.0):
         asked.extend(prompts.index.tolist())
         return ask(self, prompts, completions, temperature)
 
-    monkeypatch.setattr(lit_rlhf.policy.Reference, "logprobs", counting)
+    monkeypatch.setattr(lit_rlhf.models.policy.Reference, "logprobs", counting)
     module = make_module("DPO", tiny)
     fit(module, tmp_path, max_epochs=3)
     held_out = module.held_out_reference

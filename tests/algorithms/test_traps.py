@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf import functional as F
-from lit_rlhf.policy import Policy
+from lit_rlhf.models.policy import Policy
 from runs import make_data, make_trainer
 from runs import make_module as make_any_module
 from tiny import make_tokenizer
@@ -170,7 +170,7 @@ def test_equal_rewards_teach_nothing_and_are_logged(ending, tmp_path):
 
     weights, recorder = train("RLOO", ending, tmp_path, rewards=[same], kl_coef=0.0)
     assert (recorder.rollouts[0].advantages == 0).all()
-    assert recorder.metrics[0]["train/equal_groups"] == 1
+    assert recorder.metrics[0]["train/zero_variance_groups"] == 1
     assert recorder.metrics[0]["train/advantage_std"] == 0
     assert all(torch.equal(weights[n], p) for n, p in start_of("RLOO", ending).items())
 
@@ -353,7 +353,7 @@ def test_at_the_first_rollout_the_kl_is_zero_to_rounding_and_the_mismatch_is_log
 def test_truncated_sampling_warns_and_logs_the_kept_mass(ending, tmp_path):
     with pytest.warns(UserWarning, match="bias the gradient"):
         _, recorder = train("RLOO", ending, tmp_path, sampling={"top_k": 20})
-    assert 0.01 < recorder.metrics[0]["train/kept_mass"] < 0.99
+    assert 0.01 < recorder.metrics[0]["train/sampled_mass"] < 0.99
 
 
 # 5. The end of a completion, for a reward model
@@ -383,7 +383,7 @@ def test_a_reward_model_reads_in_use_what_it_read_in_training(ending, tmp_path):
 def test_log_probabilities_of_a_bfloat16_policy_are_float32(ending):
     policy = Policy.from_pretrained(ending, dtype="bfloat16")
     prompts = make_batch("film", "a book")
-    drawn = policy.sample(prompts, 2, lit_rlhf.sampling.Sampling(max_new_tokens=4))
+    drawn = policy.sample(prompts, 2, lit_rlhf.models.sampling.Sampling(max_new_tokens=4))
     scored = policy.logprobs(prompts, drawn)
     assert drawn.logprobs.dtype == scored.dtype == torch.float32
     assert not torch.equal(scored, scored.bfloat16().float())

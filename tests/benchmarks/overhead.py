@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 
 from lit_rlhf.algorithms import online
 from lit_rlhf.cli import main as lit_rlhf
-from lit_rlhf.data.batches import Encoder
+from lit_rlhf.data.encoding import Encoder
 
 TIMED = {
     "batching": [(_PrefetchDataFetcher, "__next__")],

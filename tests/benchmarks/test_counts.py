@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_rlhf import policy as policy_module
-from lit_rlhf.policy import Policy
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.models import policy as policy_module
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Prompts
 from runs import make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer

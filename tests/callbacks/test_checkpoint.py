@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from fake_method import Online, Plain
+from fake_method import OnlineAlgorithm, Plain
 from lit_rlhf.callbacks import PolicyCheckpoint
 
 
@@ -158,7 +158,7 @@ def test_the_first_exception_is_the_one_that_is_shown(make_trainer, monkeypatch)
 
 
 def test_a_trial_run_writes_nothing(make_trainer, tmp_path):
-    _, module = fit(make_trainer, PolicyCheckpoint(), Online(), fast_dev_run=2)
+    _, module = fit(make_trainer, PolicyCheckpoint(), OnlineAlgorithm(), fast_dev_run=2)
     assert module.exports == [] and not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from fake_method import Online, Plain
+from fake_method import OnlineAlgorithm, Plain
 from lit_rlhf import callbacks
 from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
 
@@ -20,7 +20,7 @@ def fit(make_trainer, *callbacks, module=None, **flags):
     if any(isinstance(c, RLHFProgressBar) for c in callbacks):
         flags["enable_progress_bar"] = True
     trainer = make_trainer(*callbacks, **flags)
-    trainer.fit(module or Online(), ckpt_path=flags.pop("ckpt_path", None))
+    trainer.fit(module or OnlineAlgorithm(), ckpt_path=flags.pop("ckpt_path", None))
     return trainer
 
 
@@ -64,7 +64,7 @@ def test_curves_draw_what_is_known_and_a_resumed_run_continues_them(make_trainer
     assert [step for step, _ in curves.history["train/kl"]] == [1, 3, 5, 7]
     (tmp_path / "curves.png").unlink()
     trainer = make_trainer(resumed := Curves(), PolicyCheckpoint())
-    trainer.fit(Online(), ckpt_path=checkpoint.last_path)
+    trainer.fit(OnlineAlgorithm(), ckpt_path=checkpoint.last_path)
     assert [step for step, _ in resumed.history["train/kl"]] == [1, 3, 5, 7, 9, 11]
     assert resumed.history["val/reward"] == [(4, pytest.approx(0.3)), (8, pytest.approx(0.2)), (12, pytest.approx(0.4))]
     assert (tmp_path / "curves.png").exists()
@@ -101,7 +101,7 @@ class ValidateFirst(Callback):
 
 
 def test_the_summary_compares_before_and_after_and_says_where_things_are(make_trainer, tmp_path, capsys):
-    module = Online()
+    module = OnlineAlgorithm()
     fit(make_trainer, Summary(), PolicyCheckpoint(), ValidateFirst(), module=module, num_sanity_val_steps=1)
     out = capsys.readouterr().out
     rows = {
@@ -118,7 +118,7 @@ def test_the_summary_compares_before_and_after_and_says_where_things_are(make_tr
 def test_a_resumed_run_remembers_its_beginning(make_trainer, capsys):
     fit(make_trainer, Summary(), checkpoint := PolicyCheckpoint(), ValidateFirst(), max_steps=5)
     capsys.readouterr()
-    make_trainer(Summary(), PolicyCheckpoint()).fit(Online(), ckpt_path=checkpoint.last_path)
+    make_trainer(Summary(), PolicyCheckpoint()).fit(OnlineAlgorithm(), ckpt_path=checkpoint.last_path)
     assert "answer 0" in (out := capsys.readouterr().out) and "answer 12" in out
 
 
@@ -137,7 +137,9 @@ def test_every_callback_is_built_from_a_configuration_and_suits_every_method(mak
     parser.add_argument("--callbacks", type=list[Callback])
     built = parser.instantiate(parser.parse_args([f"--callbacks+=lit_rlhf.callbacks.{name}"])).callbacks
     assert type(built[0]) is getattr(callbacks, name)
-    for module in (Plain(), Online()) if name != "AdaptiveKL" else (Online(),):  # which needs a KL, and says so
+    for module in (
+        (Plain(), OnlineAlgorithm()) if name != "AdaptiveKL" else (OnlineAlgorithm(),)
+    ):  # which needs a KL, and says so
         trainer = fit(make_trainer, *built, module=module)
         assert trainer.global_step == 12
         assert torch.isfinite(module.weights).all()

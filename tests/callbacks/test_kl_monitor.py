@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from fake_method import Bytes, Online, Plain, make_rollout
+from fake_method import Bytes, OnlineAlgorithm, Plain, make_rollout
 from lit_rlhf.callbacks import KLMonitor
-from lit_rlhf.callbacks.common import completion_kl
+from lit_rlhf.callbacks.utils import completion_kl
 
 
 def test_percentiles_over_all_completions(make_trainer):
     trainer = make_trainer(KLMonitor())
-    trainer.fit(Online())
+    trainer.fit(OnlineAlgorithm())
     kl = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     for name, quantile in {"p05": 0.05, "p50": 0.5, "p95": 0.95}.items():
         assert trainer.callback_metrics[f"train/kl_{name}"] == pytest.approx(float(kl.quantile(quantile)))
@@ -20,17 +20,17 @@ def test_kl_ignores_what_stands_in_the_padding():
 
 def test_beyond_the_target_it_warns_once_and_can_stop(make_trainer):
     with pytest.warns(UserWarning, match=r"3\.5 nats .* 2\.5: .*Raise kl_coef \(now 0\.05\)") as record:
-        make_trainer(KLMonitor(target=2.5)).fit(Online())
+        make_trainer(KLMonitor(target=2.5)).fit(OnlineAlgorithm())
     assert sum("nats" in str(w.message) for w in record) == 1
     with pytest.warns(UserWarning, match="stops here"):
         trainer = make_trainer(KLMonitor(target=2.5, stop=True))
-        trainer.fit(Online())
+        trainer.fit(OnlineAlgorithm())
     assert trainer.global_step == 1
 
 
 def test_within_the_target_it_is_silent(make_trainer):
     trainer = make_trainer(KLMonitor(target=3.6, stop=True))
-    trainer.fit(Online())
+    trainer.fit(OnlineAlgorithm())
     assert trainer.global_step == 12
 
 
@@ -50,4 +50,4 @@ def test_a_second_fit_is_warned_of_too(make_trainer):
     monitor = KLMonitor(target=2.5)
     for _ in range(2):
         with pytest.warns(UserWarning, match="nats a completion"):
-            make_trainer(monitor).fit(Online())
+            make_trainer(monitor).fit(OnlineAlgorithm())

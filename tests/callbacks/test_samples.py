@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from fake_method import Bytes, Online, Plain, make_rollout
+from fake_method import Bytes, OnlineAlgorithm, Plain, make_rollout
 from lit_rlhf.callbacks import PredictionWriter, SampleLogger
 from lit_rlhf.callbacks.samples import COLUMNS, as_text, rollout_samples
 
@@ -29,7 +29,7 @@ def lines(path):
 
 def test_samples_reach_the_file_the_loggers_and_the_terminal(make_trainer, tmp_path, capsys):
     loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path), table := TableLogger()]
-    make_trainer(SampleLogger(every_n_rollouts=3, num_samples=4), logger=loggers).fit(Online())
+    make_trainer(SampleLogger(every_n_rollouts=3, num_samples=4), logger=loggers).fit(OnlineAlgorithm())
     rows = lines(tmp_path / "lightning_logs" / "version_0" / "samples.jsonl")
     assert all(list(row) == COLUMNS for row in rows)
     train = [row for row in rows if row["split"] == "train"]
@@ -88,8 +88,8 @@ def test_a_message_without_content_shows_the_tools_that_it_calls():
 
 @pytest.mark.parametrize("text", ["one\u2028two", "one\x85two", "one\ntwo", ""])
 def test_predictions_are_one_line_a_completion_whatever_stands_in_them(text, make_trainer, tmp_path):
-    class Writes(Online):
-        predict_dataloader = Online.val_dataloader
+    class Writes(OnlineAlgorithm):
+        predict_dataloader = OnlineAlgorithm.val_dataloader
 
         def predict_step(self, batch, batch_idx):
             return [{"index": batch_idx, "completion": text}]
@@ -101,7 +101,7 @@ def test_predictions_are_one_line_a_completion_whatever_stands_in_them(text, mak
 
 
 def test_a_checkpoint_that_is_validated_has_its_own_step(make_trainer, tmp_path):
-    module = Online()
+    module = OnlineAlgorithm()
     module.updates_done = 7  # the Trainer counts from 0 there
     make_trainer(SampleLogger()).validate(module, verbose=False)
     assert {row["step"] for row in lines(next(tmp_path.rglob("samples.jsonl")))} == {7}

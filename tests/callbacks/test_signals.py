@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from fake_method import Online, Plain
+from fake_method import OnlineAlgorithm, Plain
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
 HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -47,7 +47,7 @@ def test_a_signal_saves_at_the_end_of_the_batch_and_stops_there(make_trainer, nu
     handlers = [signal.getsignal(n) for n in HANDLED]
     callbacks = PolicyCheckpoint(), Kill(number, batch=4), SaveOnSignal(), (validations := Validations())
     trainer = make_trainer(*callbacks, accumulate_grad_batches=4, min_epochs=2, min_steps=8, max_epochs=3)
-    trainer.fit(module := Online())
+    trainer.fit(module := OnlineAlgorithm())
     path = callbacks[0].last_path
     progress = torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     assert progress["processed"] == 5 and trainer.global_step == 1  # within a window and a rollout
@@ -103,7 +103,7 @@ def test_a_second_interrupt_ends_at_once_and_still_saves(make_trainer):
 
 SCRIPT = """
 import os, signal, sys, torch
-from fake_method import Online
+from fake_method import OnlineAlgorithm
 from lightning.pytorch import Callback, Trainer
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
@@ -112,7 +112,7 @@ class Kill(Callback):
         if batch_idx == 2 and trainer.global_rank == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGTERM)
 
-class Distributed(Online):
+class Distributed(OnlineAlgorithm):
     def export(self, folder):
         if self.global_rank == 0:
             super().export(folder)

@@ -231,13 +231,13 @@ def test_the_command_line_knows_the_arguments(kind):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "data")
     line = (
-        "--data.train a.jsonl --data.val 0.25 --data.batch_size 4 --data.too_long truncate --data.max_prompt_tokens 9"
+        "--data.train a.jsonl --data.val 0.25 --data.batch_size 4 --data.truncation truncate --data.max_prompt_tokens 9"
     )
     line += (
         " --data.transform lit_rlhf.data.FirstWords --data.transform.words 7 --data.chat_template_kwargs.think false"
     )
     data = parser.instantiate(parser.parse_args(line.split())).data
-    assert (data.train, data.val, data.batch_size, data.too_long) == ("a.jsonl", 0.25, 4, "truncate")
+    assert (data.train, data.val, data.batch_size, data.truncation) == ("a.jsonl", 0.25, 4, "truncate")
     assert data.transform.words == 7 and data.chat_template_kwargs == {"think": False}
     assert parser.instantiate(parser.parse_args(["--data.val", "20"])).data.val == 20
     assert parser.instantiate(parser.parse_args(['--data.train=[{"prompt": "a"}]'])).data.train == [{"prompt": "a"}]

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from lit_rlhf.data.sources import load_rows
-from lit_rlhf.rewards import ExactMatch, Length, Matches, Repetition, Scorer, Sentiment, Weighted, text_of
+from lit_rlhf.rewards import ExactMatch, Length, RegexMatch, Repetition, Scorer, Sentiment, Weighted, to_text
 
 
 def messages(text):
@@ -13,10 +13,10 @@ def messages(text):
 
 def test_text_of_strings_messages_and_blocks():
     blocks = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
-    assert text_of("abc") == "abc"
-    assert text_of(messages("abc")) == "abc"
+    assert to_text("abc") == "abc"
+    assert to_text(messages("abc")) == "abc"
     assert (
-        text_of([*messages("a"), {"role": "tool", "content": None}, {"role": "assistant", "content": blocks}])
+        to_text([*messages("a"), {"role": "tool", "content": None}, {"role": "assistant", "content": blocks}])
         == "a\n\nab"
     )
 
@@ -51,10 +51,10 @@ def test_length_refuses_an_unknown_unit():
 
 def test_matches_searches_or_matches_the_whole():
     completions = ["<a>x\ny</a>", "<a>x</a> and more", messages("<a></a>"), "none"]
-    assert Matches(r"(?s)<a>.*</a>")(completions) == [1, 1, 1, 0]
-    assert Matches(r"(?s)<a>.*</a>", full=True)(completions) == [1, 0, 1, 0]
+    assert RegexMatch(r"(?s)<a>.*</a>")(completions) == [1, 1, 1, 0]
+    assert RegexMatch(r"(?s)<a>.*</a>", full=True)(completions) == [1, 0, 1, 0]
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
-        Matches("(")
+        RegexMatch("(")
 
 
 def test_exact_match_compares_with_a_column():
@@ -104,7 +104,7 @@ def test_sentiment_says_what_to_install(monkeypatch):
 
 
 def test_all_run_through_the_scorer():
-    rewards = [Length(maximum=3), Matches("x"), ExactMatch(), Repetition(), Sentiment(), Weighted(Length(2), 0.5)]
+    rewards = [Length(maximum=3), RegexMatch("x"), ExactMatch(), Repetition(), Sentiment(), Weighted(Length(2), 0.5)]
     scores = Scorer(rewards)(["p"], ["x x x"], [[1, 2, 3, 4]], [True], {"answer": ["x x x"]})
     expected = ["length", "matches", "exact_match", "repetition", "sentiment", "length_2"]
     assert list(scores.parts) == expected

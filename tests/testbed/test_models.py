@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lit_rlhf.loading import resolve as resolve_policy
-from lit_rlhf.policy import Policy
-from lit_rlhf.sampling import Sampling
+from lit_rlhf.models.loading import resolve as resolve_policy
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.testbed import (
     POLICY,
     REWARD_MODEL,

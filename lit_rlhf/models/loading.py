@@ -1,0 +1,162 @@
+"""Loading causal language models and their tokenizers, and checking that the two belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from lit_rlhf.tokenization import end_of_turn
+
+
+def resolve(source: str | Path) -> str:
+    """Return the folder or hub id that `source` names; `testbed` is the policy shipped with the package.
+
+    Raises:
+        FileNotFoundError: If `source` can only be a folder, and there is none.
+    """
+    from lit_rlhf import testbed
+
+    shipped = testbed.resolve(str(source))
+    if shipped is not None:
+        return str(shipped)
+    text = str(source)
+    looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
+    if looks_like_a_path and not Path(text).expanduser().is_dir():
+        raise FileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
+    return str(Path(text).expanduser().resolve()) if Path(text).expanduser().is_dir() else text
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id holds a PEFT adapter."""
+    return find_adapter_config_file(name) is not None
+
+
+def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    name = resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub_options(options))
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer beside one
+            options = {key: value for key, value in options.items() if key != "revision"}
+            return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
+        raise ValueError(
+            f"{str(source)!r} is no folder here that holds a model with its tokenizer, nor could it be had from the "
+            f"hub: {error}"
+        ) from error
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of `from_pretrained`, return those that a tokenizer or a configuration takes too."""
+    return {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
+
+
+def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, or a PEFT adapter with the model that it was trained on, and its tokenizer."""
+    name = resolve(source)
+    options = {"dtype": torch.float32, **options}
+    tokenizer = load_tokenizer(name, **options)
+    if is_adapter(name):
+        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+
+def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftModel:
+    """Wrap a model with a new LoRA adapter.
+
+    Raises:
+        ValueError: If the model has an adapter already, or `peft.LoraConfig` does not know an option.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
+    return cast(PeftModel, get_peft_model(model, lora_config(lora)))
+
+
+def lora_config(options: dict[str, Any]) -> LoraConfig:
+    """Build a `peft.LoraConfig`.
+
+    Raises:
+        ValueError: If it does not have an option, or one would change the model under the adapter: the reference.
+    """
+    known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
+    for name, fine in known.items():
+        if (value := options.get(name, fine[0])) not in fine:
+            raise ValueError(
+                f"lora: {name}={value!r} changes the model under the adapter, and that is the reference when the "
+                f"adapter is off: use one of {', '.join(map(repr, fine))}"
+            )
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
+    except TypeError as error:
+        raise ValueError(
+            f"lora: {error}; the options are those of peft.LoraConfig, such as r and lora_alpha"
+        ) from error
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return how many token ids a model embeds."""
+    embeddings: Any = cast(Any, model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every id of the tokenizer has a row in the model's embedding.
+
+    Raises:
+        ValueError: If the tokenizer has ids that the model does not know.
+    """
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but the model embeds {rows}: "
+            "use the model's own tokenizer, or model.resize_token_embeddings"
+        )
+
+
+def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+    """Check that a model that reads what the policy writes knows its ids, where it comes with a tokenizer.
+
+    Raises:
+        ValueError: If its tokenizer gives another id to a token.
+    """
+    try:
+        known = load_tokenizer(source, **options).get_vocab()
+    except (OSError, ValueError):
+        return
+    for token, i in tokenizer.get_vocab().items():
+        if known.get(token, i) != i:
+            raise ValueError(
+                f"the {role} {str(source)!r} knows {token!r} as {known[token]}, and the policy writes it as {i}: give "
+                "one with the same tokenizer, such as one that started from the same model"
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, so that training and sampling see the same policy. The config stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends a completion: the generation config's, the tokenizer's, the chat template's."""
+    ids: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    if (turn := end_of_turn(tokenizer)) is not None:
+        ids.add(turn)
+    return sorted(ids)

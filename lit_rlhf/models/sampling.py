@@ -1,0 +1,215 @@
+"""Drawing completions: options, addressed noise, and the loop that decodes until the last row has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import StoppingCriteria, TopKLogitsWarper, TopPLogitsWarper
+
+from lit_rlhf import functional as F
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: A completion is cut here.
+        min_new_tokens: No end-of-sequence token before this many tokens.
+        temperature: Divides the logits, in sampling and wherever log-probabilities are computed.
+        top_p: Draw from the smallest set of tokens with this much probability (1: from all).
+        top_k: Draw from the k most likely tokens (0: from all).
+        stop: Strings that end a completion, beside the end-of-sequence tokens.
+        greedy: Take the most likely token.
+        batch_size: Prompts decoded at a time (None: all), to bound the memory of the cache.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: Sequence[str] = ()
+    greedy: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
+            "temperature": (self.temperature > 0, "above 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "batch_size": (self.batch_size is None or self.batch_size >= 1, "at least 1, or null for all at once"),
+        }
+        for name, (fine, rule) in rules.items():
+            if not fine:
+                raise ValueError(f"sampling: {name}={getattr(self, name)} must be {rule}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the full distribution, which biases a policy gradient."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0)
+
+
+def counter_based_uniform(
+    seed: int, epoch: int, index: Sequence[int], num_samples: int, length: int
+) -> Float[Tensor, "rows length"]:
+    """Uniform numbers in [0, 1), one for each (seed, epoch, prompt, sample, token).
+
+    A number depends on its address alone: not on the batch, the rank, the rows beside it or the length asked for.
+
+    Returns:
+        Float64 of shape `[len(index) * num_samples, length]`, prompt by prompt.
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, prompt, sample]))).random(length)
+        for prompt in index
+        for sample in range(num_samples)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def inverse_cdf(probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token at which the cumulative probability passes the noise; one of probability zero is never returned."""
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1]
+    level = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
+    return place.clamp(max=probabilities.shape[-1] - 1)  # beyond it only where a probability is NaN
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A batch of rows that grows by one token at a time."""
+
+    def start(self) -> Float[Tensor, "rows vocabulary"]:
+        """Return the logits of the first token of every row."""
+        ...
+
+    def step(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocabulary"]:
+        """Append a token to every row and return the logits of the next."""
+        ...
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Drop all rows but these."""
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `decode` drew, a row a completion, with the fields of `lit_rlhf.types.Completions`."""
+
+    tokens: Int[Tensor, "rows tokens"]
+    mask: Bool[Tensor, "rows tokens"]
+    logprobs: Float[Tensor, "rows tokens"]
+    entropy: Float[Tensor, "rows tokens"]
+    sampled_mass: Float[Tensor, "rows tokens"]
+    finished: Bool[Tensor, " rows"]
+
+
+def decode(
+    decoder: Decoder,
+    noise: Float[Tensor, "rows length"] | None,
+    sampling: Sampling,
+    eos: Int[Tensor, " ids"],
+    stops: StoppingCriteria | None = None,
+) -> Drawn:
+    """Draw tokens until every row has ended or is `max_new_tokens` long. A row that has ended is computed no further.
+
+    Args:
+        decoder: The rows.
+        noise: Uniform numbers, one a row and token; not needed when greedy.
+        sampling: The options.
+        eos: Ids that end a completion.
+        stops: Tells from the token ids of completions which of them contain a stop string.
+
+    Raises:
+        ValueError: If a token was drawn whose log-probability is not finite.
+    """
+    logits = decoder.start()
+    rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    numbers = torch.zeros(3, rows, length, dtype=F.at_least_float32(logits).dtype, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    noise = None if noise is None else noise.to(device)
+    alive = torch.arange(rows, device=device)
+    choose = _chooser(sampling, eos)
+    for t in range(length):
+        logits = F.at_least_float32(logits)
+        logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
+        probabilities = logprobs.exp()
+        drawn, sampled_mass = choose(logprobs, probabilities, t, None if noise is None else noise[alive, t])
+        tokens[alive, t], mask[alive, t] = drawn, True
+        of_drawn = logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        numbers[:, alive, t] = torch.stack([of_drawn, F.entropy(probabilities, logprobs), sampled_mass])
+        ended = torch.isin(drawn, eos)
+        if stops is not None:
+            ended |= stops(tokens[alive, : t + 1], None)
+        if bool(ended.any()):
+            finished[alive[ended]] = True
+            stay = rows_that_stay(ended)
+            alive, drawn = alive[stay], drawn[stay]
+            if len(alive) == 0:
+                break
+            if t + 1 < length:
+                decoder.keep(stay)
+        if t + 1 < length:
+            logits = decoder.step(drawn)
+    end = t + 1
+    of_drawn, entropy, mass = numbers[:, :, :end]
+    if not bool(of_drawn.isfinite().all()):
+        raise ValueError(
+            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
+            "(--trainer.gradient_clip_val 1), or go on from an earlier checkpoint"
+        )
+    return Drawn(tokens[:, :end], mask[:, :end], of_drawn, entropy, mass, finished)
+
+
+def rows_that_stay(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
+    """The rows that have not ended, in such an order that few change their place: the last fill the gaps."""
+    stay = (~ended).nonzero().squeeze(-1)
+    kept, gaps = len(stay), ended[: len(stay)].nonzero().squeeze(-1)
+    order = torch.arange(kept, device=ended.device)
+    order[gaps] = stay[kept - len(gaps) :]
+    return order
+
+
+Chooser = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
+    """Return what picks a token of every row, and the probability mass that it picked from."""
+    warpers: list[TopKLogitsWarper | TopPLogitsWarper] = []
+    if sampling.top_k and not sampling.greedy:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1 and not sampling.greedy:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def choose(logprobs: Tensor, probabilities: Tensor, t: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Pick token `t` of every row by the noise, or the most likely one without noise."""
+        allowed = logprobs
+        if t < sampling.min_new_tokens:
+            allowed = allowed.index_fill(-1, eos, -torch.inf)
+        for warp in warpers:
+            allowed = warp(None, allowed)
+        if noise is None:
+            return allowed.argmax(-1), torch.ones_like(logprobs[:, 0])
+        if allowed is logprobs:
+            return inverse_cdf(probabilities, noise), torch.ones_like(logprobs[:, 0])
+        kept = torch.where(allowed.isneginf(), 0.0, probabilities)
+        return inverse_cdf(kept, noise), kept.sum(-1)
+
+    return choose

@@ -1,0 +1,1 @@
+"""Machinery of the training loop: checks, resume, distributed reductions, logging, timing, optimization."""

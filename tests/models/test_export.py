@@ -1,0 +1,276 @@
+"""What a method leaves behind: folders, scores and rows that say what the method itself says."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import lit_rlhf
+from lit_rlhf.models.export import export_checkpoint
+from runs import make_data, make_module, make_trainer, vowels
+from tiny import make_llama, make_tokenizer
+
+LORA = {"r": 2, "init_lora_weights": False}
+IDS = torch.arange(8, 24).view(2, 8)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def base(request, tmp_path_factory):
+    """A folder whose weights are of one dtype or the other."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = make_tokenizer()
+    make_llama(len(tokenizer)).to(getattr(torch, request.param)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(name, source, root, **options):
+    """A method after an update, and its checkpoint."""
+    trainer = make_trainer(root, max_steps=1, limit_val_batches=0)
+    module = source if isinstance(source, lit_rlhf.Algorithm) else make_module(name, source, **options)
+    trainer.fit(module, make_data(name))
+    trainer.save_checkpoint(root / "last.ckpt")
+    return module, root / "last.ckpt"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+# Reward models
+
+
+def some_pairs(module):
+    data = make_data("RewardModeling")
+    data.tokenizer = module.tokenizer
+    data.setup()
+    return next(iter(data.train_dataloader()))
+
+
+def scores_in_use(folder, batch):
+    reward = lit_rlhf.RewardModel(folder)
+    numbers = batch.prompts.index.tolist()
+    answers = ([f"good {i}" for i in numbers], [f"bad {-i}" for i in numbers])
+    return torch.stack([reward(batch.prompts.text, completions) for completions in answers], 1)
+
+
+@pytest.mark.parametrize("how", ["save_model", "export_checkpoint"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
+def test_a_reward_model_scores_in_use_as_in_training(lora, how, base, tmp_path):
+    module, checkpoint = trained("RewardModeling", base, tmp_path, lora=lora)
+    batch = some_pairs(module)
+    with torch.no_grad():
+        before = module.scores(batch)
+    if how == "save_model":
+        module.save_model(tmp_path / "model")
+    else:
+        export_checkpoint(checkpoint, tmp_path / "model", merge=True)
+    assert before.std() > 0.01  # scores that differ, so that a wrong head or adapter would show
+    torch.testing.assert_close(scores_in_use(tmp_path / "model", batch), before, atol=1e-4, rtol=1e-4)
+    assert "adapter_config.json" not in files(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(module.scores(batch), before)  # to save is not to change
+
+
+def test_transformers_loads_a_reward_model_with_every_weight(base, tmp_path):
+    module, _ = trained("RewardModeling", base, tmp_path, lora=LORA)
+    module.save_model(tmp_path / "model")
+    _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+
+
+# Policies
+
+
+def test_under_lora_the_head_of_a_reward_model_is_float32(base, tmp_path):
+    """Steps of a usual learning rate would be rounded away in the precision that the frozen trunk may have."""
+    module, _ = trained("RewardModeling", base, tmp_path, lr=1e-5, lora={"r": 2}, load={"dtype": "bfloat16"})
+    learned = [p for p in module.parameters() if p.requires_grad]
+    assert {p.dtype for p in learned} == {torch.float32} and {p.dtype for p in module.parameters()} > {torch.float32}
+    score = module.reward_model.get_base_model().score
+    moved = score.modules_to_save["default"].weight - score.original_module.weight
+    assert 0 < moved.abs().max() < 2e-5
+
+
+def test_a_policy_that_is_frozen_in_part_is_exported_whole(base, tmp_path):
+    policy = lit_rlhf.Policy.from_pretrained(base)
+    policy.model.get_input_embeddings().weight.requires_grad_(False)
+    method = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    module, checkpoint = trained("SFT", method, tmp_path)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(exported), logits(module.policy.model))
+
+
+def test_a_merged_adapter_has_the_dtype_and_the_logits_of_training(base, tmp_path):
+    module, checkpoint = trained("RLOO", base, tmp_path, lora=LORA)
+    folder = export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert merged.config.dtype == torch.float32
+    torch.testing.assert_close(logits(merged), logits(module.policy.model), atol=1e-5, rtol=1e-5)
+    assert not {"adapter_config.json", "base_config"} & files(folder)
+
+
+def test_an_adapter_goes_on_its_model_again(base, tmp_path):
+    module, checkpoint = trained("RLOO", base, tmp_path, lora=LORA)
+    folder = export_checkpoint(checkpoint, tmp_path / "adapter")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(adapted), logits(module.policy.model), atol=1e-5, rtol=1e-5)
+
+
+def make_policy(folder=None, moved=0.0, **options):
+    """A policy in memory, whose model was made there or loaded, and perhaps changed."""
+    tokenizer = make_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(folder) if folder else make_llama(len(tokenizer))
+    for parameter in model.parameters():
+        parameter.data += moved
+    return lit_rlhf.Policy(model, tokenizer, **options)
+
+
+def write_base(root):
+    folder = root / "base"
+    make_policy().save(folder)
+    return folder
+
+
+def test_an_adapter_of_a_policy_that_was_made_in_memory_is_not_merged(tmp_path):
+    module = lit_rlhf.RLOO(make_policy(lora=LORA), rewards=[vowels], max_new_tokens=4)
+    _, checkpoint = trained("RLOO", module, tmp_path)
+    with pytest.raises(ValueError, match="in memory"):
+        export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    assert "adapter_config.json" in files(export_checkpoint(checkpoint, tmp_path / "adapter"))
+
+
+def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_path):
+    """A model in memory knows the folder that it came from, and not that it has changed since."""
+    policy = make_policy(write_base(tmp_path), moved=0.05, lora=LORA)
+    module = lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4)
+    _, checkpoint = trained("RLOO", module, tmp_path)
+    with pytest.raises(ValueError, match="in memory"):
+        export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+
+
+@pytest.mark.parametrize("kept", [[], ["norm"]], ids=str)
+def test_an_adapter_is_not_merged_into_what_its_model_has_become(kept, tmp_path):
+    tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    _, checkpoint = trained("RLOO", tmp_path / "base", tmp_path, lora={**LORA, "modules_to_save": kept})
+    export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    model.model.norm.weight.data *= 1.1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="is not the model any more that the adapter was trained on"):
+        export_checkpoint(checkpoint, tmp_path / "again", merge=True)
+    export_checkpoint(checkpoint, tmp_path / "again")
+
+
+def test_an_export_replaces_a_model_and_nothing_else(base, tmp_path):
+    _, checkpoint = trained("SFT", base, tmp_path)
+    for _ in range(2):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds something else than a model \(last.ckpt, out\)"):
+        export_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        export_checkpoint(checkpoint, checkpoint)
+    assert checkpoint.is_file() and files(tmp_path) == {"last.ckpt", "out"}
+
+
+def test_the_folder_of_an_adapter_may_lack_its_tokenizer(base, tmp_path):
+    module, _ = trained("RLOO", base, tmp_path, lora=LORA)
+    module.policy.model.save_pretrained(tmp_path / "adapter")
+    again = make_module("RLOO", tmp_path / "adapter")
+    assert again.tokenizer.get_vocab() == module.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_whole_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_path):
+    policy = make_policy(write_base(tmp_path) if loaded else None, moved=0.05)
+    module, checkpoint = trained("RLOO", lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4), tmp_path)
+    for merge in (False, True):
+        folder = export_checkpoint(checkpoint, tmp_path / "policy", merge=merge)
+        exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        weights = module.policy.model.state_dict()
+        assert exported.keys() == weights.keys() and all(torch.equal(w, weights[n]) for n, w in exported.items())
+
+
+def test_what_is_no_checkpoint_of_this_package_is_a_sentence(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt' holds no model of lit_rlhf"):
+        export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"none.ckpt': there is no such file"):
+        export_checkpoint(tmp_path / "none.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Rows
+
+
+def predict(name, base, root):
+    module = make_module(name, base)
+    data = make_data(name, val=5, eval_batch_size=2)
+    rows = [row for batch in make_trainer(root).predict(module, datamodule=data) for row in batch]
+    held_out = [row.example for row in data.val_set]
+    assert [row["index"] for row in rows] == [row.index for row in data.val_set]
+    assert [row["prompt"] for row in rows] == [example.prompt for example in held_out]
+    return module, data, rows
+
+
+def test_prediction_of_sft_writes_completions_and_their_loss(base, tmp_path):
+    module, data, rows = predict("SFT", base, tmp_path)
+    with torch.no_grad():
+        for row, encoded in zip(rows, data.val_set, strict=True):
+            (ids,) = encoded.completions
+            context = torch.tensor([[*encoded.prompt, *ids]]).long()
+            expected = torch.nn.functional.cross_entropy(
+                module.policy.model(context).logits[0, len(encoded.prompt) - 1 : -1], context[0, len(encoded.prompt) :]
+            )
+            assert row["loss"] == pytest.approx(expected.item(), abs=1e-4)
+            assert isinstance(row["completion"], str)
+            assert isinstance(row["finished"], bool)
+    (metrics,) = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    tokens = [len(row.completions[0]) for row in data.val_set]
+    mean = sum(row["loss"] * count for row, count in zip(rows, tokens, strict=True)) / sum(tokens)
+    assert metrics["val/loss"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_prediction_of_a_reward_model_scores_both_completions(base, tmp_path):
+    module, data, rows = predict("RewardModeling", base, tmp_path)
+    module.save_model(tmp_path / "model")
+    reward = lit_rlhf.RewardModel(tmp_path / "model")
+    for row, encoded in zip(rows, data.val_set, strict=True):
+        scores = reward([row["prompt"]] * 2, list(encoded.example.completions))
+        assert [row["chosen"], row["rejected"]] == pytest.approx(scores.tolist(), abs=1e-4)
+    (metrics,) = make_trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    right = [row["chosen"] > row["rejected"] for row in rows]
+    assert metrics["val/accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(base, tmp_path, monkeypatch):
+    _, checkpoint = trained("RLOO", base, tmp_path, lora=LORA, load={"revision": "v2"})
+    asked, original = [], type(make_llama(9)).from_pretrained
+
+    def from_pretrained(source, **options):
+        asked.append(options.get("revision"))
+        return original(source, **options)
+
+    monkeypatch.setattr(type(make_llama(9)), "from_pretrained", staticmethod(from_pretrained))
+    export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    assert asked == ["v2"]
+
+
+def test_a_model_of_custom_code_is_pointed_to_what_training_wrote(base, tmp_path):
+    _, path = trained("RLOO", base, tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["export"]["class"] = "MyLlama"
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"no class 'MyLlama'.*policy/last"):
+        export_checkpoint(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
