@@ -3,28 +3,31 @@
 from lit_rlhf import callbacks, functional, rewards
 from lit_rlhf.algorithms import (
     DPO,
+    GRPO,
     IPO,
     PPO,
     RAFT,
     RLOO,
     SFT,
     Algorithm,
+    DrGRPO,
     OnlineAlgorithm,
     Reinforce,
     RewardModeling,
     VanillaPG,
 )
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
-from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.rewards import RewardModel, Weighted
-from lit_rlhf.training.schedules import Warmup
+from lit_rlhf.evaluation import EvaluationOptions
+from lit_rlhf.models import Policy, Sampling
+from lit_rlhf.rewards import RewardModel, RewardShaping, Weighted
+from lit_rlhf.training import Updates, Warmup
 from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Rollout
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DPO",
+    "GRPO",
     "IPO",
     "PPO",
     "RAFT",
@@ -34,6 +37,8 @@ __all__ = [
     "Completions",
     "DemonstrationData",
     "Demonstrations",
+    "DrGRPO",
+    "EvaluationOptions",
     "OnlineAlgorithm",
     "Policy",
     "PreferenceData",
@@ -43,8 +48,10 @@ __all__ = [
     "Reinforce",
     "RewardModel",
     "RewardModeling",
+    "RewardShaping",
     "Rollout",
     "Sampling",
+    "Updates",
     "VanillaPG",
     "Warmup",
     "Weighted",

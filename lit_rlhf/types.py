@@ -3,12 +3,12 @@
 Axis names, here and in every signature:
 
     prompts   n   rows of a batch; one row is one prompt
-    samples   k   completions sampled for each prompt
+    samples   k   completions sampled for each prompt (the group)
     tokens    t   tokens of a completion, padded on the right
     context   p   tokens of a prompt, padded on the left
     vocabulary    entries of the tokenizer
 
-A group, the k completions of one prompt, is a row of an array, so nothing that cuts or moves rows can tear it apart.
+A group is a row of an array, so indexing the first axis never splits it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ Message = dict[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "..."}`."""
 
 Text = str | list[Message]
-"""A prompt or a completion as rewards see it: a plain string, or messages where the data is conversational."""
+"""A prompt or a completion as rewards see it: a string, or messages if the data are conversational."""
+
+Metrics = dict[str, float | Tensor | tuple[Tensor, Tensor]]
+"""Loss metrics by name: a scalar, or `(values, mask)`, which is averaged over minibatches and ranks."""
 
 
 def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any]) -> Any:
@@ -46,13 +49,13 @@ def _walk(value: Any, on_tensor: Callable[[Tensor], Any], on_list: Callable[[lis
 
 @dataclass
 class Record:
-    """Arrays whose first axis is `prompts`. Cutting, moving and saving run over the fields, a subclass's too.
+    """Fields whose first axis is `prompts`. Indexing, moving and saving run over all fields, a subclass's too.
 
-    What a subclass of `Rollout` adds may be `[prompts]`, `[prompts, samples]` or `[prompts, samples, tokens]`, other
-    `Completions`, or dicts of these.
+    Fields that a subclass of `Rollout` adds may be tensors `[prompts]`, `[prompts, samples]` or
+    `[prompts, samples, tokens]`, lists of lists `[prompts][samples]`, `Completions`, or dicts of these.
 
-    Treat records as constants: `replace` makes a changed one. They are not frozen because Lightning refuses frozen
-    dataclasses where it casts a batch (the precisions `bf16-true` and `64-true`).
+    Treat records as immutable and make changed copies with `replace`. They are not frozen because Lightning refuses
+    frozen dataclasses when it casts a batch (the precisions `bf16-true` and `64-true`).
     """
 
     def map(self: R, on_tensor: Callable[[Tensor], Any], on_list: Callable[[list[Any]], Any] = lambda x: x) -> R:
@@ -61,7 +64,7 @@ class Record:
         return type(self)(**values)
 
     def rows(self: R, index: slice) -> R:
-        """Return the prompts that `index` selects, with all that belongs to them."""
+        """Return the prompts that `index` selects, with everything that belongs to them."""
         return self.map(lambda tensor: tensor[index], lambda items: items[index])
 
     def to(self: R, device: torch.device | str) -> R:
@@ -79,11 +82,11 @@ class Prompts(Record):
 
     Attributes:
         tokens: Token ids, padded on the left.
-        mask: True where `tokens` is a token and not padding.
-        index: Each prompt's place in the data set, which also addresses its sampling noise.
+        mask: True at tokens, False at padding.
+        index: Row number of each prompt in the data set; part of the counter that seeds its sampling noise.
         text: The prompts as rewards see them: strings, or lists of messages.
-        columns: Every other column of the data set, one list entry a prompt.
-        template_kwargs: What each row hands to the chat template; may be left out where there is nothing.
+        columns: Every other column of the data set, one list entry per prompt.
+        template_kwargs: Arguments of the chat template for each row; empty if there are none.
     """
 
     tokens: Int[Tensor, "prompts context"]
@@ -97,22 +100,24 @@ class Prompts(Record):
         return self.tokens.shape[0]
 
     def trim(self) -> Prompts:
-        """Cut the padding that all rows share."""
+        """Remove the padding columns that all rows share."""
         start = self.tokens.shape[1] - int(self.mask.sum(1).max())
         return self.replace(tokens=self.tokens[:, start:], mask=self.mask[:, start:])
 
 
 @dataclass
 class Completions(Record):
-    """What a policy sampled.
+    """Completions sampled from a policy.
 
     Attributes:
-        tokens: Token ids, the end-of-sequence token included, padded on the right.
-        mask: True where a token counts: up to and including the end of the completion.
-        logprobs: Log-probability of each token when it was sampled, in nats, at least float32, 0 where masked.
-        finished: True where the completion ended by itself (an EOS token or a stop string), False where it was cut.
-        entropy: Entropy before each token, at the temperature but without top-p and top-k, in nats; None: not measured.
-        sampled_mass: Probability that top-p, top-k and a minimum length left to draw from, or None where none applies.
+        tokens: Token ids including the EOS token, padded on the right.
+        mask: True up to and including the last token of the completion.
+        logprobs: Log-probability of each token at sampling time, in nats, at least float32, 0 where masked.
+        finished: True if the completion ended with an EOS token or a stop string, False if it was truncated.
+        entropy: Entropy of the next-token distribution before each token, at the temperature but without top-p and
+            top-k, in nats; None if not measured.
+        sampled_mass: Probability mass that top-p, top-k and a minimum length leave to sample from; None if none of
+            them applies.
     """
 
     tokens: Int[Tensor, "prompts samples tokens"]
@@ -124,73 +129,111 @@ class Completions(Record):
 
     @property
     def lengths(self) -> Int[Tensor, "prompts samples"]:
-        """Tokens of each completion, the end-of-sequence token included."""
+        """Number of tokens of each completion, including the EOS token."""
         return self.mask.sum(-1)
 
     def ids(self) -> list[list[int]]:
-        """Token ids of each completion without padding, prompt by prompt, sample by sample."""
+        """Token ids of each completion without padding: a flat list, prompt by prompt, sample by sample."""
         tokens, mask = self.tokens.flatten(0, 1).cpu(), self.mask.flatten(0, 1).cpu()
         return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
 
 @dataclass
 class Rollout(Record):
-    """Completions of a batch of prompts with all that a method needs to learn from them. Nothing here carries gradient.
+    """Completions of a batch of prompts with everything that a method needs to learn from them.
+
+    Only `logprobs` (and fields of the same kind that a method adds in `evaluate`) carries gradient.
 
     Attributes:
         prompts: The prompts.
-        completions: What was sampled for them.
-        reference_logprobs: Log-probability of each token under the reference, in nats, 0 where masked.
-        rewards: Weighted sum of the rewards of the whole completion, 0 where `valid` is False.
-        parts: Each reward by name, before its weight; NaN where a reward had no opinion.
-        valid: False where a completion has no reward at all or was left out: it counts nowhere.
-        returns: What a method optimises: `rewards - kl_coef * k1`, the KL estimate summed over the completion; with
-            `kl_penalty` k2 or k3 that estimate, and the rewards alone where the KL is in the loss.
-        token_rewards: Weighted sum of the token-level rewards, 0 where masked, or None where there are none.
-        advantages: One number a completion or a token, set once the method has computed it.
+        completions: Their sampled completions.
+        reference_logprobs: Log-probability of each token under the reference policy, in nats, 0 where masked.
+        rewards: Weighted sum of the rewards of each completion, 0 where `valid` is False.
+        component_rewards: Each reward by name, before its weight; NaN where the reward returned None.
+        valid: False if no reward scored the completion or it was masked: it is excluded from every mean.
+        returns: The objective: `rewards - kl_coef * k1` with k1 summed over the tokens; the rewards alone with a
+            `kl_penalty` in the loss. Token-level rewards are separate.
+        token_rewards: Weighted sum of the token-level rewards, 0 where masked; None if there are none.
+        texts: The completions as the rewards saw them, `texts[prompt][sample]`.
+        reward_extras: Values that rewards reported with `log_extra`, by name, `[prompt][sample]`.
+        advantages: One number per completion or per token, once the method has computed it.
+        old_logprobs: Log-probability of each token under the policy before the first update on this rollout, from the
+            training forward; NaN until known; None for methods without an importance ratio.
+        logprobs: Log-probability of each token under the current policy, with gradient; set by `evaluate`.
     """
 
     prompts: Prompts
     completions: Completions
     reference_logprobs: Float[Tensor, "prompts samples tokens"]
     rewards: Float[Tensor, "prompts samples"]
-    parts: dict[str, Float[Tensor, "prompts samples"]]
+    component_rewards: dict[str, Float[Tensor, "prompts samples"]]
     valid: Bool[Tensor, "prompts samples"]
     returns: Float[Tensor, "prompts samples"]
     token_rewards: Float[Tensor, "prompts samples tokens"] | None = None
+    texts: list[list[Any]] = field(default_factory=list)
+    reward_extras: dict[str, list[list[Any]]] = field(default_factory=dict)
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"] | None = None
+    old_logprobs: Float[Tensor, "prompts samples tokens"] | None = None
+    logprobs: Float[Tensor, "prompts samples tokens"] | None = None
 
     @property
-    def counted(self) -> Bool[Tensor, "prompts samples tokens"]:
-        """True at the tokens of the completions that count."""
+    def loss_mask(self) -> Bool[Tensor, "prompts samples tokens"]:
+        """True at the tokens of valid completions."""
         return self.valid.unsqueeze(-1) & self.completions.mask
 
+    @property
+    def total_rewards(self) -> Float[Tensor, "prompts samples"]:
+        """Reward of each completion plus the sum of its token-level rewards."""
+        return self.rewards + self._token_reward_sum
+
+    @property
+    def total_returns(self) -> Float[Tensor, "prompts samples"]:
+        """Return of each completion plus the sum of its token-level rewards."""
+        return self.returns + self._token_reward_sum
+
+    @property
+    def _token_reward_sum(self) -> Tensor:
+        if self.token_rewards is None:
+            return torch.zeros_like(self.rewards)
+        return self.token_rewards.masked_fill(~self.completions.mask, 0.0).sum(-1)
+
     def samples(self: RolloutT, index: slice) -> RolloutT:
-        """Return the samples of each prompt that `index` selects; only for what no longer looks across a group."""
-        return self._cut(lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor)
+        """Return the samples of each prompt that `index` selects. Group statistics must have been computed before."""
+        return self._cut(
+            lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor, lambda items: [row[index] for row in items]
+        )
 
     def pick(self: RolloutT, sample: Int[Tensor, " prompts"]) -> RolloutT:
-        """Return one sample of each prompt: the one whose number `sample` gives."""
-        rows = torch.arange(len(sample), device=sample.device)
-        return self._cut(lambda tensor: tensor[rows, sample].unsqueeze(1) if tensor.ndim > 1 else tensor)
+        """Return one sample of each prompt, at the indices in `sample`."""
+        rows, chosen = torch.arange(len(sample), device=sample.device), sample.tolist()
+        return self._cut(
+            lambda tensor: tensor[rows, sample].unsqueeze(1) if tensor.ndim > 1 else tensor,
+            lambda items: [[row[i]] for row, i in zip(items, chosen, strict=False)],
+        )
 
-    def _cut(self: RolloutT, on_tensor: Callable[[Tensor], Tensor]) -> RolloutT:
+    def _cut(
+        self: RolloutT, on_tensor: Callable[[Tensor], Tensor], on_list: Callable[[list[Any]], list[Any]]
+    ) -> RolloutT:
         names = [f.name for f in dataclasses.fields(self) if f.name != "prompts"]
-        return self.replace(**{name: _walk(getattr(self, name), on_tensor, lambda items: items) for name in names})
+        return self.replace(**{name: _walk(getattr(self, name), on_tensor, on_list) for name in names})
 
     def trim(self: RolloutT) -> RolloutT:
-        """Cut the padding that all prompts and the padding that all completions share."""
+        """Remove the padding that all prompts share and the padding that all completions share."""
         length, tokens = int(self.completions.lengths.max()), self.completions.tokens.shape[2]
         cut = self.map(lambda tensor: tensor[:, :, :length] if tensor.shape[2:] == (tokens,) else tensor)
         return cut.replace(prompts=self.prompts.trim())
 
     def state(self) -> dict[str, Any]:
-        """Return everything but the prompts, of these their index, as nested dicts of CPU tensors, for a checkpoint."""
-        return {**_plain(self.to("cpu"), skip={"prompts"}), "index": self.prompts.index.cpu()}
+        """Return the rollout for a checkpoint: nested dicts of CPU tensors and plain values.
+
+        The prompts are left out but for their index (the data module yields them again), and so are the
+        `reward_extras`, which are any objects and only logged.
+        """
+        return {**_plain(self.to("cpu"), skip={"prompts", "reward_extras"}), "index": self.prompts.index.cpu()}
 
     @classmethod
     def from_state(cls: type[RolloutT], state: dict[str, Any], prompts: Prompts) -> RolloutT:
-        """Rebuild what `state` returned, for the prompts that it was made of.
+        """Rebuild a rollout from `state` for the same prompts.
 
         Raises:
             ValueError: If these are other prompts.
@@ -199,9 +242,9 @@ class Rollout(Record):
         before, now = fields.pop("index").tolist(), prompts.index.tolist()
         if before != now:
             raise ValueError(
-                f"the checkpoint was saved inside a rollout of the rows {before[:4]}, and the data now hand over "
-                f"{now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of the "
-                "run, or from a checkpoint between two rollouts"
+                f"the checkpoint was saved inside a rollout of the rows {before[:4]}, but the data module yields the "
+                f"rows {now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of "
+                "the run, or from a checkpoint between two rollouts"
             )
         return cls(prompts=prompts, **fields)
 
@@ -218,12 +261,12 @@ def _restored(value: Any) -> Any:
 
 @dataclass
 class Demonstrations(Record):
-    """Completions that the data give: k = 1, what a policy should write.
+    """Completions given by the data, one per prompt (k = 1), for the policy to imitate.
 
     Attributes:
         prompts: The prompts.
-        tokens: Token ids, the EOS token included, padded on the right.
-        mask: True where a token counts.
+        tokens: Token ids including the EOS token, padded on the right.
+        mask: True at tokens, False at padding.
     """
 
     prompts: Prompts
@@ -233,4 +276,4 @@ class Demonstrations(Record):
 
 @dataclass
 class Preferences(Demonstrations):
-    """Pairs of completions of one prompt: k = 2, the chosen one first, the rejected one second."""
+    """Pairs of completions of one prompt (k = 2): the chosen one first, the rejected one second."""

@@ -1,428 +1,357 @@
-"""The loop of every method that samples: collect a rollout, then train on it, slice by slice.
+"""The loop of every algorithm that samples: collect a rollout, then train on it, minibatch by minibatch.
 
-    slice 0:  rollout = collect(prompts)        sample -> score -> reference -> returns
-              rollout = prepare(rollout)        a method's own additions
-              advantages(rollout)               [prompts, samples] or [prompts, samples, tokens]
-    always:   terms, metrics = loss(part)       [prompts, samples] or [prompts, samples, tokens]
+    step 0:  rollout = collect(prompts)           sample -> score -> reference -> returns
+             rollout = prepare(rollout)           a method's own additions
+             rollout.advantages = advantages(rollout)      [prompts, samples] or [prompts, samples, tokens]
+    always:  part = minibatch(rollout, step)
+             part = evaluate(part)                log-probabilities with gradient
+             terms, metrics = loss(part)          [prompts, samples] or [prompts, samples, tokens]
 
-A method overrides `advantages` and `loss`, and `prepare` where it needs more than a rollout holds. One rollout lasts
-`repeats` training steps, during which the data module hands over the same prompts; `batch_idx` says which slice is
-due. Nothing else is counted, so a resumed run goes on with the same slice.
+A method overrides `advantages` and `loss`; `prepare` and `evaluate` if its rollouts hold more. One rollout lasts
+`steps_per_rollout` training steps, during which the data module repeats the same prompts. The step within the rollout
+follows from `batch_idx` alone, so a resumed run continues with the same minibatch.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
-from lit_rlhf.data import TextData
-from lit_rlhf.evaluation.evaluator import Evaluation, EvaluationOptions, completion_texts, predict, score
+from lit_rlhf.evaluation.completions import completion_texts
+from lit_rlhf.evaluation.evaluator import make_judge
+from lit_rlhf.evaluation.options import EvaluationOptions
+from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.rewards import Scorer, Shaping
-from lit_rlhf.training.buffers import unchanged_on_error
-from lit_rlhf.training.checks import (
-    check_columns,
-    check_loader,
-    check_minibatches,
-    check_plan,
-    data_module,
-    make_judge,
-    make_options,
-    read_kl_penalty,
+from lit_rlhf.rewards import RewardShaping, Scorer
+from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards
+from lit_rlhf.training import checks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
+from lit_rlhf.training.logging import (
+    add_loss_metrics,
+    mean_loss_metrics,
+    mean_reward_metrics,
+    reduce_rollout_metrics,
 )
-from lit_rlhf.training.monitor import (
-    Clock,
-    Metrics,
-    log_loss_metrics,
-    log_rollout,
-    mean_metrics,
-    raise_on_all_ranks,
-)
-from lit_rlhf.types import Completions, Prompts, Rollout
+from lit_rlhf.training.resume import InFlight, restore_on_error
+from lit_rlhf.training.timing import PhaseTimer
+from lit_rlhf.training.updates import Updates
+from lit_rlhf.training.validation import ValidationHooks
+from lit_rlhf.types import Completions, Metrics, Prompts, Rollout
 
 
-class OnlineAlgorithm(Algorithm):
-    """A method that learns from its own completions.
+class OnlineAlgorithm(ValidationHooks, Algorithm):
+    """An algorithm that learns from its own completions.
 
     Args:
-        policy: See `Algorithm`. As it is at the start, it is also the reference of the KL.
-        rewards: What a completion is worth: callables, bare or `lit_rlhf.rewards.Weighted`.
+        policy: See `Algorithm`. At the start it is also the reference policy of the KL.
+        rewards: Reward functions: callables, bare or `lit_rlhf.rewards.Weighted`.
         num_samples: Completions of each prompt (k), typically 2 to 8.
-        max_new_tokens: A completion is cut here.
-        temperature: Divides the logits, in sampling, training and the reference alike.
-        kl_coef: Weight of the KL to the reference (beta); typically 0.01 to 0.5.
-        kl_penalty: Estimator of the KL, and whether it is taken off the reward or added to the loss. `k1_reward` and
-            `k2_loss` have the exact gradient in the first update of a rollout; the others warn of what they do instead.
-            `train/kl` is k1 always.
-        minibatches: Slices of a rollout along its prompts, one training step each. With as much
-            `accumulate_grad_batches` they make one update and only save memory; with less there are several updates a
-            rollout, as the paper's two, and all but the first are off-policy, which is not corrected.
-        sample_minibatches: Slices of each group along its samples, likewise.
-        epochs: Passes over a rollout, each of which is another update at least.
-        shaping: Options of `lit_rlhf.rewards.Shaping`: `normalize`, `clip`, `noise`.
-        truncated: What becomes of completions that were cut at `max_new_tokens`: `keep` them, `leave_out` (they count
-            nowhere), or a number that is subtracted from their reward.
-        sampling: More options of `lit_rlhf.models.sampling.Sampling`: `top_p`, `top_k`, `min_new_tokens`, `stop`,
-            `batch_size`, `greedy`.
-        judge: Decides the win rate in validation: a callable like a reward, or with `pairwise = True` one that compares
-            two completions (`lit_rlhf.evaluation.PairJudge`). The rewards themselves by default.
-        opponent: Whom the win rate is against: `policy`, the reference policy's greedy completions, or the name of a
-            column of completions.
-        evaluation: Options of `lit_rlhf.evaluation.evaluator.EvaluationOptions`: `best_of`, `preferred`.
+        kl_coef: Coefficient of the KL to the reference (beta); typically 0.01 to 0.5.
+        kl_penalty: Estimator of the KL, and whether it is subtracted from the reward or added to the loss:
+            `k1_reward` and `k2_loss` have the exact gradient of the KL in the first update of a rollout, `k3_loss` has
+            another one. `train/kl` is always k1.
+        sampling: How completions are sampled.
+        updates: How a rollout is split into minibatches, and how often it is reused.
+        shaping: Reward shaping.
+        evaluation: What validation and test measure.
         **options: See `Algorithm`.
 
     Raises:
         ValueError: If a number is out of its range.
     """
 
-    record = Prompts
+    batch_type = Prompts
     rollout_type: type[Rollout] = Rollout
-    corrects_off_policy = False
-    """Whether the loss takes into account that the policy has been updated since it sampled."""
+    uses_importance_ratio = False
+    """Whether the loss corrects for updates since sampling by a ratio, for which rollouts keep `old_logprobs`."""
+    published_kl_penalty = "k1_reward"
+    """The `kl_penalty` of the method's paper, which gives no warning."""
     reference: Reference
 
     def __init__(
         self,
         policy: str | Policy,
         rewards: list[Callable[..., Any]],
+        *,
         num_samples: int = 4,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
         kl_coef: float = 0.05,
         kl_penalty: str = "k1_reward",
-        minibatches: int = 1,
-        sample_minibatches: int = 1,
-        epochs: int = 1,
-        shaping: dict[str, Any] | None = None,
-        truncated: Literal["keep", "leave_out"] | float = "keep",
-        sampling: dict[str, Any] | None = None,
-        judge: Callable[..., Any] | None = None,
-        opponent: str = "policy",
-        evaluation: dict[str, Any] | None = None,
+        sampling: Sampling = Sampling(),
+        updates: Updates = Updates(),
+        shaping: RewardShaping = RewardShaping(),
+        evaluation: EvaluationOptions = EvaluationOptions(),
         **options: Any,
     ) -> None:
         super().__init__(policy, **options)
-        counts = {"num_samples": num_samples, "minibatches": minibatches, "epochs": epochs}
-        for name, value in {**counts, "sample_minibatches": sample_minibatches}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if sample_minibatches > num_samples:
-            raise ValueError(f"sample_minibatches={sample_minibatches} is more than num_samples={num_samples}")
-        if not (kl_coef >= 0 and math.isfinite(kl_coef)):
-            raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
-        fine = truncated in ("keep", "leave_out") if isinstance(truncated, str) else 0 <= truncated < math.inf
-        if not fine or isinstance(truncated, bool):
-            raise ValueError(f"truncated={truncated!r} must be 'keep', 'leave_out', or a number from 0 on to subtract")
-        self.kl_estimator, self.kl_place = read_kl_penalty(kl_penalty)
+        checks.check_samples(num_samples, kl_coef, updates)
+        self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
+        self.num_samples, self.kl_coef = num_samples, kl_coef
+        self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
+        self.steps_per_rollout = updates.steps_per_rollout
+        self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
-        self.shaping = make_options(Shaping, "shaping", shaping)
-        self.judge = self.scorer if judge is None else make_judge(judge)
-        self.evaluation = make_options(EvaluationOptions, "evaluation", evaluation)
-        self.num_samples, self.kl_coef, self.truncated, self.opponent = num_samples, kl_coef, truncated, opponent
-        cut = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        self.sampling = make_options(Sampling, "sampling", sampling, **cut)
-        self.minibatches, self.sample_minibatches, self.epochs = minibatches, sample_minibatches, epochs
-        self.repeats = minibatches * sample_minibatches * epochs
-        self.rollout: Rollout | None = None
-        self.examples: list[dict[str, Any]] = []  # greedy completions of the first held-out prompts
-        self.extra: dict[str, list[Any]] = {}  # what rewards told of each completion with `log_extra`
-        self.clock = Clock()
-        self.opponents: dict[int, Any] = {}  # by the prompt's index: its completion, and for a judge of one its score
-        self.opponent_weights: list[float] = []
-        self._evaluation: Evaluation | None = None
-        self.metric_sums: dict[str, Tensor] = {}  # of this rollout's slices so far
-        self._mismatch: Tensor | None = None
-        self._logprobs: Tensor | None = None
-        self._validated_at = -1
-
-    @property
-    def max_new_tokens(self) -> int:  # type: ignore[override]
-        """Tokens that a completion may have."""
-        return self.sampling.max_new_tokens
+        self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
+        self.rollout: Rollout | None = None  # the current one, collected at its first training step
+        self.reward_statistics = RewardStatistics()
+        self.timer = PhaseTimer()
+        self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
 
     # What a method overrides
 
-    def prepare(self, rollout: Rollout) -> Rollout:
-        """Add to a rollout what the method needs beside it. Called once a rollout, without gradient."""
-        return rollout
-
     @abstractmethod
     def advantages(self, rollout: Rollout) -> Tensor:
-        """Return one advantage a completion or one a token, from the whole rollout, without gradient."""
+        """Return one advantage per completion or per token, from the whole rollout, without gradient."""
 
     @abstractmethod
-    def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
-        """Return the terms of a slice, one a completion or one a token, and metrics to log.
+    def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
+        """Return the loss terms of a minibatch, per completion or per token, and metrics: a function of the record.
 
         The base takes the mean of the terms that count: over completions for terms `[prompts, samples]`, over tokens
-        for terms `[prompts, samples, tokens]`. A metric is a number, or values and where they count.
+        for terms `[prompts, samples, tokens]`.
         """
 
-    def logprobs(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
-        """Log-probabilities of the completions' tokens under the policy as it is now, with gradient."""
-        return self.logprobs_from(rollout, self.policy.features(rollout.prompts, rollout.completions))
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """Add what the method needs to a new rollout, without gradient.
 
-    def logprobs_from(self, rollout: Rollout, features: Tensor) -> Float[Tensor, "prompts samples tokens"]:
-        """The same, from the policy's features."""
-        completions = rollout.completions
-        logprobs = self.policy.logprobs_from(features, completions, self.sampling.temperature)
-        self._logprobs = logprobs if self.kl_place == "loss" else None
-        self._mismatch = (logprobs.detach() - completions.logprobs).abs()[completions.mask].mean()
-        return logprobs
-
-    def kl_terms(self, rollout: Rollout, terms: Tensor) -> Tensor:
-        """The KL of each completion with gradient, from the log-probabilities that `loss` has just computed.
-
-        Raises:
-            ValueError: If the terms are not one a completion, or are made of other completions.
+        The base adds the old log-probabilities for an importance ratio. They come from the training forward, never from
+        sampling, whose rounding differs: on the first pass over a minibatch they are its own log-probabilities,
+        detached; here they are computed for the minibatches that are first trained on after an update.
         """
-        completions, logprobs, self._logprobs = rollout.completions, self._logprobs, None
-        if terms.ndim != 2 or logprobs is None or logprobs.shape != completions.mask.shape:
-            raise ValueError(f"{type(self).__name__} can't take the KL into its loss: use kl_penalty='k1_reward'")
-        return F.kl_of_completions(self.kl_estimator, logprobs, rollout.reference_logprobs, completions.mask)
+        if not self.uses_importance_ratio:
+            return rollout
+        old_logprobs = torch.full_like(rollout.completions.logprobs, torch.nan)
+        rollout = rollout.replace(old_logprobs=old_logprobs)
+        for step in range(self.trainer.accumulate_grad_batches, self.updates.minibatches_per_epoch):
+            part = self.minibatch(rollout, step)
+            assert part.old_logprobs is not None
+            part.old_logprobs.copy_(self.logprobs(part))  # a view of the rollout's
+        return rollout
 
-    # Collecting
+    def evaluate(self, part: Rollout) -> Rollout:
+        """Add what the loss needs of the current weights to a minibatch, with gradient: the log-probabilities."""
+        return part.replace(logprobs=self.logprobs(part))
+
+    def token_divisor(self, part: Rollout) -> Tensor | float:
+        """Return what the token sums of each completion are divided by, in the policy loss and the KL loss."""
+        return 1.0
+
+    # Collecting a rollout
 
     def sample(self, prompts: Prompts) -> Completions:
         """Sample `num_samples` completions of each prompt."""
         return self.policy.sample(prompts, self.num_samples, self.sampling, self.seed, self.current_epoch)
 
     def collect(self, prompts: Prompts) -> Rollout:
-        """Sample completions, score them, and take the KL to the reference off their rewards."""
-        with self.clock("sample"), raise_on_all_ranks(self):
+        """Sample completions, score them, and subtract the KL to the reference from their rewards."""
+        with self.timer("sample"), raise_on_all_ranks(self.trainer):
             completions = self.sample(prompts)
-        with self.clock("score"), raise_on_all_ranks(self):
+        with self.timer("score"), raise_on_all_ranks(self.trainer):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
             reference_logprobs = self.score_reference(prompts, completions)
-        self.log_dict(mean_metrics(self.gather(scores.metrics)), batch_size=1)
-        self.extra = scores.extra
-        rewards, valid = scores.rewards, scores.valid
-        if self.truncated == "leave_out":
+        self.log_dict(mean_reward_metrics(gather_over_ranks(self.trainer, scores.metrics)), batch_size=1)
+
+        valid = scores.valid
+        if self.shaping.mask_truncated_completions:
             valid = valid & completions.finished
-        address = (self.seed, self.current_epoch, prompts.index.tolist())
-        rewards = self.shaping(rewards, valid & scores.whole, self.sum_over_ranks, address)
-        if not isinstance(self.truncated, str):
-            rewards = rewards - self.truncated * (~completions.finished).to(rewards)
+        rewards = shape_rewards(
+            scores.rewards,
+            valid & scores.has_sequence_reward,
+            self.shaping,
+            self.reward_statistics,
+            self.sum_over_ranks,
+            noise_counter=(self.seed, self.current_epoch, prompts.index.tolist()),
+        )
+        rewards = rewards - self.shaping.missing_eos_penalty * (~completions.finished).to(rewards)
+        rewards = rewards.masked_fill(~valid, 0.0)
+
         kl = torch.zeros_like(rewards)
         if self.kl_place == "reward":
             kl = F.kl_of_completions(self.kl_estimator, completions.logprobs, reference_logprobs, completions.mask)
-        rewards = rewards.masked_fill(~valid, 0.0)
         return self.rollout_type(
             prompts=prompts,
             completions=completions,
             reference_logprobs=reference_logprobs,
             rewards=rewards,
-            parts=scores.parts,
+            component_rewards=scores.component_rewards,
             valid=valid,
             returns=F.kl_penalized_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
             token_rewards=scores.token_rewards,
+            texts=texts,
+            reward_extras=scores.reward_extras,
         )
 
     def score_reference(self, prompts: Prompts, completions: Completions) -> Float[Tensor, "prompts samples tokens"]:
-        """Log-probabilities under the reference, of as many prompts at a time as a training step has."""
-        blocks = [nth_part(i, self.minibatches, len(prompts)) for i in range(self.minibatches)]
+        """Return log-probabilities under the reference, computed for the prompts of one minibatch at a time."""
         parts = [
-            self.reference.logprobs(prompts.rows(block).trim(), completions.rows(block), self.sampling.temperature)
-            for block in blocks
+            self.reference.logprobs(prompts.rows(rows).trim(), completions.rows(rows), self.sampling.temperature)
+            for rows in self.updates.prompt_slices(len(prompts))
         ]
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _new_rollout(self, prompts: Prompts) -> Rollout:
-        check_minibatches(self.minibatches, len(prompts))
+    def new_rollout(self, prompts: Prompts) -> Rollout:
+        """Collect a rollout, compute its advantages, and log its metrics.
+
+        Raises:
+            ValueError: If `advantages` returns another shape, or numbers that are not finite.
+        """
+        checks.check_num_minibatches(self.updates.num_minibatches, len(prompts))
         collected = self.collect(prompts)
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
-        shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
-        if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
-            finite = f"{advantages.isfinite().float().mean():.0%} finite"
-            raise ValueError(
-                f"{type(self).__name__}.advantages must return finite numbers of shape {tuple(shapes[0])} or "
-                f"{tuple(shapes[1])}, not {tuple(advantages.shape)}, {finite}"
-            )
+        checks.check_advantages(type(self).__name__, advantages, rollout)
         if not bool(collected.valid.any(1).all()):
-            rank_zero_warn("a prompt none of whose completions has a reward is skipped: see train/skipped_groups")
+            rank_zero_warn("a prompt without a reward for any completion is skipped: see train/skipped_groups")
         rollout = rollout.replace(advantages=advantages)
-        log_rollout(self, collected, rollout)
+        for name, value in reduce_rollout_metrics(collected, rollout, self.sum_over_ranks).items():
+            self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
+        self.log("train/kl_coef", self.kl_coef, batch_size=1)
         return rollout
 
-    # Training
+    # Training on it
 
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
-        """Collect a rollout where a new one is due, and return the loss of the slice that is."""
-        with unchanged_on_error([*self.buffers(recurse=False), *self.shaping.buffers()]):
-            return self._training_step(batch, batch_idx % self.repeats)
+        """Collect a rollout at its first step, and return the loss of the step's minibatch."""
+        running_state = self.running_state()
+        try:
+            with restore_on_error(list(self.buffers(recurse=False))):
+                return self._training_step(batch, batch_idx % self.steps_per_rollout)
+        except BaseException:
+            self.load_running_state(running_state)
+            raise
 
     def _training_step(self, batch: Prompts, step: int) -> Tensor:
-        self.clock.seconds = self._resumed.pop("seconds", self.clock.seconds)
-        self.clock.begin_step(new=step == 0)
+        self.timer.seconds = self._in_flight.phase_seconds or self.timer.seconds
+        self.timer.begin_step(new_rollout=step == 0)
         if step == 0:
-            self._resumed.clear()  # of a rollout that the end of its epoch has cut off
-            self.rollout = self._new_rollout(batch)
-        elif "rollout" in self._resumed:  # in the middle of a rollout
-            self.rollout = self.rollout_type.from_state(self._resumed.pop("rollout"), batch.to("cpu")).to(self.device)
-            self.metric_sums = {n: sums.to(self.device) for n, sums in self._resumed.pop("metric_sums", {}).items()}
+            self._in_flight.drop_rollout()  # cut off by the end of its epoch
+            self.rollout, self.metric_sums = self.new_rollout(batch), {}
+        elif self._in_flight.rollout is not None:  # resumed in the middle of a rollout
+            self.rollout, self.metric_sums = self._in_flight.restore_rollout(self.rollout_type, batch, self.device)
         assert self.rollout is not None
-        part = self.slice(self.rollout, step)
-        with self.clock("train"):
-            terms, mask, metrics = self.terms(part)
-            planned = self.rollout.rewards.numel() / (self.minibatches * self.sample_minibatches)
-            loss = self.reduce(terms, mask, planned)
-        if step == 0 and self._mismatch is not None:
-            metrics["logprob_mismatch"] = self._mismatch
-        log_loss_metrics(self, metrics, new=step == 0)
+        part = self.minibatch(self.rollout, step)
+        with self.timer("train"):
+            evaluated, terms, mask, metrics = self.loss_terms(part)
+            loss = self.reduce_loss(terms, mask, self.rollout.rewards.numel() / self.updates.minibatches_per_epoch)
+        if part.old_logprobs is not None and evaluated.old_logprobs is not None:
+            part.old_logprobs.copy_(evaluated.old_logprobs)  # a view of the rollout's, for later epochs
+        if step == 0 and evaluated.logprobs is not None:
+            completions = evaluated.completions
+            mismatch = (evaluated.logprobs.detach() - completions.logprobs).abs()[completions.mask].mean()
+            metrics["logprob_mismatch"] = mismatch
+        self._log_loss_metrics(metrics)
         return loss
 
-    def terms(self, part: Rollout) -> tuple[Tensor, Tensor, Metrics]:
-        """The terms of a slice with the KL where it belongs to the loss, where they count, and metrics."""
+    def minibatch(self, rollout: Rollout, step: int) -> Rollout:
+        """Return the part of a rollout that a training step learns from."""
+        return self.updates.minibatch(rollout, step)
+
+    def loss_terms(self, part: Rollout) -> tuple[Rollout, Tensor, Tensor, Metrics]:
+        """Return the evaluated minibatch, its loss terms including a KL in the loss, their mask, and metrics.
+
+        Raises:
+            ValueError: If `loss` returns terms of another shape.
+        """
+        part = self.evaluate(part)
+        if part.old_logprobs is not None and part.logprobs is not None:
+            known = ~part.old_logprobs.isnan()
+            part = part.replace(old_logprobs=part.old_logprobs.where(known, part.logprobs.detach()))
         terms, metrics = self.loss(part)
-        shapes = (part.valid.shape, part.counted.shape)
-        if terms.shape not in shapes:
-            raise ValueError(
-                f"{type(self).__name__}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one "
-                f"a completion or one a token, not {tuple(terms.shape)}: the mean is taken by the base"
-            )
+        checks.check_loss_terms(type(self).__name__, terms, part)
         if self.kl_place == "loss":
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
-        return terms, part.valid if terms.ndim == 2 else part.counted, metrics
+        return part, terms, part.valid if terms.ndim == 2 else part.loss_mask, metrics
 
-    def slice(self, rollout: Rollout, step: int) -> Rollout:
-        """Return the part of a rollout that a training step learns from, cut to its own longest rows."""
-        row, column = divmod(step % (self.minibatches * self.sample_minibatches), self.sample_minibatches)
-        n, k = rollout.rewards.shape
-        part = rollout.rows(nth_part(row, self.minibatches, n))
-        return part.samples(nth_part(column, self.sample_minibatches, k)).trim()
+    def logprobs(self, part: Rollout) -> Float[Tensor, "prompts samples tokens"]:
+        """Return log-probabilities of the completions' tokens under the current policy, with gradient."""
+        return self.policy.logprobs(part.prompts, part.completions, self.sampling.temperature)
 
-    def phase_timings(self, took: float, batch_idx: int) -> dict[str, float]:
-        """Where the seconds of a rollout went, once its last slice is done."""
-        self.clock.end_step()
-        if (batch_idx + 1) % self.repeats or self.rollout is None:
+    def kl_terms(self, part: Rollout, terms: Tensor) -> Float[Tensor, "prompts samples"]:
+        """Return the KL of each completion with gradient, for a KL in the loss.
+
+        Raises:
+            ValueError: If the loss terms are per token.
+        """
+        if terms.ndim != 2 or part.logprobs is None:
+            raise ValueError(f"{type(self).__name__} can't take the KL into its loss: use kl_penalty='k1_reward'")
+        kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, part.completions.mask)
+        return kl / self.token_divisor(part)
+
+    def _log_loss_metrics(self, metrics: Metrics) -> None:
+        scalars = {f"train/{name}": value for name, value in metrics.items() if not isinstance(value, tuple)}
+        self.log_dict(scalars, sync_dist=True, batch_size=1)
+        self.metric_sums = add_loss_metrics(self.metric_sums, metrics)
+        self.log_dict(mean_loss_metrics(self.metric_sums, self.sum_over_ranks), batch_size=1)
+
+    def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
+        """Return the seconds of a rollout by phase after its last step, and nothing before."""
+        self.timer.end_step()
+        if (batch_idx + 1) % self.steps_per_rollout or self.rollout is None:
             return {}
         tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
-        return self.clock.read(int(tokens))
+        return self.timer.metrics(int(tokens))
 
-    def trainer_state(self) -> Any:
-        """Where training stands, as rewards are told."""
-        from transformers import TrainerState
-
-        trainer = self.trainer
-        planned = trainer.estimated_stepping_batches if trainer.state.fn == TrainerFn.FITTING else trainer.max_steps
-        max_steps = int(planned) if math.isfinite(planned) else -1
-        return TrainerState(global_step=self.updates_done, max_steps=max_steps, epoch=trainer.current_epoch)
-
-    # Start and resume
+    # Setup and resume
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked before a model is loaded."""
+        """Check the configuration before a model is loaded."""
         super().setup(stage)
-        if self.trainer.strategy.root_device.type == "mps":
-            raise ValueError(
-                f"mps has no float64, which {type(self).__name__} counts in: give --trainer.accelerator cpu"
-            )
-        self.opponents = {}
-        data = data_module(self)
-        if isinstance(data, TextData):
-            check_columns(self, data)
+        self._evaluator = None
+        data, accumulate = self.data_module, self.trainer.accumulate_grad_batches
+        if callable(columns := getattr(data, "columns", None)):
+            checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
         if stage == "fit":
-            check_plan(self, getattr(data, "batch_size", None))
+            callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
+            checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
+            checks.check_sampling(self.sampling)
+            checks.report_updates(self.updates, accumulate, self.uses_importance_ratio)
 
     def configure_model(self) -> None:
-        """Load the policy and keep what it is now as the reference."""
+        """Load the policy and keep its initial state as the reference."""
         super().configure_model()
         if not hasattr(self, "reference"):
             self.reference = self.policy.reference()
 
-    @property
-    def reward_weights(self) -> list[float]:
-        """What the rewards are multiplied by now: scores by other weights do not compare."""
-        return self.scorer.weights(self.updates_done)
-
-    def place(self) -> None:
-        """Move to the device what is no part of the module, and check what needs the models."""
+    def setup_models(self) -> None:
+        """Move models outside the module tree to the device, and check what needs the loaded models."""
         self.policy.probe()
         self.reference.to(self.device, next(self.policy.parameters()).dtype)
         self.scorer.setup(self.device)
         self.judge.setup(self.device)
 
     def on_fit_start(self) -> None:
-        """Get ready."""
-        self.place()
+        """Set up the models."""
+        self.setup_models()
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
-        """Validate once before the first update, so that every curve starts where the policy did."""
+        """Check the loader, and validate the initial policy."""
         super().on_train_start()
-        trainer = self.trainer
-        check_loader(self)
-        at_start = trainer.global_step == 0 and self._steps_done == 0
-        if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
-            self._validate()
+        checks.check_loader(self.trainer, self.steps_per_rollout)
+        self.validate_before_training()
 
-    def on_train_end(self) -> None:
-        """Validate what came out, unless that has just been done or the run was told to stop."""
-        trainer = self.trainer
-        if trainer.enable_validation and not trainer.should_stop and self._validated_at != trainer.global_step:
-            self._validate()
-
-    def _validate(self) -> None:
-        trainer = self.trainer
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-
-    def in_flight_state(self, steps_done: int) -> dict[str, Any]:
-        """Return, inside a rollout, the rollout too."""
+    def in_flight_state(self, steps_done: int) -> InFlight:
+        """Return what this rank needs to resume: inside a rollout, the rollout too."""
         state = super().in_flight_state(steps_done)
-        if steps_done % self.repeats != 0 and self.rollout is not None:
-            state |= {"rollout": self.rollout.state(), "metric_sums": self.metric_sums, "seconds": self.clock.so_far()}
+        if steps_done % self.steps_per_rollout and self.rollout is not None:
+            state.add_rollout(self.rollout, self.metric_sums, self.timer.so_far())
         return state
 
-    # Validation, test, prediction
+    def running_state(self) -> dict[str, Any]:
+        """Return statistics that change with every rollout, as plain data; a method adds its own."""
+        return {"reward_statistics": vars(self.reward_statistics).copy()}
 
-    def on_validation_epoch_start(self) -> None:
-        """Start to evaluate."""
-        self._evaluation = Evaluation(self)
-
-    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
-        """Sample and score completions of held-out prompts."""
-        assert self._evaluation is not None
-        self._evaluation.update(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/reward`, `val/win_rate`, `val/kl`, ... (defined in the README)."""
-        self._finish("val")
-        self._validated_at = self.trainer.global_step
-
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """Log the same as in validation, under `test/`."""
-        self._finish("test")
-
-    def _finish(self, prefix: str) -> None:
-        assert self._evaluation is not None
-        metrics = {f"{prefix}/{name}": value for name, value in self._evaluation.metrics().items()}
-        self.log_dict(metrics, batch_size=1, sync_dist=True)
-        self.examples = self._evaluation.examples
-
-    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """Sample `num_samples` completions of each prompt (one where greedy) and return them with their scores."""
-        return predict(self, batch)
-
-
-def nth_part(i: int, parts: int, total: int) -> slice:
-    """The i-th of as many parts of `total` things, as equal as may be."""
-    return slice(i * total // parts, (i + 1) * total // parts)
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore what `running_state` returned."""
+        self.reward_statistics = RewardStatistics(**state["reward_statistics"])

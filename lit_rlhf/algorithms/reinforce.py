@@ -1,12 +1,12 @@
-"""REINFORCE: the whole completion is one action, its return is compared with a moving average of earlier ones.
+"""REINFORCE: the whole completion is one action; the baseline is a moving average of earlier returns.
 
-Back to Basics, section 3.1. One departure: besides the plain mean of all earlier returns, which the paper uses, an
-exponential one and none at all are on offer.
+Back to Basics, section 3.1. One departure: besides the mean of all earlier returns, which the paper uses, the baseline
+can be an exponential moving average or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,26 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
-from lit_rlhf.training.buffers import keep_float64
-from lit_rlhf.training.monitor import Metrics
-from lit_rlhf.types import Rollout
+from lit_rlhf.training.distributed import float64_sum
+from lit_rlhf.types import Metrics, Rollout
+
+
+@dataclass
+class MovingAverage:
+    """A weighted average in Python floats: float64 whatever the dtype of the weights.
+
+    Attributes:
+        total: Weighted sum of the returns.
+        weight: Sum of the weights.
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def value(self) -> float:
+        """The average, 0 before the first return."""
+        return self.total / self.weight if self.weight > 0 else 0.0
 
 
 class Reinforce(OnlineAlgorithm):
@@ -24,13 +41,10 @@ class Reinforce(OnlineAlgorithm):
 
     Args:
         *args: See `OnlineAlgorithm`.
-        baseline: `mean` of all earlier returns, `exponential` moving average of them, or `none`.
+        baseline: `mean` of all earlier returns, their `exponential` moving average, or `none`.
         baseline_decay: Weight of the past in the exponential average, after each rollout.
         **kwargs: See `OnlineAlgorithm`.
     """
-
-    baseline_total: Tensor
-    baseline_weight: Tensor
 
     def __init__(
         self,
@@ -45,45 +59,44 @@ class Reinforce(OnlineAlgorithm):
         if not 0 <= baseline_decay < 1:
             raise ValueError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
         self.baseline, self.baseline_decay = baseline, baseline_decay
-        self.register_buffer("baseline_total", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("baseline_weight", torch.zeros((), dtype=torch.float64))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reinforce:
-        """Keep the average in float64, to whatever the weights are cast: a count in bfloat16 ends at 256."""
-        keep_float64(self, lambda: super(Reinforce, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        return self
+        self.baseline_average = MovingAverage()
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        """Return minus the average return of earlier rollouts; with token-level rewards, the return from each token."""
-        before = self.baseline_value()
+        """Return minus the baseline of earlier rollouts; with token-level rewards, per token with reward-to-go."""
+        baseline = self.baseline_average.value
         if rollout.token_rewards is None:
             self.update_baseline(rollout.returns, rollout.valid)
-            return rollout.returns - before
+            return rollout.returns - baseline
         to_go = F.reward_to_go(rollout.token_rewards, rollout.completions.mask)
         self.update_baseline(rollout.returns + to_go[..., 0], rollout.valid)
-        return rollout.returns.unsqueeze(-1) + to_go - before
+        return rollout.returns.unsqueeze(-1) + to_go - baseline
 
-    def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
-        """The log-probability of each completion, weighted by its advantage."""
-        assert rollout.advantages is not None
-        return F.reinforce_loss(self.logprobs(rollout), rollout.advantages, rollout.completions.mask), {}
-
-    def baseline_value(self) -> float:
-        """Average return of the rollouts so far, 0 before the first."""
-        return float(self.baseline_total / self.baseline_weight) if self.baseline_weight > 0 else 0.0
+    def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
+        """Negative log-probability of each completion, weighted by its advantage."""
+        assert part.logprobs is not None and part.advantages is not None
+        return F.reinforce_loss(part.logprobs, part.advantages, part.completions.mask), {}
 
     def update_baseline(self, returns: Tensor, valid: Tensor) -> None:
-        """Take a rollout's returns into the average, over all ranks."""
+        """Add a rollout's returns to the moving average, over all ranks."""
         if self.baseline == "none":
             return
-        sums = torch.stack([returns.double().masked_fill(~valid, 0.0).sum(), valid.sum().double()])
-        total, count = self.sum_over_ranks(sums)
+        sums = torch.stack([float64_sum(returns.masked_fill(~valid, 0.0)), float64_sum(valid)])
+        total, count = self.sum_over_ranks(sums).tolist()
         if count == 0:
             return
+        average = self.baseline_average
         if self.baseline == "mean":
-            self.baseline_total += total
-            self.baseline_weight += count
+            self.baseline_average = MovingAverage(average.total + total, average.weight + count)
         else:
-            fresh = 1 - self.baseline_decay
-            self.baseline_total.mul_(self.baseline_decay).add_(fresh * total / count)
-            self.baseline_weight.mul_(self.baseline_decay).add_(fresh)
+            decay = self.baseline_decay
+            mean = decay * average.total + (1 - decay) * total / count
+            self.baseline_average = MovingAverage(mean, decay * average.weight + (1 - decay))
+
+    def running_state(self) -> dict[str, Any]:
+        """Add the moving average."""
+        return {**super().running_state(), "baseline_average": asdict(self.baseline_average)}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore the moving average."""
+        super().load_running_state(state)
+        self.baseline_average = MovingAverage(**state["baseline_average"])

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.attention import use_cpu_attention
 from lit_rlhf.models.loading import add_lora, check_vocabulary, disable_dropout, is_adapter, resolve
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.tokenization import pad_token_id
-from lit_rlhf.training.checks import check_positions
 from lit_rlhf.types import Preferences
 
 
@@ -34,9 +34,9 @@ class RewardModeling(Algorithm):
         **options: See `Algorithm`.
     """
 
-    record = Preferences
+    batch_type = Preferences
     reward_model: PreTrainedModel | PeftModel
-    trained = "reward_model."
+    export_prefix = "reward_model."
 
     def __init__(self, policy: str, **options: Any) -> None:
         super().__init__(policy, **options)
@@ -46,7 +46,7 @@ class RewardModeling(Algorithm):
     def setup(self, stage: str) -> None:
         """Refuse what can't be started from, before it is loaded."""
         super().setup(stage)
-        if is_adapter(name := resolve(self.source)):
+        if is_adapter(name := resolve(self.pretrained)):
             raise ValueError(
                 f"{name!r} is an adapter, and a reward model starts from a whole model: merge it first, with "
                 "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
@@ -56,12 +56,12 @@ class RewardModeling(Algorithm):
         """Load the trunk of the policy and give it a head of one output, near zero at the start."""
         if "reward_model" in self._modules:
             return
-        name = resolve(self.source)
+        name = resolve(self.pretrained)
         options = {"dtype": torch.float32, **self.load_options, "num_labels": 1}
         model = AutoModelForSequenceClassification.from_pretrained(name, **options)
         model.config.pad_token_id = pad_token_id(self.tokenizer)
         check_vocabulary(model, self.tokenizer)
-        check_positions(self, model.config, "model")
+        self._check_positions(model.config, "model")
         if self.lora is not None:  # the head is trained, for which the bfloat16 of a frozen trunk is too coarse
             model.score.float().register_forward_pre_hook(in_its_own_dtype)
         self.reward_model = model if self.lora is None else add_lora(model, {"task_type": "SEQ_CLS", **self.lora})
@@ -85,7 +85,7 @@ class RewardModeling(Algorithm):
         """Return the Bradley-Terry loss of a batch of pairs."""
         chosen, rejected = self.scores(batch).unbind(1)
         self.log("train/accuracy", pairwise_accuracy(chosen, rejected), prog_bar=True, sync_dist=True, batch_size=1)
-        return self.reduce(F.bradley_terry_loss(chosen, rejected), torch.ones_like(chosen, dtype=torch.bool))
+        return self.reduce_loss(F.bradley_terry_loss(chosen, rejected), torch.ones_like(chosen, dtype=torch.bool))
 
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:
         """Log `val/loss` and `val/accuracy`, the share of pairs in the right order (a tie is half)."""
@@ -123,8 +123,3 @@ class RewardModeling(Algorithm):
 def in_its_own_dtype(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
     """Give a layer its input in the precision of its weight."""
     return (args[0].to(next(layer.parameters()).dtype),)
-
-
-def pairwise_accuracy(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
-    """Share of the pairs whose chosen completion scores higher; a tie is half."""
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean()

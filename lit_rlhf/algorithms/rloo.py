@@ -34,9 +34,9 @@ class RLOO(Reinforce):
             )
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        """Return of each completion minus the mean of its siblings'; token-level rewards likewise, token by token."""
-        whole = F.rloo_advantages(rollout.returns, rollout.valid)
+        """Return of each completion minus the mean of the others; token-level rewards per token, by reward-to-go."""
+        sequence = F.rloo_advantages(rollout.returns, rollout.valid)
         if rollout.token_rewards is None:
-            return whole
+            return sequence
         to_go = F.reward_to_go(rollout.token_rewards, rollout.completions.mask)
-        return whole.unsqueeze(-1) + F.rloo_advantages(to_go, rollout.valid)
+        return sequence.unsqueeze(-1) + F.rloo_advantages(to_go, rollout.valid)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the log-likelihood of demonstrations. Where every other method starts."""
+"""Supervised fine-tuning on demonstrations, the step before every other algorithm."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.algorithms.base import Algorithm
-from lit_rlhf.evaluation.evaluator import completion_texts
+from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Demonstrations
 
 
 class SFT(Algorithm):
-    """Supervised fine-tuning: `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
+    """Supervised fine-tuning: loss `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
 
-    The prompt is read and not learned. Back to Basics, appendix C: learning rate 2e-5, cosine, 3 % warm-up.
+    Tokens of the prompt have no loss. Back to Basics, appendix C: learning rate 2e-5, cosine schedule, 3 % warm-up.
     """
 
-    record = Demonstrations
+    batch_type = Demonstrations
 
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of a batch."""
-        return self.reduce(-self.policy.logprobs(batch.prompts, batch), batch.mask)
+        return self.reduce_loss(-self.policy.logprobs(batch.prompts, batch), batch.mask)
 
     def validation_step(self, batch: Demonstrations, batch_idx: int) -> None:
-        """Log `val/loss`, in nats a token."""
-        self._log_likelihood("val/loss", batch)
+        """Log `val/loss`, in nats per token."""
+        self._log_loss("val/loss", batch)
 
     def test_step(self, batch: Demonstrations, batch_idx: int) -> None:
-        """Log `test/loss`, in nats a token."""
-        self._log_likelihood("test/loss", batch)
+        """Log `test/loss`, in nats per token."""
+        self._log_loss("test/loss", batch)
 
     def predict_step(self, batch: Demonstrations, batch_idx: int) -> list[dict[str, Any]]:
-        """Write what the policy would, greedily and no longer than the demonstrations; their loss in nats a token."""
+        """Return greedy completions, at most as long as the demonstrations, and the demonstrations' loss."""
         sampling = Sampling(max_new_tokens=batch.tokens.shape[-1], greedy=True)
         greedy = self.policy.sample(batch.prompts, 1, sampling)
         texts = completion_texts(self.tokenizer, batch.prompts, greedy)
@@ -42,13 +42,13 @@ class SFT(Algorithm):
             {
                 "index": int(batch.prompts.index[i]),
                 "prompt": batch.prompts.text[i],
-                "completion": texts[i],
+                "completion": texts[i][0],
                 "loss": float(losses[i, 0]),
                 "finished": bool(greedy.finished[i, 0]),
             }
             for i in range(len(texts))
         ]
 
-    def _log_likelihood(self, name: str, batch: Demonstrations) -> None:
+    def _log_loss(self, name: str, batch: Demonstrations) -> None:
         logprobs = self.policy.logprobs(batch.prompts, batch)[batch.mask]
         self.log(name, -logprobs.mean(), batch_size=logprobs.numel(), sync_dist=True, prog_bar=True)

@@ -59,7 +59,7 @@ class TextData(lightning.LightningDataModule):
         ValueError: In `setup`, where the data can't be trained on; the sentence says why and what helps.
     """
 
-    record: type[Record]
+    batch_type: type[Record]
     """What a batch is."""
     collate: Callable[..., Record]
 
@@ -194,7 +194,7 @@ class TextData(lightning.LightningDataModule):
         assert self.train_set is not None
         if self.trainer is None:
             return BlockSampler(self.train_set, self.batch_size)
-        repeats = getattr(self.trainer.lightning_module, "repeats", 1)
+        repeats = getattr(self.trainer.lightning_module, "steps_per_rollout", 1)
         window = dict(repeats=repeats, accumulate=self.trainer.accumulate_grad_batches)
         return BlockSampler(self.train_set, self.batch_size, **self._ranks(), **window)
 
@@ -250,7 +250,7 @@ def _check_numbers(data: TextData) -> None:
 class PromptData(TextData):
     """Prompts to sample completions of; every other column reaches the rewards. Yields `Prompts`."""
 
-    record = Prompts
+    batch_type = Prompts
     collate = staticmethod(encoding.collate_prompts)
 
     def read(self, row: Row) -> Example:
@@ -273,7 +273,7 @@ class DemonstrationData(TextData):
         **rest: As in `TextData`.
     """
 
-    record = Demonstrations
+    batch_type = Demonstrations
     collate = staticmethod(encoding.collate_demonstrations)
 
     def __init__(
@@ -305,7 +305,7 @@ class PreferenceData(TextData):
         **rest: As in `TextData`.
     """
 
-    record = Preferences
+    batch_type = Preferences
     collate = staticmethod(encoding.collate_preferences)
 
     def __init__(

@@ -111,3 +111,8 @@ class Perplexity(Metric):
     def compute(self) -> Tensor:
         """Return the perplexity."""
         return (-self.logprob / self.count).exp()
+
+
+def pairwise_accuracy(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
+    """Return the share of pairs whose chosen completion scores higher; a tie counts half."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean()

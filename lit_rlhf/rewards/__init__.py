@@ -5,7 +5,7 @@ from lit_rlhf.rewards.functions import ExactMatch, Length, RegexMatch, Repetitio
 from lit_rlhf.rewards.reward_model import RewardModel
 from lit_rlhf.rewards.scorer import Scorer, Scores
 from lit_rlhf.rewards.sentiment import Sentiment
-from lit_rlhf.rewards.shaping import Shaping
+from lit_rlhf.rewards.shaping import RewardShaping
 
 __all__ = [
     "ExactMatch",
@@ -14,10 +14,10 @@ __all__ = [
     "Repetition",
     "Reward",
     "RewardModel",
+    "RewardShaping",
     "Scorer",
     "Scores",
     "Sentiment",
-    "Shaping",
     "Weighted",
     "to_text",
 ]

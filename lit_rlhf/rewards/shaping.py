@@ -1,84 +1,116 @@
-"""Choices about the rewards that training sees. None is made unless asked for: they change what is optimised."""
+"""Reward shaping in training. All of it is off by default, since it changes the objective."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_rlhf.models.sampling import counter_based_uniform
-from lit_rlhf.training.buffers import keep_float64
 
 NOISE_EPOCH = 2**32
-"""Added to the epoch in the address of the noise of rewards, so that it is not that of sampling."""
+"""Offset of the epoch in the counter of the reward noise, which keeps it apart from the sampling noise."""
 
 
-class Shaping(nn.Module):
-    """Normalises and clips the rewards of whole completions in training, before the KL is taken off.
+@dataclass(frozen=True)
+class RewardShaping:
+    """Options of reward shaping, applied to rewards of whole completions before the KL is subtracted.
 
-    Args:
-        normalize: Bring rewards to mean 0 and variance 1 of all that have been seen, this rollout's included.
-        clip: Then hold them within `[-clip, clip]`.
-        noise: Before both, add noise of this standard deviation, to find out how a method bears rewards that are not
-            sure, as Back to Basics does with 1, 3 and 5.
+    Attributes:
+        normalize: Normalize rewards to mean 0 and variance 1 over all rewards so far, including this rollout's.
+        clip: Then clip them to `[-clip, clip]`; null does not clip.
+        noise: Before both, add Gaussian noise of this standard deviation, to measure robustness to noisy rewards. Back
+            to Basics uses 1, 3 and 5.
+        mask_truncated_completions: Exclude completions truncated at `max_new_tokens` from loss and baselines.
+        missing_eos_penalty: Subtract this from the reward of truncated completions, after the steps above.
 
     Raises:
-        ValueError: If `clip` is not above 0, or `noise` is below.
+        ValueError: If a number is out of its range.
     """
 
-    count: Tensor
-    total: Tensor
-    squares: Tensor
+    normalize: bool = False
+    clip: float | None = None
+    noise: float = 0.0
+    mask_truncated_completions: bool = False
+    missing_eos_penalty: float = 0.0
 
-    def __init__(self, normalize: bool = False, clip: float | None = None, noise: float = 0.0) -> None:
-        super().__init__()
-        if clip is not None and not clip > 0:
-            raise ValueError(f"shaping: clip={clip} must be above 0, or null for none")
-        if not noise >= 0:
-            raise ValueError(f"shaping: noise={noise} must be 0 or more: it is a standard deviation")
-        self.normalize, self.clip, self.noise = normalize, clip, noise
-        if normalize:
-            for name in ("count", "total", "squares"):
-                self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"shaping: clip={self.clip} must be above 0, or null for none")
+        if not self.noise >= 0:
+            raise ValueError(f"shaping: noise={self.noise} must be 0 or more: it is a standard deviation")
+        if not 0 <= self.missing_eos_penalty < math.inf:
+            raise ValueError(
+                f"shaping: missing_eos_penalty={self.missing_eos_penalty} must be 0 or more: it is subtracted"
+            )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Shaping:
-        """Keep the statistics in float64, to whatever the module is cast."""
-        keep_float64(self, lambda: super(Shaping, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        return self
 
-    def forward(
-        self,
-        rewards: Float[Tensor, "prompts samples"],
-        valid: Bool[Tensor, "prompts samples"],
-        sum_over_ranks: Callable[[Tensor], Tensor],
-        address: tuple[int, int, list[int]] = (0, 0, []),
-    ) -> Float[Tensor, "prompts samples"]:
-        """Return the rewards as they shall be; those that are not valid stay as they are and count in no statistic.
+@dataclass
+class RewardStatistics:
+    """Running statistics of rewards, in Python floats: float64 whatever the dtype and device of the weights.
 
-        Args:
-            rewards: The rewards.
-            valid: Where they count.
-            sum_over_ranks: Adds up a tensor of all ranks.
-            address: Of the noise: the run's seed, the epoch, and each prompt's index.
-        """
-        shaped = rewards
-        if self.noise:
-            seed, epoch, index = address
-            uniform = counter_based_uniform(seed, NOISE_EPOCH + epoch, index, rewards.shape[1], 1)
-            normal = torch.special.ndtri(uniform.clamp(min=1e-12)).view(rewards.shape)
-            shaped = shaped + self.noise * normal.to(rewards)
-        if self.normalize:
-            kept = shaped.double().masked_fill(~valid, 0.0)
-            sums = sum_over_ranks(torch.stack([valid.sum().double(), kept.sum(), (kept**2).sum()]))
-            self.count += sums[0]
-            self.total += sums[1]
-            self.squares += sums[2]
-            count = self.count.clamp(min=1)
-            mean = self.total / count
-            deviation = (self.squares / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-6)
-            shaped = ((shaped.double() - mean.item()) / deviation.item()).to(rewards.dtype)
-        if self.clip is not None:
-            shaped = shaped.clamp(-self.clip, self.clip)
-        return shaped.where(valid, rewards)
+    Attributes:
+        count: Number of rewards.
+        total: Their sum.
+        squares: Sum of their squares.
+    """
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def update(self, count: float, total: float, squares: float) -> None:
+        """Add the sums of a rollout."""
+        self.count += count
+        self.total += total
+        self.squares += squares
+
+    @property
+    def mean(self) -> float:
+        """Mean, 0 without rewards."""
+        return self.total / max(self.count, 1.0)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation, at least 1e-6."""
+        variance = self.squares / max(self.count, 1.0) - self.mean**2
+        return max(math.sqrt(max(variance, 0.0)), 1e-6)
+
+
+def shape_rewards(
+    rewards: Float[Tensor, "prompts samples"],
+    valid: Bool[Tensor, "prompts samples"],
+    options: RewardShaping,
+    statistics: RewardStatistics,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    noise_counter: tuple[int, int, list[int]] = (0, 0, []),
+) -> Float[Tensor, "prompts samples"]:
+    """Return rewards with noise, normalization and clipping; those that are not valid stay unchanged and uncounted.
+
+    Args:
+        rewards: Rewards of whole completions.
+        valid: True where they count.
+        options: What to apply.
+        statistics: Running statistics, updated if `normalize` is set.
+        sum_over_ranks: Adds up a tensor over all ranks.
+        noise_counter: Counter of the noise: the run's seed, the epoch, and the index of each prompt.
+    """
+    shaped = rewards
+    if options.noise:
+        seed, epoch, index = noise_counter
+        uniform = counter_based_uniform(seed, NOISE_EPOCH + epoch, index, rewards.shape[1], 1)
+        normal = torch.special.ndtri(uniform.clamp(min=1e-12)).view(rewards.shape)
+        shaped = shaped + options.noise * normal.to(rewards.dtype).to(rewards.device)
+    if options.normalize:
+        kept = shaped.masked_fill(~valid, 0.0)
+        kept = (kept.cpu() if kept.device.type == "mps" else kept).double()
+        counts = valid.to(kept.device).sum().double()
+        statistics.update(*sum_over_ranks(torch.stack([counts, kept.sum(), (kept**2).sum()])).tolist())
+        shaped = ((shaped.to(kept) - statistics.mean) / statistics.std).to(rewards)
+    if options.clip is not None:
+        shaped = shaped.clamp(-options.clip, options.clip)
+    return shaped.where(valid, rewards)

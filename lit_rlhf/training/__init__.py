@@ -1,1 +1,6 @@
-"""Machinery of the training loop: checks, resume, distributed reductions, logging, timing, optimization."""
+"""Machinery of the training loop: checks, resume, collective operations, metrics, timing, optimization, validation."""
+
+from lit_rlhf.training.schedules import Warmup
+from lit_rlhf.training.updates import Updates
+
+__all__ = ["Updates", "Warmup"]

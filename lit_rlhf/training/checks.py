@@ -1,188 +1,212 @@
-"""Whether the options of a run fit together, found out before its first step, with a sentence where they don't."""
+"""Configuration checks, run before the first step. Each raises a ValueError that names the value and what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+import math
+from collections.abc import Iterable
+from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lit_rlhf.data.sampler import ResumableLoader
-from lit_rlhf.evaluation.evaluator import check_completions, check_opponent
+from lit_rlhf.evaluation.completions import check_completion_column
 from lit_rlhf.evaluation.judges import SymmetricJudge
-from lit_rlhf.rewards import Scorer, Weighted
-from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
+from lit_rlhf.evaluation.options import EvaluationOptions
+from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.rewards import Scorer
+from lit_rlhf.training.updates import Updates
+from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record, Rollout
 
-if TYPE_CHECKING:
-    from lit_rlhf.algorithms.base import Algorithm
-    from lit_rlhf.algorithms.online import OnlineAlgorithm
-    from lit_rlhf.data import TextData
-
-T = TypeVar("T")
-
-
-def make_options(kind: type[T], argument: str, options: dict[str, Any] | None, **given: Any) -> T:
-    """Build a record from the options that `argument` holds and fields given elsewhere.
-
-    Raises:
-        ValueError: If there is no such option, or its place is elsewhere.
-    """
-    if twice := sorted(given.keys() & (options or {}).keys()):
-        raise ValueError(f"{argument}={options}: {', '.join(twice)} stands beside `{argument}`, not in it")
-    try:
-        return kind(**given, **(options or {}))
-    except TypeError as error:
-        known = f"{kind.__module__}.{kind.__name__}"
-        raise ValueError(f"{argument}={options}: {error}; its options are those of {known}") from error
-
-
-def make_judge(judge: Callable[..., Any]) -> Scorer | SymmetricJudge:
-    """Take a judge that scores one completion, or compares two."""
-    bare = judge
-    while isinstance(bare, Weighted):
-        bare = bare.reward
-    pairwise = getattr(bare, "pairwise", getattr(getattr(bare, "func", None), "pairwise", False))
-    return SymmetricJudge(bare) if pairwise else Scorer([judge], "judge")
-
-
-DATA: dict[type[Record], str] = {
+DATA_MODULES: dict[type[Record], str] = {
     Prompts: "PromptData",
     Demonstrations: "DemonstrationData",
     Preferences: "PreferenceData",
 }
-"""The data module that yields each record."""
+"""The data module that yields each type of batch."""
 
-WRONG_KL = {
-    "k1_loss": "its gradient is 0 on average, so nothing holds the policy",
-    "k2_reward": "its gradient is not that of the KL",
-    "k3_reward": "its gradient is not that of the KL, and can point the other way",
+KL_PENALTIES = {
+    "k1_reward": None,
+    "k2_loss": None,
     "k3_loss": "its gradient is that of KL(reference || policy), not of KL(policy || reference)",
 }
-"""Places of an estimator of the KL where it does not do what one expects, and what it does instead."""
+"""Estimators of the KL and where they enter, with the reason why the gradient is not that of the KL, if it is not."""
 
 
-def read_kl_penalty(kl_penalty: str) -> tuple[str, str]:
-    """Return estimator and place of the KL, with a warning for a pair whose gradient is not that of the KL.
+def parse_kl_penalty(kl_penalty: str, published: str) -> tuple[str, str]:
+    """Return estimator and place of the KL penalty; warn if its gradient is not that of the KL.
+
+    Args:
+        kl_penalty: `k1_reward`, `k2_loss` or `k3_loss`.
+        published: What the method's paper uses, which gives no warning.
 
     Raises:
-        ValueError: If there is no such pair.
+        ValueError: If there is no such penalty.
     """
-    known = ["k1_reward", "k2_loss", *WRONG_KL]
-    if kl_penalty not in known:
-        raise ValueError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(known)}")
-    if kl_penalty in WRONG_KL:
-        rank_zero_warn(f"kl_penalty={kl_penalty!r}: {WRONG_KL[kl_penalty]}; k1_reward and k2_loss are exact")
+    if kl_penalty not in KL_PENALTIES:
+        raise ValueError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
+    if kl_penalty != published and (reason := KL_PENALTIES[kl_penalty]):
+        rank_zero_warn(f"kl_penalty={kl_penalty!r}: {reason}; k1_reward and k2_loss are exact")
     estimator, _, place = kl_penalty.partition("_")
     return estimator, place
 
 
-def check_columns(module: OnlineAlgorithm, data: TextData) -> None:
-    """Raise a ValueError if the data lack a column that a reward, the judge or the opponent asks for."""
-    train, val = data.columns("train"), data.columns("val")
-    for columns in (train, val):
-        if columns is not None:
-            module.scorer.check(columns)
-    if val is not None:
-        module.judge.check(val)
-        check_opponent(module.opponent, val)
-        if module.evaluation.preferred is not None:
-            check_completions("evaluation.preferred", module.evaluation.preferred, val)
-
-
-def check_minibatches(minibatches: int, batch_size: int) -> None:
-    """Raise a ValueError if a rollout has fewer prompts than slices."""
-    if minibatches > batch_size:
-        raise ValueError(
-            f"minibatches={minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
-            "data.batch_size, or cut groups with sample_minibatches"
-        )
-
-
-def data_module(module: Algorithm) -> Any:
-    """The data module that a run was given, None without one or outside a run."""
-    return getattr(module._trainer, "datamodule", None)
-
-
-def check_record(module: Algorithm) -> None:
-    """Raise a ValueError if the data module hands over something else than what the method learns from."""
-    data, wanted = data_module(module), module.record
-    given = getattr(data, "record", None)
+def check_batch_type(algorithm: str, wanted: type[Record] | None, data: Any) -> None:
+    """Check that the data module yields what the algorithm learns from."""
+    given = getattr(data, "batch_type", None)
     if wanted is None or given is None or given is wanted:
         return
-    if given in DATA or not issubclass(given, wanted):
+    if given in DATA_MODULES or not issubclass(given, wanted):
         raise ValueError(
-            f"{type(module).__name__} learns from {wanted.__name__} and {type(data).__name__} yields "
-            f"{given.__name__}: give --data {DATA[wanted]}"
+            f"{algorithm} learns from {wanted.__name__} and {type(data).__name__} yields {given.__name__}: give "
+            f"--data {DATA_MODULES[wanted]}"
         )
 
 
-def check_positions(module: Algorithm, config: Any, whose: str) -> None:
-    """Raise a ValueError if prompt and completion together can be longer than a model's positions."""
-    known = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest, length = getattr(data_module(module), "max_sequence_length", 0), module.max_new_tokens
-    if known is None or longest + length <= known:
+def check_positions(config: Any, role: str, longest: int, max_new_tokens: int) -> None:
+    """Check that prompt and completion together fit the positions of a model.
+
+    Args:
+        config: The model's configuration.
+        role: What the message calls the model.
+        longest: Tokens of the longest row of the data.
+        max_new_tokens: Tokens that are sampled after a prompt; 0 if the rows contain the completions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or longest + max_new_tokens <= positions:
         return
-    if length == 0:
+    if max_new_tokens == 0:
         raise ValueError(
-            f"a row of {longest} tokens exceeds the {known} positions of the {whose}: leave out longer ones with "
+            f"a row of {longest} tokens exceeds the {positions} positions of the {role}: drop longer ones with "
             "data.max_prompt_tokens and data.max_completion_tokens"
         )
     raise ValueError(
-        f"a prompt of {longest} tokens and max_new_tokens={length} exceed the {known} positions of the {whose}: "
-        f"lower one of them, the prompts by data.max_prompt_tokens={max(1, known - length)}"
+        f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} positions of the "
+        f"{role}: lower one of them, the prompts by data.max_prompt_tokens={max(1, positions - max_new_tokens)}"
     )
 
 
-def check_loader(module: OnlineAlgorithm) -> None:
-    """Raise a ValueError if a rollout lasts several steps, and the training loader does not repeat its prompts.
+def check_columns(
+    scorer: Scorer,
+    judge: Scorer | SymmetricJudge,
+    options: EvaluationOptions,
+    train: Iterable[str] | None,
+    val: Iterable[str] | None,
+) -> None:
+    """Check that the data have every column that the rewards, the judge and the evaluation read.
 
-    Nor does one that a `PromptData` has made outside the run; it would not find its place on a resume either.
+    Args:
+        scorer: The rewards.
+        judge: The judge.
+        options: Options of the evaluation.
+        train: Columns of the training data; None without any.
+        val: Columns of the held-out data; None without any.
     """
-    loader = module.trainer.train_dataloader
-    if isinstance(loader, ResumableLoader) and loader.trainer is not module.trainer:
+    for columns in (train, val):
+        if columns is not None:
+            scorer.check(columns)
+    if val is None:
+        return
+    judge.check(val)
+    if options.compare_to != "policy":
+        alternative = ", or `policy` for the reference policy's completions"
+        check_completion_column("evaluation.compare_to", options.compare_to, val, alternative)
+    if options.preferred is not None:
+        check_completion_column("evaluation.preferred", options.preferred, val)
+
+
+def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
+    """Check the size of a group and the KL coefficient."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1")
+    if updates.sample_minibatches > num_samples:
+        raise ValueError(f"sample_minibatches={updates.sample_minibatches} is more than num_samples={num_samples}")
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
+
+
+def check_num_minibatches(num_minibatches: int, batch_size: int) -> None:
+    """Check that a rollout has at least one prompt per minibatch."""
+    if num_minibatches > batch_size:
         raise ValueError(
-            "the training loader was made outside the run, and knows nothing of its ranks and its place: give the data "
-            "module itself, trainer.fit(method, datamodule=data)"
-        )
-    if module.repeats > 1 and not isinstance(loader, ResumableLoader):
-        raise ValueError(
-            f"a rollout lasts {module.repeats} steps here, for which the loader must repeat its prompts: give the "
-            "data as a lit_rlhf.PromptData instead of a loader of your own, or set minibatches and epochs to 1"
+            f"num_minibatches={num_minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
+            "data.batch_size, or split groups with sample_minibatches"
         )
 
 
-def check_plan(module: OnlineAlgorithm, batch_size: int | None) -> None:
-    """Check that slices, accumulation and sampling fit together, and say how many updates a rollout gets.
-
-    Raises:
-        ValueError: If they don't.
-    """
-    repeats, accumulate = module.repeats, module.trainer.accumulate_grad_batches
-    slices = module.minibatches * module.sample_minibatches
-    if any(isinstance(c, GradientAccumulationScheduler) for c in getattr(module.trainer, "callbacks", ())):
+def check_loader(trainer: Trainer, steps_per_rollout: int) -> None:
+    """Check that the training loader belongs to this run, and repeats its prompts for every step of a rollout."""
+    loader = trainer.train_dataloader
+    if isinstance(loader, ResumableLoader) and loader.trainer is not trainer:
         raise ValueError(
-            "GradientAccumulationScheduler changes what an update is while a rollout is cut into slices by it: set "
-            "accumulate_grad_batches, and let the batch grow by lit_rlhf.callbacks.BatchSchedule"
+            "the training loader was made outside the run, so it does not know the ranks and the step to resume from: "
+            "give the data module itself, trainer.fit(algorithm, datamodule=data)"
         )
-    if slices % accumulate and (accumulate % slices or module.epochs > 1):
+    if steps_per_rollout > 1 and not isinstance(loader, ResumableLoader):
         raise ValueError(
-            f"accumulate_grad_batches={accumulate} does not fit a rollout of {slices} slices (minibatches x "
-            f"sample_minibatches): give a divisor of {slices}, or with epochs=1 a multiple of it"
+            f"a rollout lasts {steps_per_rollout} training steps, for which the loader must repeat its prompts: give "
+            "the data as a lit_rlhf.PromptData instead of a loader, or set num_minibatches and update_epochs to 1"
+        )
+
+
+def check_updates(updates: Updates, accumulate: int, batch_size: int | None, callbacks: Iterable[Any]) -> None:
+    """Check that minibatches and gradient accumulation fit together."""
+    minibatches = updates.minibatches_per_epoch
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise ValueError(
+            "GradientAccumulationScheduler changes the length of an update, which the minibatches of a rollout depend "
+            "on: set accumulate_grad_batches, and let the batch grow by lit_rlhf.callbacks.BatchSchedule"
+        )
+    if minibatches % accumulate and (accumulate % minibatches or updates.update_epochs > 1):
+        raise ValueError(
+            f"accumulate_grad_batches={accumulate} does not fit a rollout of {minibatches} minibatches "
+            f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a multiple of it"
         )
     if batch_size is not None:
-        check_minibatches(module.minibatches, batch_size)
-    if module.sampling.greedy:
-        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
-    updates = max(1, repeats // accumulate)
-    rank_zero_info(f"each rollout is used for {updates} update{'s' * (updates > 1)}")
-    if updates > 2 and not module.corrects_off_policy:
+        check_num_minibatches(updates.num_minibatches, batch_size)
+
+
+def report_updates(updates: Updates, accumulate: int, importance_ratio: bool) -> None:
+    """Log the number of updates per rollout; warn if most of them are off-policy without a correction."""
+    count = max(1, updates.steps_per_rollout // accumulate)
+    rank_zero_info(f"each rollout is used for {count} update{'s' * (count > 1)}")
+    if count > 2 and not importance_ratio:
+        more = " and set update_epochs to 1" * (updates.update_epochs > 1)
         rank_zero_warn(
-            f"{updates} updates a rollout: all but the first are off-policy and this is not corrected; raise "
-            f"accumulate_grad_batches to {slices}{' and set epochs to 1' * (module.epochs > 1)} to be exactly on-policy"
+            f"{count} updates per rollout: all but the first are off-policy, which is not corrected; raise "
+            f"accumulate_grad_batches to {updates.minibatches_per_epoch}{more} to be exactly on-policy"
         )
-    if module.sampling.truncates:
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse greedy sampling in training; warn if truncated sampling biases the gradient."""
+    if sampling.greedy:
+        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
+    if sampling.truncates:
         rank_zero_warn(
             "top_p, top_k and min_new_tokens bias the gradient, the more the further train/sampled_mass is below 1: "
-            "training is best without them"
+            "train without them if you can"
+        )
+
+
+def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
+    """Check that an algorithm's advantages are finite numbers per completion or per token."""
+    shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
+    if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
+        finite = f"{advantages.isfinite().float().mean():.0%} finite"
+        raise ValueError(
+            f"{algorithm}.advantages must return finite numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
+            f"{tuple(advantages.shape)}, {finite}"
+        )
+
+
+def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
+    """Check that an algorithm's loss returns terms per completion or per token, not their mean."""
+    shapes = (part.valid.shape, part.loss_mask.shape)
+    if terms.shape not in shapes:
+        raise ValueError(
+            f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
+            f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
         )

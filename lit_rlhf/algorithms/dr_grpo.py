@@ -1,0 +1,36 @@
+"""Dr. GRPO: GRPO without its two biases, the division by the group's std and by each completion's length.
+
+Liu et al., 2025, arXiv 2503.20783, section 3. With one update per rollout and `max_new_tokens` factored out, its
+gradient is (k - 1) / k times RLOO's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.types import Rollout
+
+
+class DrGRPO(GRPO):
+    """Dr. GRPO: `A_i = R_i - mean` of the group, loss `-sum_t min(w_t A_i, clamp(w_t) A_i) / max_new_tokens`.
+
+    Args:
+        *args: See `GRPO`.
+        kl_coef: See `OnlineAlgorithm`; the paper's is 0.
+        **kwargs: See `GRPO`.
+    """
+
+    def __init__(self, *args: Any, kl_coef: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, kl_coef=kl_coef, **kwargs)
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """Return of each completion minus the mean of its group."""
+        return F.group_centered_advantages(rollout.total_returns, rollout.valid)
+
+    def token_divisor(self, part: Rollout) -> Tensor | float:
+        """Constant maximum length."""
+        return self.sampling.max_new_tokens

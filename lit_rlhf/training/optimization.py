@@ -1,0 +1,96 @@
+"""The optimizer step: one mean over all loss terms of an update, the implementation of Adam, and its precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass
+class LossSums:
+    """Loss terms of the update in progress, on this rank.
+
+    The mean runs over the whole update: every step that accumulates into it, on every rank. The number of terms is not
+    known until the last step, so each step divides by an assumed count and the gradients are rescaled at the end.
+
+    Attributes:
+        total: Sum of the terms so far.
+        count: Number of terms so far.
+        assumed_count: Number of terms per step that the loss is divided by, equal on all ranks; 0 before a step.
+    """
+
+    total: float = 0.0
+    count: int = 0
+    assumed_count: float = 0.0
+
+    def add(
+        self, terms: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], assumed_count: float
+    ) -> Float[Tensor, ""]:
+        """Add the terms of a step and return its loss: their sum over the assumed count of the first step."""
+        self.assumed_count = self.assumed_count or assumed_count
+        total = terms.masked_fill(~mask, 0.0).sum()
+        self.total += float(total.detach())
+        self.count += int(mask.sum())
+        return total / self.assumed_count
+
+
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiply the gradients of all parameters by a factor."""
+    if factor == 1:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the gradient norm of each parameter group: `grad_norm` of the first, `NAME_grad_norm` of others."""
+    norms = {}
+    for group in optimizer.param_groups:
+        prefix = "" if group is optimizer.param_groups[0] else f"{group['name']}_"
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+    return norms
+
+
+def enable_fused_adam(optimizer: Optimizer) -> None:
+    """Enable fused Adam unless `fused` or `foreach` was set: one pass over weights and moments instead of many.
+
+    The result is equal to rounding. The flag is set here and not in the constructor, since with the latter Lightning
+    leaves unscaling, and with it gradient clipping, to the optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        plain = all(type(p.data) is Tensor and p.device.type in ("cpu", "cuda") for p in group["params"])
+        if plain and group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+            group["fused"] = True
+
+
+def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
+    """Refuse bfloat16 weights that the learning rate cannot change.
+
+    An Adam step changes a weight by about the learning rate; bfloat16 rounds away changes below 1/512 of the weight.
+
+    Raises:
+        ValueError: If most steps would be rounded away.
+    """
+    for group in optimizer.param_groups:
+        weights = [p.detach() for p in group["params"] if p.dtype == torch.bfloat16 and p.numel()]
+        medians = [weight.abs().float().median() for weight in weights]
+        nonzero = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step changes
+        if not nonzero:
+            continue
+        needed = float(torch.stack(nonzero).median()) / 512
+        rate = max(group["lr"], group.get("initial_lr", 0.0))
+        if rate < needed:
+            raise ValueError(
+                f"the trained weights are bfloat16, and a learning rate of {rate:g} is too small to change them (about "
+                f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed"
+                f"{'' if has_adapter else ', or train `lora`'}"
+            )

@@ -1,0 +1,123 @@
+"""Validation, test and prediction of algorithms that sample completions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from lit_rlhf.evaluation.completions import completion_texts
+from lit_rlhf.evaluation.evaluator import Evaluator, prediction_rows
+from lit_rlhf.evaluation.judges import SymmetricJudge
+from lit_rlhf.evaluation.options import EvaluationOptions
+from lit_rlhf.evaluation.scoring import score
+from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.rewards import Scorer
+from lit_rlhf.training.distributed import raise_on_all_ranks
+from lit_rlhf.types import Prompts
+
+
+class ValidationHooks(LightningModule):
+    """Lightning's hooks of validation, test and prediction: a mixin of `lit_rlhf.OnlineAlgorithm`.
+
+    Attributes:
+        examples: Greedy completions of the first held-out prompts, from the last evaluation.
+    """
+
+    policy: Policy
+    reference: Reference
+    tokenizer: PreTrainedTokenizerBase
+    scorer: Scorer
+    judge: Scorer | SymmetricJudge
+    evaluation: EvaluationOptions
+    sampling: Sampling
+    num_samples: int
+    kl_coef: float
+    seed: int
+    updates_done: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples: list[dict[str, Any]] = []
+        self._evaluator: Evaluator | None = None
+        self._validated_at = -1
+
+    @property
+    def reward_weights(self) -> list[float]:
+        """Current weights of the rewards; scores under other weights are not comparable."""
+        return self.scorer.weights(self.updates_done)
+
+    def trainer_state(self) -> TrainerState:
+        """Return the progress of training, for rewards that ask for `trainer_state`."""
+        trainer = self.trainer
+        planned = trainer.estimated_stepping_batches if trainer.state.fn == TrainerFn.FITTING else trainer.max_steps
+        max_steps = int(planned) if math.isfinite(planned) else -1
+        return TrainerState(global_step=self.updates_done, max_steps=max_steps, epoch=trainer.current_epoch)
+
+    def validate_before_training(self) -> None:
+        """Validate once before the first update, so that every curve starts at the initial policy."""
+        trainer = self.trainer
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        at_start = trainer.global_step == 0 and progress.processed == 0
+        if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
+            self._validate()
+
+    def on_train_end(self) -> None:
+        """Validate the final policy, unless that has just been done or the run was stopped."""
+        trainer = self.trainer
+        if trainer.enable_validation and not trainer.should_stop and self._validated_at != trainer.global_step:
+            self._validate()
+
+    def _validate(self) -> None:
+        trainer = self.trainer
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation."""
+        if self._evaluator is None:
+            models = self.policy, self.reference, self.tokenizer, self.scorer, self.judge
+            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed)
+        self._evaluator.start(self.updates_done)
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Complete and score held-out prompts."""
+        assert self._evaluator is not None
+        with raise_on_all_ranks(self.trainer):
+            self._evaluator.update(batch, self.trainer_state())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/reward`, `val/win_rate`, `val/kl` and the other metrics of `callbacks/README.md`."""
+        self._log_evaluation("val")
+        self._validated_at = self.trainer.global_step
+
+    def on_test_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Complete and score held-out prompts."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same metrics as in validation, under `test/`."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        assert self._evaluator is not None
+        metrics = {f"{prefix}/{name}": value for name, value in self._evaluator.compute(self.kl_coef).items()}
+        self.log_dict(metrics, batch_size=1, sync_dist=True)
+        self.examples = self._evaluator.examples
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """Sample `num_samples` completions of each prompt (one if greedy) and return them with their rewards."""
+        k = 1 if self.sampling.greedy else self.num_samples
+        completions = self.policy.sample(batch, k, self.sampling, self.seed)
+        texts = completion_texts(self.tokenizer, batch, completions)
+        scores = score(self.scorer, batch, completions, texts, self.trainer_state())
+        return prediction_rows(batch, completions, texts, scores)
