@@ -1,4 +1,4 @@
-"""Side concerns of a run: they see a module's public attributes and what it logs, and no method knows them."""
+"""Callbacks: they read a module's public attributes and logged metrics; no algorithm depends on them."""
 
 from lit_rlhf.callbacks.adaptive_kl import AdaptiveKL
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint

@@ -1,4 +1,4 @@
-"""The run as one picture."""
+"""Training curves, drawn into one image."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ History = dict[str, list[tuple[int, float]]]
 PANELS = {
     "reward": ["reward", "judge"],
     "win rate": ["win_rate"],
-    "KL to the reference (nats a completion)": ["kl"],
+    "KL to the reference (nats per completion)": ["kl"],
     "completion length (tokens)": ["completion_length", "length"],
-    "entropy (nats a token)": ["entropy"],
+    "entropy (nats per token)": ["entropy"],
     "distinct bigrams": ["distinct_2"],
     "accuracy": ["accuracy"],
     "loss": ["loss"],
@@ -31,13 +31,13 @@ COLOURS = {"train": "#4878a8", "val": "#d1662f", "second": "#5a9a57"}
 
 
 class Curves(Callback):
-    """Draws `curves.png` in the run's folder, after validations and at the end of `fit`, where matplotlib is installed.
+    """Draw `curves.png` in the run's folder after validations and at the end of `fit`, if matplotlib is installed.
 
     Training values are drawn pale with their moving mean, validation values as points. A resumed run continues its
     curves.
 
     Args:
-        every_n_seconds: Seconds from one drawing to the next, at least: each takes one or two.
+        every_n_seconds: Minimum time between two drawings; each takes one or two seconds.
 
     Raises:
         ValueError: If `every_n_seconds` is below 0.
@@ -50,7 +50,7 @@ class Curves(Callback):
         self.history: History = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where to draw, and whether it is possible."""
+        """Set the output file and check that matplotlib is installed."""
         self._path = run_folder(trainer) / "curves.png"
         self._enabled = trainer.is_global_zero and not is_fast_dev_run(trainer) and find_spec("matplotlib") is not None
         self._drawn = time.monotonic()
@@ -58,12 +58,12 @@ class Curves(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take down the metrics of a new rollout."""
-        if batch_idx % getattr(pl_module, "repeats", 1) == 0:
+        """Record the metrics of a new rollout."""
+        if batch_idx % getattr(pl_module, "steps_per_rollout", 1) == 0:
             self._record(trainer, "train")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take down the metrics of a validation, and draw if it is time."""
+        """Record the metrics of a validation, and draw if a drawing is due."""
         if validated_in_fit(trainer):
             self._record(trainer, "val")
             if self._enabled and time.monotonic() - self._drawn >= self.every_n_seconds:
@@ -71,7 +71,7 @@ class Curves(Callback):
                 self._drawn = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the whole run, with the validation that a module may add at the end of training."""
+        """Draw the whole run, including a validation that the module runs at the end of training."""
         if self._enabled:
             draw(self.history, self._path)
 
@@ -80,21 +80,21 @@ class Curves(Callback):
         return {"history": {name: list(points) for name, points in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the curves of the run that is resumed."""
+        """Restore the curves of the resumed run."""
         self.history = {
             name: [(step, value) for step, value in points] for name, points in state_dict["history"].items()
         }
 
     def _record(self, trainer: Trainer, split: str) -> None:
-        wanted = {f"{split}/{name}" for names in PANELS.values() for name in names}
+        names = {f"{split}/{name}" for panel in PANELS.values() for name in panel}
         for name, value in scalar_metrics(trainer, f"{split}/").items():
-            if name in wanted and value == value:
+            if name in names and value == value:  # not NaN
                 self.history.setdefault(name, []).append((trainer.global_step, value))
 
 
 def draw(history: History, path: Path) -> None:
-    """Draw a small panel for each quantity that `history` knows; nothing where it knows none."""
-    from matplotlib.figure import Figure  # an extra; pyplot's global state stays out of it
+    """Draw one panel for each quantity in `history`; write no file if there is none."""
+    from matplotlib.figure import Figure  # optional dependency; without pyplot's global state
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = {
@@ -103,14 +103,14 @@ def draw(history: History, path: Path) -> None:
     }
     panels = {title: names for title, names in panels.items() if names}
     if "reward" in panels:
-        panels.pop("loss", None)  # the loss of a policy gradient says nothing about its progress
+        panels.pop("loss", None)  # a policy-gradient loss does not show progress
     if not panels:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    for place, (title, names) in enumerate(panels.items(), start=1):
-        _panel(figure.add_subplot(rows, columns, place), title, names, history)
+    for i, (title, names) in enumerate(panels.items(), start=1):
+        _panel(figure.add_subplot(rows, columns, i), title, names, history)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"partial-{path.name}")
     figure.savefig(partial, dpi=130)
@@ -118,13 +118,13 @@ def draw(history: History, path: Path) -> None:
 
 
 def _panel(axes: Axes, title: str, names: list[str], history: History) -> None:
-    for order, name in enumerate(names):
+    for i, name in enumerate(names):
         if train := history.get(f"train/{name}"):
             steps, values = zip(*train, strict=True)
             axes.plot(steps, values, color=COLOURS["train"], alpha=0.3, linewidth=0.8)
             axes.plot(steps, _smooth(values), color=COLOURS["train"], linewidth=1.8, label=f"train/{name}")
         if val := history.get(f"val/{name}"):
-            colour = COLOURS["second" if order and f"val/{names[0]}" in history else "val"]
+            colour = COLOURS["second" if i and f"val/{names[0]}" in history else "val"]
             axes.plot(*zip(*val, strict=True), "o-", color=colour, markersize=4, linewidth=1.4, label=f"val/{name}")
     if "win_rate" in names:
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
@@ -137,6 +137,6 @@ def _panel(axes: Axes, title: str, names: list[str], history: History) -> None:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """The mean of the last few values, a twentieth of all of them."""
+    """Moving mean over a window of a twentieth of all values."""
     window = max(1, len(values) // 20)
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""Rollouts of more prompts as training goes on: by a schedule, or as the gradient's noise asks for."""
+"""Growing batch: more prompts per rollout during training, by a schedule or by the gradient noise scale."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.gradient_noise import GradientNoise, rollouts_of_update
+from lit_rlhf.algorithms import OnlineAlgorithm
+from lit_rlhf.callbacks.gradient_noise import GradientNoise
 from lit_rlhf.data.sampler import BlockSampler, ResumableLoader
 
 
 class GrowingBatch(Callback):
-    """What both kinds of growth share: they start at `data.batch_size`, and an epoch still hands over each row once.
+    """Base of the growing batches: start at `data.batch_size`; an epoch still yields each row at most once.
 
-    `train/prompts` is how many prompts a rollout has, on all devices together. The learning rate stays as it is. With
-    `max_epochs`, growth shortens the run; a warm-up given as a share counts the updates without growth.
+    `train/prompts` is the number of prompts of a rollout over all devices. The learning rate is not changed. With
+    `max_epochs`, growth shortens the run; a warm-up given as a fraction counts the updates without growth.
 
     Args:
-        maximum: Prompts of a rollout and device to grow to.
+        maximum: Largest number of prompts per rollout and device.
 
     Raises:
-        ValueError: At `fit`, if the data are no `lit_rlhf.PromptData` or load in worker processes (which would be ahead
-            of the growth), or hold too few rows.
+        ValueError: At `fit` if the data module is not a `lit_rlhf.PromptData`, loads in worker processes (which would
+            prefetch batches of the old size), or has too few rows.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -34,60 +35,62 @@ class GrowingBatch(Callback):
 
     @abstractmethod
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
-        """Return the sizes of this epoch's blocks, as far as they are known after so many of its steps."""
+        """Return the block sizes of this epoch, as known after `steps_done` steps, as pairs `(first block, size)`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit; a resumed run loads its own sizes."""
+        """Reset the sizes of an earlier fit; a resumed run loads its own."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.sizes = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the data can grow, and plan the epoch that is resumed."""
+        """Check that the batches can grow, and plan the current epoch (also after a resume)."""
         loader: Any = trainer.train_dataloader
         if not isinstance(loader, ResumableLoader) or loader.num_workers > 0:
             raise ValueError(
-                f"{type(self).__name__} needs its data from a lit_rlhf.PromptData with num_workers=0, which hands over "
-                "blocks as they grow"
+                f"{type(self).__name__} needs a lit_rlhf.PromptData with num_workers=0, whose block size can change "
+                "during an epoch"
             )
         if reload := getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
             raise ValueError(
-                f"{type(self).__name__} grows the blocks of one loader: leave out "
+                f"{type(self).__name__} changes the block size of a single dataloader: remove "
                 f"reload_dataloaders_every_n_epochs={reload}"
             )
         self.start, needed = loader.blocks.sizes[0][1], loader.blocks.rows_for(self.maximum)
         if self.maximum < self.start:
-            raise ValueError(f"maximum={self.maximum} is below data.batch_size={self.start}: a batch only grows")
+            raise ValueError(
+                f"maximum={self.maximum} is below data.batch_size={self.start}: raise it, batches only grow"
+            )
         if needed > loader.blocks.size:
             raise ValueError(
-                f"maximum={self.maximum} needs {needed} rows an epoch on all devices, and there are "
-                f"{loader.blocks.size}: lower it, or give more rows"
+                f"maximum={self.maximum} needs {needed} rows per epoch over all devices, and the data have "
+                f"{loader.blocks.size}: lower it, or add rows"
             )
 
-        # now, for the Trainer to see whether an epoch was over when it was saved; and when an epoch really begins
-        loader.on_begin = lambda step: grow(trainer, self.plan(trainer, step))
+        # Call it now as well, so that the Trainer can tell whether a checkpoint was saved at the end of an epoch.
+        loader.on_begin = lambda step: set_block_sizes(trainer, self.plan(trainer, step))
         loader.on_begin(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sizes of this epoch's blocks."""
+        """Return the block sizes of this epoch."""
         return {"sizes": self.sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them."""
+        """Restore the block sizes."""
         self.sizes = [tuple(entry) for entry in state_dict["sizes"]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log how many prompts a new rollout has."""
-        if batch_idx % getattr(pl_module, "repeats", 1) == 0:
+        """Log the number of prompts of a new rollout."""
+        if batch_idx % getattr(pl_module, "steps_per_rollout", 1) == 0:
             pl_module.log("train/prompts", float(len(batch) * trainer.world_size), batch_size=1)
 
 
 class BatchSchedule(GrowingBatch):
-    """Lets a rollout grow in a straight line from `data.batch_size` prompts.
+    """Grow rollouts linearly, from `data.batch_size` prompts to `maximum`.
 
     Args:
-        maximum: Prompts of a rollout and device to grow to.
-        updates: After how many updates it gets there.
+        maximum: Largest number of prompts per rollout and device.
+        updates: Number of updates after which the maximum is reached.
 
     Raises:
         ValueError: If a number is below 1, or at `fit`; see `GrowingBatch`.
@@ -100,18 +103,18 @@ class BatchSchedule(GrowingBatch):
         self.updates = updates
 
     def size_at(self, update: int) -> int:
-        """Prompts of a rollout that begins after so many updates."""
+        """Return the number of prompts of a rollout that starts after `update` updates."""
         return self.start + int((self.maximum - self.start) * min(1.0, update / self.updates))
 
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
-        """Plan the whole epoch, from the number of updates at its start; of one that has begun, what is left."""
+        """Plan all blocks of an epoch from the number of updates at its start; within an epoch, the remaining ones."""
         if steps_done and self.sizes:
             return list(self.sizes)
         sampler, accumulate = blocks_of(trainer), trainer.accumulate_grad_batches
         before = trainer.global_step - steps_done // accumulate
-        handed_over = -(-steps_done // sampler.repeats)
-        self.sizes = [(0, self.start)] if handed_over else []
-        for block in range(handed_over, sampler.size):
+        blocks_done = -(-steps_done // sampler.repeats)
+        self.sizes = [(0, self.start)] if blocks_done else []
+        for block in range(blocks_done, sampler.size):
             size = self.size_at(before + block * sampler.repeats // accumulate)
             if not self.sizes or size != self.sizes[-1][1]:
                 self.sizes.append((block, size))
@@ -121,16 +124,16 @@ class BatchSchedule(GrowingBatch):
 
 
 class AdaptiveBatch(GradientNoise, GrowingBatch):
-    """Lets a rollout grow with the gradient's noise scale, and never shrink.
+    """Grow rollouts with the gradient noise scale; they never shrink.
 
-    While the policy still learns fast, the gradients of few prompts agree, and many small updates go furthest for the
-    completions sampled. As it becomes stable the mean gradient fades, the noise stays, and it takes more prompts to see
-    a direction: that number is the noise scale (see `GradientNoise`), which the prompts of an update follow, at most
-    doubling from one measurement to the next. The KL of an update was the other candidate; it says how far a step
-    went, but not whether more prompts would have changed where.
+    Early in training, the gradients of few prompts agree, and many small updates learn most per sampled completion.
+    Later, the mean gradient shrinks while its noise stays, so an update needs more prompts. The noise scale measures
+    how many (see `GradientNoise`). The prompts per update follow it and at most double from one measurement to the
+    next. The KL per update is no substitute: it measures the length of a step, not whether more prompts would have
+    changed its direction.
 
     Args:
-        maximum: Prompts of a rollout and device to grow to.
+        maximum: Largest number of prompts per rollout and device.
         every_n_rollouts: See `GradientNoise`.
         parts: See `GradientNoise`.
         smoothing: See `GradientNoise`.
@@ -144,32 +147,32 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
         GrowingBatch.__init__(self, maximum)
 
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
-        """Begin an epoch with the size that the last one ended with, or go on inside one."""
+        """Start an epoch with the last size of the previous one; within an epoch, keep its sizes."""
         if steps_done == 0 or not self.sizes:
             self.sizes = [(0, self.sizes[-1][1] if self.sizes else self.start)]
         return list(self.sizes)
 
-    def measure(self, trainer: Trainer, module: Any) -> None:
-        """Measure, and let the next rollout have as many prompts as the noise asks for."""
-        super().measure(trainer, module)
-        now = self.sizes[-1][1]
-        wanted = (self.noise_scale or 0.0) / (trainer.world_size * rollouts_of_update(trainer, module))
-        size = max(now, int(min(wanted, 2 * now, self.maximum)))
-        if size > now:
-            following = trainer.fit_loop.epoch_loop.batch_idx // module.repeats + 1
-            self.sizes.append((following, size))
-            grow(trainer, list(self.sizes))
+    def _measure(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
+        """Measure, and grow the next rollout to the noise scale."""
+        super()._measure(trainer, algorithm)
+        current = self.sizes[-1][1]
+        target = (self.noise_scale or 0.0) / (trainer.world_size * self._rollouts_per_update(trainer, algorithm))
+        size = max(current, int(min(target, 2 * current, self.maximum)))
+        if size > current:
+            next_block = trainer.fit_loop.epoch_loop.batch_idx // algorithm.steps_per_rollout + 1
+            self.sizes.append((next_block, size))
+            set_block_sizes(trainer, list(self.sizes))
 
 
 def blocks_of(trainer: Trainer) -> BlockSampler:
-    """The sampler of the training data."""
+    """Return the sampler of the training data."""
     loader = trainer.train_dataloader
     assert isinstance(loader, ResumableLoader)
     return loader.blocks
 
 
-def grow(trainer: Trainer, sizes: list[tuple[int, int]]) -> None:
-    """Give the blocks of this epoch other sizes, and tell the Trainer how long it is now."""
+def set_block_sizes(trainer: Trainer, sizes: list[tuple[int, int]]) -> None:
+    """Set the block sizes of this epoch and update the Trainer's count of its batches."""
     blocks_of(trainer).sizes = sizes
     loop = trainer.fit_loop
     combined: Any = loop._combined_loader

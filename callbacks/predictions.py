@@ -1,4 +1,4 @@
-"""What `predict` leaves: completions and their scores as JSON lines."""
+"""Output of `predict`: completions and their scores as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lit_rlhf.callbacks.utils import is_fast_dev_run
 
 
 class PredictionWriter(Callback):
-    """Writes one JSON object a completion, as they are made, in the order of the data.
+    """Write one JSON object per completion, batch by batch, sorted in the order of the data at the end.
 
     Args:
-        path: The file; `predictions.jsonl` below `default_root_dir` where None. One that is there is replaced once
-            the new one is complete.
+        path: Output file; None means `predictions.jsonl` in `default_root_dir`. An existing file is replaced once the
+            new one is complete.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -32,7 +32,7 @@ class PredictionWriter(Callback):
         return target.with_name(f".{target.name}.{rank}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin this rank's part."""
+        """Create the partial file of this rank."""
         if is_fast_dev_run(trainer):
             return
         part = self._part(trainer, trainer.global_rank)
@@ -42,14 +42,14 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Append a batch."""
+        """Append the predictions of a batch."""
         if is_fast_dev_run(trainer):
             return
         with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in outputs or ())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the parts of all ranks together."""
+        """Merge the partial files of all ranks."""
         if is_fast_dev_run(trainer):
             return
         trainer.strategy.barrier("predictions")
@@ -57,7 +57,7 @@ class PredictionWriter(Callback):
             return
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
         texts = [part.read_text(encoding="utf-8") for part in parts]
-        # not splitlines: other ends of lines may stand in strings
+        # not splitlines: strings may contain other line separators
         lines = [line for text in texts for line in text.split("\n") if line]
         lines.sort(key=lambda line: json.loads(line).get("index", 0))
         parts[0].write_text("".join(line + "\n" for line in lines), encoding="utf-8")

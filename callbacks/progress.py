@@ -1,4 +1,4 @@
-"""A progress bar that shows what matters here, and plain lines where there is no terminal."""
+"""Progress bar with RLHF metrics; plain text lines if stdout is not a terminal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ VALIDATION = ("reward", "win_rate", "kl", "loss", "accuracy", "length")
 
 
 class RLHFProgressBar(RichProgressBar):
-    """Shows reward and KL beside the bar; into a file or a notebook it writes a plain line now and then instead.
+    """Show reward and KL next to the progress bar; print plain lines instead into a file or a notebook.
 
     Args:
-        refresh_rate: Redraws per second at most; 0 shows nothing.
-        leave: Whether to leave each epoch's bar on the screen.
-        seconds: Time between two plain lines, at least.
+        refresh_rate: Maximum number of redraws per second; 0 disables the display.
+        leave: Whether to leave the bar of each epoch on the screen.
+        seconds: Minimum time between two plain lines.
     """
 
     def __init__(self, refresh_rate: int = 10, leave: bool = False, seconds: float = 5.0) -> None:
@@ -38,7 +38,7 @@ class RLHFProgressBar(RichProgressBar):
         self._started = self._printed = -math.inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose between a bar and plain lines."""
+        """Choose between the bar and plain lines."""
         super().setup(trainer, pl_module, stage)
         self._plain = trainer.is_global_zero and self.refresh_rate > 0 and not sys.stdout.isatty()
         if self._plain:
@@ -47,24 +47,24 @@ class RLHFProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch, as many of them as `max_steps` allows; a growing batch changes how many there are."""
+        """Number of batches of this epoch, limited by `max_steps`; growing batches change it during the epoch."""
         trainer = self.trainer
         if trainer.max_steps == -1:
             return trainer.num_training_batches
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         done = int(progress.processed)
         accumulate = trainer.accumulate_grad_batches
-        left = (trainer.max_steps - trainer.global_step) * accumulate - done % accumulate
-        return min(trainer.num_training_batches, done + max(0, left))
+        remaining = (trainer.max_steps - trainer.global_step) * accumulate - done % accumulate
+        return min(trainer.num_training_batches, done + max(0, remaining))
 
     def _get_train_description(self, current_epoch: int) -> str:
-        endless = self.trainer.max_epochs in (None, -1)  # a number of steps was given instead
+        endless = self.trainer.max_epochs in (None, -1)  # max_steps limits the run instead
         return f"Epoch {current_epoch}" if endless else super()._get_train_description(current_epoch)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what to show: reward and KL, tokens a second and the seconds of a rollout by phase."""
+        """Return the metrics to show: reward, KL, tokens per second and the time of each phase of a rollout."""
         metrics = super().get_metrics(trainer, pl_module)
         if "train/reward" not in metrics and "train/loss" in trainer.callback_metrics:
             metrics["train/loss"] = float(trainer.callback_metrics["train/loss"])
@@ -75,15 +75,15 @@ class RLHFProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar, or write a line."""
+        """Update the bar or print a line."""
         if self.progress is not None and self.train_progress_bar_id is not None:
             self.progress.update(self.train_progress_bar_id, total=self.total_train_batches)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due():
-            self._line(f"step {trainer.global_step}{self._of(trainer)}", self.get_metrics(trainer, pl_module))
+            self._line(f"step {trainer.global_step}{self._of_total(trainer)}", self.get_metrics(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the result of a validation."""
+        """Print the metrics of a validation."""
         super().on_validation_end(trainer, pl_module)
         if validated_in_fit(trainer) and self._due():
             values = scalar_metrics(trainer, "val/")
@@ -91,11 +91,11 @@ class RLHFProgressBar(RichProgressBar):
             self._line(f"validation at step {trainer.global_step}", shown)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the bar: what follows is printed, and should not stand above it."""
+        """Stop the bar, so that later output is printed below it."""
         self._stop_progress()
 
-    def _of(self, trainer: Trainer) -> str:
-        """How many updates the run has, where that is known: growth shortens one that is given in epochs."""
+    def _of_total(self, trainer: Trainer) -> str:
+        """Return `/N` for the number of updates of the run if known; growing batches shorten a run set in epochs."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         grows = any(isinstance(callback, GrowingBatch) for callback in callbacks)
         total = trainer.max_steps if grows else trainer.estimated_stepping_batches

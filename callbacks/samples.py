@@ -1,4 +1,4 @@
-"""What the policy writes, where one looks for it: the terminal, the loggers, a file."""
+"""Sample logging: prompts and completions in the terminal, the loggers and a JSON lines file."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.utils import completion_kl, format_number, is_fast_dev_run, new_rollout, run_folder
+from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run, run_folder
 from lit_rlhf.types import Rollout
 
-COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "parts", "kl", "length", "finished"]
+COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "component_rewards", "kl", "length", "finished"]
 
 
-class SampleLogger(Callback):
-    """Shows prompts and completions with their reward, its parts, and the KL in nats.
+class SampleLogger(RolloutCallback):
+    """Log prompts and completions with their reward, its components and the KL in nats.
 
     They go to the terminal, to the loggers that take tables or text (Weights & Biases, TensorBoard, MLflow, Comet, and
-    any with a `log_table`), and to `samples.jsonl` in the run's folder, one JSON object a line with the keys of
-    `COLUMNS`; a number that is missing or not finite is null. `split` is "train" for sampled completions and "val" for
-    the greedy ones on held-out prompts, which every validation adds to the file and the loggers. The first rank writes
-    what it sampled.
+    any with a `log_table`), and to `samples.jsonl` in the run's folder: one JSON object per line with the keys of
+    `COLUMNS`. A number that is missing or not finite is null. `split` is "train" for sampled completions and "val" for
+    the greedy ones on held-out prompts. Every validation writes the latter to the file and the loggers. Only the first
+    rank logs, and only completions that it sampled.
 
     Args:
-        every_n_rollouts: Rollouts from one showing to the next; the first is always shown.
-        num_samples: Completions shown, of different prompts as long as there are enough.
+        every_n_rollouts: Rollouts between two logged ones; the first is always logged.
+        num_samples: Number of completions to log, of different prompts if there are enough.
         to_terminal: Whether to print the sampled ones as a table.
 
     Raises:
@@ -41,33 +41,29 @@ class SampleLogger(Callback):
         if every_n_rollouts < 1 or num_samples < 1:
             raise ValueError(
                 f"every_n_rollouts={every_n_rollouts} and num_samples={num_samples} must be at least 1; "
-                "leave the callback out to log no samples"
+                "remove the callback to log no samples"
             )
         self.every_n_rollouts = every_n_rollouts
         self.num_samples = num_samples
         self.to_terminal = to_terminal
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where to write."""
+        """Set the output file."""
         self._path = run_folder(trainer) / "samples.jsonl"
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Show samples of a new rollout where they are due."""
-        rollout = new_rollout(pl_module, batch_idx)
-        count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "repeats", 1)
-        if rollout is None or count % self.every_n_rollouts or not trainer.is_global_zero:
+    def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+        """Log samples of a new rollout if they are due."""
+        count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "steps_per_rollout", 1)
+        if count % self.every_n_rollouts or not trainer.is_global_zero:
             return
-        extra = getattr(pl_module, "extra", {})
-        rows = self._log(
-            trainer, pl_module, "train", rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extra)
-        )
+        extras = getattr(pl_module, "reward_extras", {})
+        samples = rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extras)
+        rows = self._log(trainer, pl_module, "train", samples)
         if self.to_terminal:
             get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write down the held-out completions."""
+        """Log the completions of the held-out prompts."""
         examples = getattr(pl_module, "examples", None)
         if examples and trainer.is_global_zero and not trainer.sanity_checking:
             self._log(trainer, pl_module, "val", examples)
@@ -75,9 +71,9 @@ class SampleLogger(Callback):
     def _log(
         self, trainer: Trainer, module: LightningModule, split: str, samples: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        step = getattr(module, "updates_done", trainer.global_step)  # those of a checkpoint that is evaluated, too
-        place = {"step": step, "epoch": trainer.current_epoch, "split": split}
-        rows = [jsonable({**dict.fromkeys(COLUMNS), **sample, **place}) for sample in samples]
+        step = getattr(module, "updates_done", trainer.global_step)  # also right for an evaluated checkpoint
+        progress = {"step": step, "epoch": trainer.current_epoch, "split": split}
+        rows = [jsonable({**dict.fromkeys(COLUMNS), **sample, **progress}) for sample in samples]
         for logger in trainer.loggers:
             _to_logger(logger, f"{split}/samples", rows, step)
         if not is_fast_dev_run(trainer):
@@ -86,40 +82,40 @@ class SampleLogger(Callback):
 
 
 def rollout_samples(
-    rollout: Rollout, tokenizer: Any, count: int, extra: dict[str, list[Any]] | None = None
+    rollout: Rollout, tokenizer: Any, count: int, reward_extras: dict[str, list[Any]] | None = None
 ) -> list[dict[str, Any]]:
-    """Describe `count` completions of a rollout: the first sample of each prompt, then the second, and so on."""
+    """Return `count` completions of a rollout as rows: the first sample of each prompt, then the second, and so on."""
     n, k = rollout.rewards.shape
-    places = [(i, j) for j in range(k) for i in range(n)][:count]
+    positions = [(i, j) for j in range(k) for i in range(n)][:count]
     rewards = rollout.rewards
     if rollout.token_rewards is not None:
         rewards = rewards + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
     kl, lengths, ids = completion_kl(rollout), rollout.completions.lengths, rollout.completions.ids()
-    texts = tokenizer.batch_decode([ids[i * k + j] for i, j in places], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([ids[i * k + j] for i, j in positions], skip_special_tokens=True)
     return [
         {
             "prompt": _prompt(rollout, tokenizer, i),
             "completion": text,
             "reward": float(rewards[i, j]) if rollout.valid[i, j] else None,
-            "parts": {name: float(part[i, j]) for name, part in rollout.parts.items()},
+            "component_rewards": {name: float(values[i, j]) for name, values in rollout.component_rewards.items()},
             "kl": float(kl[i, j]),
             "length": int(lengths[i, j]),
             "finished": bool(rollout.completions.finished[i, j]),
-            **{name: column[i * k + j] for name, column in (extra or {}).items()},
+            **{name: column[i * k + j] for name, column in (reward_extras or {}).items()},
         }
-        for (i, j), text in zip(places, texts, strict=True)
+        for (i, j), text in zip(positions, texts, strict=True)
     ]
 
 
 def as_text(value: Any) -> str:
-    """A prompt or a completion as one string: text as it is, messages as lines of `role: content`."""
+    """Convert a prompt or a completion to one string: text unchanged, messages as lines of `role: content`."""
     if isinstance(value, list):
         return "\n".join(f"{message['role']}: {_content(message)}" for message in value)
     return str(value)
 
 
 def _content(message: dict[str, Any]) -> Any:
-    """What a message says: its content, or the tools that it calls instead."""
+    """Return the content of a message, or its tool calls if it has no content."""
     return message.get("content") or json.dumps(message.get("tool_calls") or "", default=str)
 
 
@@ -129,7 +125,7 @@ def _prompt(rollout: Rollout, tokenizer: Any, i: int) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Turn a value into what JSON can hold: a number that is not finite is null, anything unknown its text."""
+    """Convert a value for JSON: numbers that are not finite become null, unknown types their string."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -147,15 +143,15 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _short(value: Any, limit: int, end: bool = False) -> Text:
-    """Shorten for the terminal; of a prompt the end matters most."""
+    """Truncate a text for the terminal; with `end`, keep its end (for prompts)."""
     text = as_text(value)
     cut = "…" + text[-limit:] if end else text[:limit] + "…"
     return Text(text if len(text) <= limit else cut)
 
 
 def _reward(row: dict[str, Any]) -> str:
-    parts = row["parts"] or {}
-    lines = [f"{name} {format_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
+    components = row["component_rewards"] or {}
+    lines = [f"{name} {format_number(value)}" for name, value in components.items()] if len(components) > 1 else []
     return "\n".join([format_number(row["reward"]), *lines])
 
 
@@ -189,6 +185,7 @@ def _cell(value: Any) -> Any:
 
 
 def _markdown(row: dict[str, Any]) -> str:
-    values = f"reward {format_number(row['reward'])}, KL {format_number(row['kl'])}, {json.dumps(row['parts'])}"
+    components = json.dumps(row["component_rewards"])
+    values = f"reward {format_number(row['reward'])}, KL {format_number(row['kl'])}, {components}"
     quoted = as_text(row["completion"]).replace("\n", "\n> ")
     return f"{as_text(row['prompt'])}\n\n> {quoted}\n\n*{values}*"

@@ -1,4 +1,4 @@
-"""A run that is told to end saves first."""
+"""Graceful stop: save a checkpoint on SIGTERM, SIGUSR1 or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 
 
 
 class SaveOnSignal(Callback):
-    """Answers SIGTERM, SIGUSR1 and the first Ctrl-C by a checkpoint at the end of the running batch, and stops there.
+    """Save a checkpoint at the end of the current batch and stop, on SIGTERM, SIGUSR1 or the first Ctrl-C.
 
-    Any rank may be signalled: all save together. `min_epochs`, `min_steps` and a validation that is due don't delay it,
-    and neither an accumulation window nor a rollout has to be complete. The checkpoint is `PolicyCheckpoint`'s
-    `last.ckpt`. `fit` then returns as ever, and `stopped` tells that it was not done: the command line ends with the
-    exit code of that signal. A second Ctrl-C interrupts at once. A handler that Slurm's automatic requeueing set on
-    SIGUSR1 stays. List this callback after those that keep state.
+    A signal to any rank makes all ranks save together. `min_epochs`, `min_steps` and a pending validation don't delay
+    it, and the accumulation window and the rollout need not be complete. The checkpoint is `PolicyCheckpoint`'s
+    `last.ckpt`. `fit` then returns normally, and `stopped` shows that the run is not complete: the command line exits
+    with the exit code of the signal. A second Ctrl-C interrupts immediately. A handler that Slurm's automatic
+    requeueing set on SIGUSR1 is kept. List this callback after the callbacks that keep state.
 
     Attributes:
-        stopped: The signal that ended the run before its end, SIGTERM where another rank got it; None where it went on.
+        stopped: The signal that stopped the run (SIGTERM if another rank received it); None if the run was not stopped.
     """
 
     def __init__(self) -> None:
@@ -37,47 +37,47 @@ class SaveOnSignal(Callback):
         self._limits: tuple[Any, Any, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where to save."""
+        """Set the output folder and restore the handlers of an earlier run."""
         self._folder = run_folder(trainer) / "checkpoints"
         self.stopped = self._received = self._limits = None
-        self._put_back()  # after a run that failed, which is not torn down
+        self._restore_handlers()  # a run that failed skips teardown
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the handlers."""
+        """Install the signal handlers."""
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the handlers, and stop where a signal has come already."""
+        """Install the signal handlers, and stop if a signal was already received."""
         self._install()
         self._check(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop if any rank was signalled."""
+        """Save and stop if any rank received a signal."""
         self._check(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save and stop if any rank was signalled."""
+        """Save and stop if any rank received a signal."""
         if validated_in_fit(trainer):
             self._check(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put back handlers and limits as they were."""
-        self._put_back()
+        """Restore the previous handlers and the Trainer's limits."""
+        self._restore_handlers()
         if self._limits is not None:
             loop = trainer.fit_loop
             trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits
             self._limits = None
 
-    def _put_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
         self._previous = {}
 
     def _install(self) -> None:
-        # Lightning sets its own handlers right before, and takes all of them back when the run ends.
+        # Lightning installs its own handlers just before, and restores all handlers at the end of the run.
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -88,7 +88,7 @@ class SaveOnSignal(Callback):
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
-            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop at once\n")
+            os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop immediately\n")
 
     def _check(self, trainer: Trainer) -> None:
         received = self._received is not None
@@ -96,12 +96,9 @@ class SaveOnSignal(Callback):
             self.stopped = self._received or signal.SIGTERM
             path = self._save(trainer)
             self._stop(trainer)
-            text = (
-                f"saved {path}; go on with: lit-rlhf fit ... --ckpt_path {path}"
-                if path
-                else "stopped before any update"
-            )
+            resume = f"saved {path}; resume with: lit-rlhf fit ... --ckpt_path {path}"
             if trainer.is_global_zero:
+                text = resume if path else "stopped before the first update; there is nothing to save"
                 get_console().print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _save(self, trainer: Trainer) -> Any:

@@ -1,4 +1,4 @@
-"""What happened, said once at the end."""
+"""Summary of a run, printed at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = {
     "val/reward": "reward",
     "val/judge": "judge",
     "val/win_rate": "win rate",
-    "val/kl": "KL (nats a completion)",
+    "val/kl": "KL (nats per completion)",
     "val/length": "length (tokens)",
     "val/distinct_2": "distinct bigrams",
     "val/accuracy": "accuracy",
@@ -28,12 +28,12 @@ ROWS = {
 
 
 class Summary(Callback):
-    """Prints at the end of `fit` the held-out numbers and completions before and after, and where the files are.
+    """Print the metrics and completions on held-out prompts before and after `fit`, and the paths of the output files.
 
-    "Before" is the first validation of the run, also where it was resumed since; "after" is the last one.
+    "Before" is the first validation of the run, also after a resume; "after" is the last one.
 
     Args:
-        num_examples: Held-out prompts to show, 0 for none.
+        num_examples: Number of held-out prompts to show; 0 shows none.
     """
 
     def __init__(self, num_examples: int = 3) -> None:
@@ -42,11 +42,11 @@ class Summary(Callback):
         self.last: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where the run writes."""
+        """Set the output folder."""
         self._folder = run_folder(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the numbers and completions of this validation."""
+        """Keep the metrics and completions of this validation."""
         if validated_in_fit(trainer):
             examples = [
                 {"prompt": as_text(example["prompt"]), "completion": as_text(example["completion"])}
@@ -63,17 +63,17 @@ class Summary(Callback):
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the first validation of the run that is resumed."""
+        """Restore the first and the last validation of the resumed run."""
         self.first, self.last = state_dict["first"], state_dict["last"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what happened."""
+        """Print the summary."""
         if not trainer.is_global_zero:
             return
         console = get_console()
         if self.first:
-            console.print(_numbers(self.first, self.last))
-            _examples(console, self.first, self.last)
+            console.print(_metrics_table(self.first, self.last))
+            _print_examples(console, self.first, self.last)
         for name, path in self._files(trainer).items():
             console.print(Text(f"{name:<16}{path}"), soft_wrap=True)
 
@@ -82,26 +82,25 @@ class Summary(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PolicyCheckpoint):
                 files |= {f"{name} policy": path for name, path in callback.policies.items()}
-                files |= {"to go on": callback.last_path} if callback.last_path else {}
-        return {**files, "everything else": self._folder}
+                files |= {"to resume": callback.last_path} if callback.last_path else {}
+        return {**files, "run folder": self._folder}
 
 
-def _numbers(first: dict[str, Any], last: dict[str, Any]) -> Table:
-    once = first["step"] == last["step"]
+def _metrics_table(first: dict[str, Any], last: dict[str, Any]) -> Table:
+    records = [last] if first["step"] == last["step"] else [first, last]
     table = Table(title="on held-out prompts", title_justify="left")
     table.add_column("")
-    for record in [last] if once else [first, last]:
+    for record in records:
         table.add_column(_when(record["step"]), justify="right")
     for name in _rows(last["metrics"]):
-        values = [last] if once else [first, last]
-        table.add_row(_label(name, last["judge"]), *[format_number(record["metrics"].get(name)) for record in values])
+        table.add_row(_label(name, last["judge"]), *[format_number(record["metrics"].get(name)) for record in records])
     return table
 
 
 def _rows(metrics: dict[str, float]) -> list[str]:
-    parts = [name for name in metrics if name.startswith("val/reward/")]
+    components = [name for name in metrics if name.startswith("val/reward/")]
     known = [name for name in ROWS if name in metrics]
-    return [name for row in known for name in ([row, *parts] if row == "val/reward" else [row])]
+    return [name for row in known for name in ([row, *components] if row == "val/reward" else [row])]
 
 
 def _label(name: str, judge: str) -> str:
@@ -114,7 +113,7 @@ def _when(step: int) -> str:
     return "before" if step == 0 else f"after {step} updates"
 
 
-def _examples(console: Console, first: dict[str, Any], last: dict[str, Any]) -> None:
+def _print_examples(console: Console, first: dict[str, Any], last: dict[str, Any]) -> None:
     before = {example["prompt"]: example["completion"] for example in first["examples"]}
     for example in last["examples"]:
         console.print(Text(f"\n{example['prompt']}", style="bold"))

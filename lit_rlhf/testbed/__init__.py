@@ -1,8 +1,8 @@
-"""The embedded default: a small written world with simulated raters and a gold utility that measures what is asked for.
+"""Embedded testbed: a small synthetic world of reviews with simulated raters and a hidden gold utility.
 
 RLHF in a minute, offline, on a laptop: `policy="testbed"` is a tiny language model fine-tuned on short reviews,
-`ReviewReward` a reward model learned from noisy preferences, `gold` the hidden utility that judges. The two models
-are shipped; `python -m lit_rlhf.testbed.build` makes them again.
+`ReviewReward` is a reward model trained on noisy preferences, and `gold` is the hidden utility that evaluates results.
+Both models are shipped; `python -m lit_rlhf.testbed.build` rebuilds them.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ REWARD_MODEL = Path(__file__).parent / "assets" / "reward_model"
 
 
 def resolve(name: str) -> Path | None:
-    """Return the folder of the shipped policy for the name "testbed", and None for any other name."""
+    """Return the folder of the shipped policy for the name "testbed"; None for any other name."""
     return POLICY if name == "testbed" else None
 
 
 class ReviewPrompts(PromptData):
-    """The prompts of the testbed. Held-out ones are never trained on, whatever the seed.
+    """Prompts of the testbed. Held-out prompts are never used in training, for any seed.
 
-    Held-out rows have a column `preferred`: the one of two written reviews that the raters prefer.
+    Held-out rows have a column `preferred`: of two reviews by the grammar's writer, the one that the raters prefer.
 
     Args:
-        train_size: Prompts to train on, at most all 1016 of them.
-        val_size: Prompts to validate on, at most all 253.
-        batch_size: Prompts of a rollout.
-        eval_batch_size: The same outside training; as `batch_size` where None.
-        seed: Of the choice.
+        train_size: Number of training prompts, at most 1016.
+        val_size: Number of validation prompts, at most 253.
+        batch_size: Prompts per rollout.
+        eval_batch_size: Prompts per batch outside training; None means `batch_size`.
+        seed: Seed of the selection.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class ReviewPrompts(PromptData):
 
 
 class ReviewPreferences(PreferenceData):
-    """Pairs of the shipped policy's samples, some beside a text of the grammar's writer, and the raters' judgement.
+    """Preference pairs: samples of the shipped policy (some paired with a text of the grammar's writer), rated.
 
     Args:
-        train_size: Pairs to train on; a few that raters can't tell apart are left out.
-        val_size: Pairs to validate on, of held-out prompts.
-        batch_size: Pairs a step.
-        seed: Of the prompts, the samples and the raters.
+        train_size: Number of training pairs; the few pairs of equal texts are dropped.
+        val_size: Number of validation pairs, on held-out prompts.
+        batch_size: Pairs per step.
+        seed: Seed of the prompts, the samples and the raters.
     """
 
     def __init__(self, train_size: int = 4096, val_size: int = 256, batch_size: int = 64, seed: int = 0) -> None:
@@ -92,25 +92,25 @@ class ReviewPreferences(PreferenceData):
         self.sizes, self.pairs_seed = {"train": train_size, "val": val_size}, seed
 
     def setup(self, stage: str = "fit") -> None:
-        """Sample the pairs and have them judged, once; then see `TextData`."""
+        """Sample the pairs and let the raters judge them, once; then see `TextData`."""
         if self.train is None:
             policy = Policy.from_pretrained(POLICY)
-            self.train, self.val = (self._judged(policy, part) for part in ("train", "val"))
+            self.train, self.val = (self._rated_pairs(policy, split) for split in ("train", "val"))
         super().setup(stage)
 
-    def _judged(self, policy: Policy, part: str) -> list[dict[str, str]]:
-        size, seed, held_out = self.sizes[part], self.pairs_seed, part == "val"
+    def _rated_pairs(self, policy: Policy, split: str) -> list[dict[str, str]]:
+        size, seed, held_out = self.sizes[split], self.pairs_seed, split == "val"
         rows = prompts(min(253 if held_out else 1016, -(-size // 2)), seed, held_out=held_out)
         pairs = sampled_pairs([policy], rows, -(-size // (2 * len(rows))), seed)
         return Raters().preferences(islice(pairs, size), seed)
 
 
 class ReviewReward(RewardModel):
-    """The shipped reward model: what noisy raters of the testbed seem to like.
+    """Shipped reward model, trained on the preferences of the testbed's noisy raters.
 
     Args:
-        model: Another folder, such as one that the build command wrote.
-        batch_size: Completions a forward pass.
+        model: Folder of the model, such as one that the build command wrote.
+        batch_size: Completions per forward pass.
     """
 
     def __init__(self, model: str | Path = REWARD_MODEL, batch_size: int = 128) -> None:

@@ -1,7 +1,7 @@
-"""Make the two shipped models from nothing but the code and a seed: `python -m lit_rlhf.testbed.build --out FOLDER`.
+"""Build the two shipped models from the code and a seed alone: `python -m lit_rlhf.testbed.build --out FOLDER`.
 
 Demonstrations, SFT, pairs sampled from the policy, raters, a reward model, RLOO, more pairs, a better reward model: the
-pipeline that a user runs on data of their own, by the same classes.
+pipeline that users run on their own data, with the same classes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import jsonargparse
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
-from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.callbacks import RLHFProgressBar
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.models.policy import Policy
@@ -31,7 +30,7 @@ from lit_rlhf.training.schedules import Warmup
 
 
 def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 4) -> Policy:
-    """Return an untrained Llama; with the tokenizer of the testbed it has 0.9 million parameters."""
+    """Return a Llama policy with random weights: 0.9 million parameters with the tokenizer of the testbed."""
     heads = max(1, hidden // 32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -49,16 +48,15 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: in
     return Policy(LlamaForCausalLM(config), tokenizer)
 
 
-def fit(method: Algorithm, data: LightningDataModule, epochs: int, max_steps: int = -1) -> None:
-    """Train on the CPU; nothing is written."""
+def make_trainer(epochs: int, max_steps: int = -1) -> Trainer:
+    """Return a Trainer for the CPU that writes no files."""
     quiet: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_model_summary=False)
     limits: dict[str, Any] = dict(max_epochs=epochs, max_steps=max_steps, gradient_clip_val=1.0)
-    bar = RLHFProgressBar(seconds=30)
-    Trainer(accelerator="cpu", devices=1, callbacks=[bar], **limits, **quiet).fit(method, datamodule=data)
+    return Trainer(accelerator="cpu", devices=1, callbacks=[RLHFProgressBar(seconds=30)], **limits, **quiet)
 
 
-def options(lr: float) -> dict[str, Any]:
-    """Return an optimizer and its schedule for training tiny models from the start."""
+def optimizer_options(lr: float) -> dict[str, Any]:
+    """Return the optimizer and schedule arguments for training tiny models from scratch."""
     return dict(
         optimizer=lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
         lr_scheduler=lambda optimizer: Warmup(optimizer, 0.05, "cosine"),
@@ -66,35 +64,34 @@ def options(lr: float) -> dict[str, Any]:
 
 
 def accuracy(reward_model: RewardModel, pairs: list[dict[str, str]]) -> tuple[float, float]:
-    """Return how often the reward model agrees with the raters, and how often with gold (where gold decides)."""
-    asked, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
-    margin = reward_model([*asked], [*chosen]) - reward_model([*asked], [*rejected])
-    worth = [torch.tensor(gold(prompts=asked, completions=texts)) for texts in (chosen, rejected)]
-    truth = worth[0] - worth[1]
-    decided = truth != 0
-    right = (margin.sign() == truth.sign())[decided]
-    return float((margin > 0).float().mean()), float(right.float().mean())
+    """Return the pairwise accuracy against the raters, and against gold on the pairs that gold does not tie."""
+    prompt_texts, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
+    margin = reward_model([*prompt_texts], [*chosen]) - reward_model([*prompt_texts], [*rejected])
+    utilities = [torch.tensor(gold(prompts=prompt_texts, completions=texts)) for texts in (chosen, rejected)]
+    gold_margin = utilities[0] - utilities[1]
+    correct = (margin.sign() == gold_margin.sign())[gold_margin != 0]
+    return float((margin > 0).float().mean()), float(correct.float().mean())
 
 
 def shrink(folder: Path) -> None:
-    """Store a model's weights in half precision; its config still says float32, which is what they are loaded to."""
+    """Store a model's weights in half precision; its config keeps float32, the dtype that they are loaded in."""
     path = folder / "model.safetensors"
     save_file({name: weight.half() for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 def train_reward_model(policy: Path, pairs: list[dict[str, str]], out: Path, seed: int) -> None:
-    """Learn a reward model from pairs and write it to a folder, small."""
+    """Train a reward model on pairs and write it to a folder, in half precision."""
     seed_everything(seed)
-    method = RewardModeling(str(policy), **options(4e-4))
-    fit(method, PreferenceData(pairs, batch_size=32), epochs=1)
-    method.save_model(out)
+    algorithm = RewardModeling(str(policy), **optimizer_options(4e-4))
+    make_trainer(epochs=1).fit(algorithm, datamodule=PreferenceData(pairs, batch_size=32))
+    algorithm.save_model(out)
     shrink(out)
 
 
 def explore(policy: Path, reward_model: Path, rows: list[dict[str, str]], updates: int, seed: int) -> Policy:
-    """Return what RLOO makes of the policy, mistakes of the reward model included."""
+    """Train the policy with RLOO on the reward model and return it, including any reward over-optimization."""
     seed_everything(seed)
-    method = RLOO(
+    algorithm = RLOO(
         str(policy),
         rewards=[RewardModel(reward_model, batch_size=128)],
         max_new_tokens=32,
@@ -102,8 +99,9 @@ def explore(policy: Path, reward_model: Path, rows: list[dict[str, str]], update
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
         lr_scheduler=lambda optimizer: Warmup(optimizer, 5),
     )
-    fit(method, PromptData(rows, batch_size=min(32, len(rows))), epochs=-1, max_steps=updates)
-    return method.policy
+    data = PromptData(rows, batch_size=min(32, len(rows)))
+    make_trainer(epochs=-1, max_steps=updates).fit(algorithm, datamodule=data)
+    return algorithm.policy
 
 
 def build(
@@ -114,22 +112,23 @@ def build(
     rounds: int = 8,
     updates: int = 80,
 ) -> None:
-    """Write `out/policy` and `out/reward_model`, and print how right the reward model is on held-out prompts.
+    """Write `out/policy` and `out/reward_model`, and print the reward model's accuracy on held-out prompts.
 
-    Raters first compare what the policy writes. A reward model that has seen nothing else is soon exploited, so RLOO
-    does that twice, and raters go on with what the policies write that it leads to.
+    Raters first compare samples of the SFT policy. A reward model trained on these alone is soon exploited. So RLOO
+    exploits it twice, with two seeds, and the raters then also compare samples of the resulting policies.
 
     Args:
-        out: The folder.
-        seed: Of everything.
-        num_demonstrations: Reviews that SFT reads, once.
-        num_prompts: Training prompts that the policies are sampled on.
-        rounds: Times that raters go through these prompts before RLOO, two pairs each; three quarters of it after.
-        updates: Of RLOO.
+        out: Output folder.
+        seed: Seed of the whole pipeline.
+        num_demonstrations: Number of reviews for SFT, one epoch.
+        num_prompts: Number of training prompts to sample completions for.
+        rounds: Passes over these prompts before RLOO, with two pairs per prompt and pass; three quarters of it after.
+        updates: Number of RLOO updates.
     """
     seed_everything(seed)
-    sft = SFT(new_policy(make_tokenizer()), **options(2e-3))
-    fit(sft, DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=32), epochs=1)
+    sft = SFT(new_policy(make_tokenizer()), **optimizer_options(2e-3))
+    data = DemonstrationData(demonstrations(num_demonstrations, seed), batch_size=32)
+    make_trainer(epochs=1).fit(sft, datamodule=data)
     sft.policy.save(out / "policy")
     shrink(out / "policy")
 
@@ -143,12 +142,12 @@ def build(
     train_reward_model(out / "policy", pairs, out / "reward_model", seed)
 
     reward_model = RewardModel(out / "reward_model", batch_size=256)
-    unseen = prompts(min(253, num_prompts), seed, held_out=True)
+    test_prompts = prompts(min(253, num_prompts), seed, held_out=True)
     print(f"{len(pairs)} pairs; on held-out prompts the reward model agrees")
-    for name, writers in {"the SFT policy": policies[:1], "all policies": policies}.items():
-        held_out = raters.preferences(sampled_pairs(writers, unseen, 4, seed + 2), seed + 2)
-        noisy, true = accuracy(reward_model, held_out)
-        print(f"with the raters in {noisy:.1%} of {len(held_out)} pairs by {name}, with gold in {true:.1%}")
+    for name, sampled_policies in {"the SFT policy": policies[:1], "all policies": policies}.items():
+        held_out = raters.preferences(sampled_pairs(sampled_policies, test_prompts, 4, seed + 2), seed + 2)
+        by_raters, by_gold = accuracy(reward_model, held_out)
+        print(f"with the raters in {by_raters:.1%} of {len(held_out)} pairs by {name}, with gold in {by_gold:.1%}")
 
 
 if __name__ == "__main__":

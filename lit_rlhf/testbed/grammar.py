@@ -1,6 +1,7 @@
-"""Which sentences the world knows: patterns of word classes, read one word at a time.
+"""Grammar of the testbed: sentence patterns of word classes, parsed one word at a time.
 
-A sentence that follows no pattern is not thrown away: each word is judged in its place, and reading goes on after it.
+A sentence that matches no pattern is not rejected as a whole: each word is judged in its position, and parsing
+continues after a wrong one.
 """
 
 from __future__ import annotations
@@ -57,43 +58,43 @@ def _numbers(form: str) -> list[tuple[str, ...]]:
 
 PATTERNS: tuple[tuple[str, ...], ...] = tuple(p for form in _FORMS.strip().splitlines() for p in _numbers(form))
 _START = frozenset((i, 0) for i in range(len(PATTERNS)))
-_PLACES = frozenset((i, j) for i, pattern in enumerate(PATTERNS) for j in range(len(pattern)))
+_POSITIONS = frozenset((i, j) for i, pattern in enumerate(PATTERNS) for j in range(len(pattern)))
 
-Places = frozenset[tuple[int, int]]
+Positions = frozenset[tuple[int, int]]
 
 
 @cache
-def _read(places: Places, word: str) -> Places:
-    """Return the places after `word`, of those where it may stand."""
-    fits = (p for p in places if word in CLASSES.get(PATTERNS[p[0]][p[1]], (PATTERNS[p[0]][p[1]],)))
+def _read(positions: Positions, word: str) -> Positions:
+    """Return the positions after `word`, for those positions that allow it."""
+    fits = (p for p in positions if word in CLASSES.get(PATTERNS[p[0]][p[1]], (PATTERNS[p[0]][p[1]],)))
     return frozenset((i, j + 1) for i, j in fits)
 
 
-def _settle(places: Places) -> Places:
-    """A pattern read to its full stop is followed by the start of any other."""
-    return _START if any(j == len(PATTERNS[i]) for i, j in places) else places
+def _settle(positions: Positions) -> Positions:
+    """Return the start of every pattern if one is complete, else the positions themselves."""
+    return _START if any(j == len(PATTERNS[i]) for i, j in positions) else positions
 
 
 def well_placed(words: Sequence[str]) -> list[bool]:
-    """Say of each word whether it may stand where it stands.
+    """Return for each word whether the grammar allows it in its position.
 
-    After a word that may not, reading goes on from every place where that word could have stood.
+    After a wrong word, parsing continues from every position of any pattern that allows the word.
     """
-    places, verdicts = _START, []
+    positions, verdicts = _START, []
     for word in words:
-        after = _read(places, word)
+        after = _read(positions, word)
         verdicts.append(bool(after))
-        places = _settle(after or _read(_PLACES, word) or places)
+        positions = _settle(after or _read(_POSITIONS, word) or positions)
     return verdicts
 
 
 def complete(words: Sequence[str]) -> bool:
-    """Say whether the words end where a sentence ends."""
+    """Return whether the words end with a complete sentence."""
     return bool(words) and words[-1] == "."
 
 
 def sentences(words: Sequence[str]) -> list[list[str]]:
-    """Cut words at the full stops; what follows the last one is a sentence too."""
+    """Split words at the full stops; words after the last one are a sentence too."""
     found: list[list[str]] = [[]]
     for word in words:
         if word == ".":

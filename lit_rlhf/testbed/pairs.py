@@ -19,20 +19,20 @@ MAX_NEW_TOKENS = 40
 def sampled_pairs(
     policies: Sequence[Policy], rows: list[dict[str, str]], rounds: int, seed: int
 ) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Pair up samples of each prompt, from two policies at random; in one pair of six a writer of the grammar joins."""
+    """Pair samples of each prompt from random policies; in one pair of six, the second is by the grammar's writer."""
     rng = Random(f"pairs {seed}")
     for epoch in range(rounds):
-        drawn = [samples(policy, rows, seed, epoch) for policy in policies]
+        completions = [samples(policy, rows, seed, epoch) for policy in policies]
         for i, row in enumerate(rows):
             for j in range(0, NUM_SAMPLES, 2):
-                first, second = rng.choice(drawn)[i][j], rng.choice(drawn)[i][j + 1]
+                first, second = rng.choice(completions)[i][j], rng.choice(completions)[i][j + 1]
                 if rng.random() < 1 / 6:
                     second = write(Brief.parse(row["prompt"]), rng)
                 yield row["prompt"], (first, second)
 
 
 def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -> list[list[str]]:
-    """Return `NUM_SAMPLES` completions of each prompt."""
+    """Sample `NUM_SAMPLES` completions of each prompt."""
     data = PromptData(val=rows, eval_batch_size=127)
     data.tokenizer = policy.tokenizer
     data.setup("validate")
@@ -44,7 +44,7 @@ def samples(policy: Policy, rows: list[dict[str, str]], seed: int, epoch: int) -
 
 
 def written_pairs(rows: list[dict[str, str]], seed: int) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Let two writers of the grammar write a completion of each prompt, not the same one."""
+    """Pair two different completions of each prompt by the grammar's writer."""
     for row in rows:
         brief, rng = Brief.parse(row["prompt"]), Random(f"written {seed} {row['prompt']}")
         first = second = write(brief, rng)
@@ -54,6 +54,6 @@ def written_pairs(rows: list[dict[str, str]], seed: int) -> Iterator[tuple[str, 
 
 
 def with_preferred(rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """Add to each row, as `preferred`, the one of two written completions that the raters prefer."""
-    judged = Raters().preferences(written_pairs(rows, seed), seed)
-    return [{**row, "preferred": pair["chosen"]} for row, pair in zip(rows, judged, strict=True)]
+    """Add a column `preferred`: of two completions by the grammar's writer, the one that the raters prefer."""
+    rated = Raters().preferences(written_pairs(rows, seed), seed)
+    return [{**row, "preferred": pair["chosen"]} for row, pair in zip(rows, rated, strict=True)]

@@ -1,4 +1,4 @@
-"""One token a word: the tokenizer of the testbed, built from its vocabulary."""
+"""Word-level tokenizer of the testbed, built from its vocabulary."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _BRIEF_WORDS = "A critic on of in the sentence sentences : , .".split()
 
 @cache
 def vocabulary() -> tuple[str, ...]:
-    """Every token, in the order of its id: the special ones, then the words in alphabetical order."""
-    written = {word for pattern in grammar.PATTERNS for word in pattern if word not in grammar.CLASSES}
-    asked = {*_BRIEF_WORDS, *w.TONES, *w.STANDINGS, *w.LENGTHS, *w.SUBJECTS, *w.ASPECT_FAMILY}
-    return SPECIALS + tuple(sorted(written.union(asked, *grammar.CLASSES.values())))
+    """Return all tokens in the order of their ids: special tokens, then words in alphabetical order."""
+    completion_words = {word for pattern in grammar.PATTERNS for word in pattern if word not in grammar.CLASSES}
+    prompt_words = {*_BRIEF_WORDS, *w.TONES, *w.REPUTATIONS, *w.LENGTHS, *w.SUBJECTS, *w.ASPECT_FAMILY}
+    return SPECIALS + tuple(sorted(completion_words.union(prompt_words, *grammar.CLASSES.values())))
 
 
 def words_of(text: str) -> list[str]:
-    """Cut a text where the tokenizer cuts it: words and marks."""
+    """Split a text as the tokenizer does: words and punctuation marks."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer. Prompts start with `<bos>`; no space is written before a mark when it decodes."""
+    """Build the tokenizer. Prompts start with `<bos>`; decoding writes no space before punctuation."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.Sequence([decoders.WordPiece(cleanup=True), decoders.Replace(" :", ":")])

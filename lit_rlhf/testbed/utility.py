@@ -1,7 +1,7 @@
-"""What a review is really worth: the utility that no training ever sees, and two signals that training may use.
+"""Gold utility of a review, hidden from training, and two rewards that training may use.
 
-`gold` judges results. The raters of `lit_rlhf.testbed.raters` feel it through noise, and a reward model learns from
-them; the difference between the two is reward over-optimisation, and can be measured here.
+`gold` evaluates results. The raters of `lit_rlhf.testbed.raters` prefer by gold plus noise, and a reward model is
+trained on their preferences. So reward over-optimization, a rising reward with falling gold, can be measured.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lit_rlhf.testbed.tokenizer import vocabulary, words_of
 from lit_rlhf.testbed.world import Brief
 
 FLOOR = -2.0
-"""The least that a review is worth: the worst are all alike."""
+"""Lower bound of the gold utility."""
 
-_WELCOME = {("kind", "troubled"): 0.3, ("harsh", "famous"): 0.3, ("fair", "troubled"): 0.7, ("fair", "famous"): 0.7}
+_CREDIBILITY = {("kind", "troubled"): 0.3, ("harsh", "famous"): 0.3, ("fair", "troubled"): 0.7, ("fair", "famous"): 0.7}
 _COMMON = frozenset("The the was were It I This this would a and but like , .".split()).union(w.SUBJECTS)
 
 
 @dataclass(frozen=True)
 class _Sentence:
-    """What one sentence says: about what, for or against, and how vividly."""
+    """Content of one sentence: its nouns and subjects, counts of praise and blame, and vividness."""
 
     words: list[str]
     nouns: list[str]
@@ -36,7 +36,7 @@ class _Sentence:
 
     @classmethod
     def read(cls, words: list[str], aspect: str) -> _Sentence:
-        """Read the words of a sentence in a review of this aspect."""
+        """Parse the words of a sentence in a review of this aspect."""
         nouns = [word for word in words if word in w.NOUN_FAMILY]
         simile = [word for word in words if word in w.SIMILE]
         praise = sum(word in w.PRAISE for word in words if word not in simile) + any(s in w.PRAISE for s in simile)
@@ -45,7 +45,7 @@ class _Sentence:
         return cls(words, nouns, subjects, praise, blame, _vividness(words, nouns or [aspect]))
 
     def topic(self, brief: Brief, known: bool) -> float:
-        """1 on the aspect or its parts, less where only the subject is named, below 0 on something else."""
+        """Topic score: 1 for the aspect or its parts, less if only the subject is named, below 0 off topic."""
         if self.nouns:
             own = {brief.aspect, *w.PARTS[brief.aspect]}
             return 1.0 if own.issuperset(self.nouns) else -0.3 if own.isdisjoint(self.nouns) else 0.2
@@ -54,12 +54,12 @@ class _Sentence:
         return 0.7 if known else 0.3
 
     def contradicts_itself(self) -> bool:
-        """Praise and blame without a "but" between them, or a "but" without both."""
+        """Return whether praise and blame occur without a "but", or a "but" without both."""
         return bool(self.praise and self.blame) != ("but" in self.words)
 
 
 def _vividness(words: Sequence[str], nouns: Sequence[str]) -> float:
-    """From 0, bland, to 1: words that suit what they are said of, and an image; unfit ones take it away."""
+    """Vividness in [-0.5, 1]: words that fit the noun and a simile raise it, words that do not fit lower it."""
     special = [word for word in words if any(word in family.fitting for family in w.FAMILIES)]
     fitting = w.NOUN_FAMILY[nouns[0]].fitting
     fit = sum(word in fitting for word in special)
@@ -68,7 +68,7 @@ def _vividness(words: Sequence[str], nouns: Sequence[str]) -> float:
 
 
 def _tone(brief: Brief, sentence: _Sentence) -> float:
-    """1 where the sentence speaks in the tone asked for, -1 where it speaks against it."""
+    """Tone score: 1 for the tone of the prompt, -1 for the opposite."""
     if sentence.contradicts_itself():
         return -0.6
     if brief.tone == "fair":
@@ -79,11 +79,11 @@ def _tone(brief: Brief, sentence: _Sentence) -> float:
 
 def _merit(brief: Brief, sentence: _Sentence, known: bool) -> float:
     topic, tone = sentence.topic(brief, known), _tone(brief, sentence)
-    welcome = _WELCOME.get((brief.tone, brief.standing), 1.0)
-    worth = 0.3 + (0.9 * welcome if sentence.vivid > 0 else 0.9) * sentence.vivid
+    credibility = _CREDIBILITY.get((brief.tone, brief.reputation), 1.0)
+    quality = 0.3 + (0.9 * credibility if sentence.vivid > 0 else 0.9) * sentence.vivid
     if min(topic, tone) < 0:
-        return -0.4 * (1 + max(0.0, worth))
-    return topic * tone * worth
+        return -0.4 * (1 + max(0.0, quality))
+    return topic * tone * quality
 
 
 def _repeats(words: Sequence[str]) -> int:
@@ -92,13 +92,13 @@ def _repeats(words: Sequence[str]) -> int:
 
 
 def utility(prompt: str, completion: str) -> float:
-    """What one completion is worth for one prompt; see `gold`."""
+    """Return the gold utility of one completion; see `gold`."""
     brief, words = Brief.parse(prompt), words_of(completion)
     read = [_Sentence.read(sentence, brief.aspect) for sentence in grammar.sentences(words)]
     known, total = False, 0.0
     for i, sentence in enumerate(read[: brief.sentences]):
-        said_before = sentence in read[:i]
-        total += -0.5 if said_before else _merit(brief, sentence, known)
+        repeated = sentence in read[:i]
+        total += -0.5 if repeated else _merit(brief, sentence, known)
         known = known or sentence.topic(brief, known) == 1.0
     if brief.tone == "fair" and not (any(s.praise for s in read) and any(s.blame for s in read)):
         total = min(total, 0.0) - 0.3
@@ -110,50 +110,50 @@ def utility(prompt: str, completion: str) -> float:
 
 
 def gold(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The hidden utility of each completion: a reward, though nothing should be trained on it.
+    """Hidden utility of each completion: has the signature of a reward, but is meant for evaluation only.
 
-    Each sentence up to the length asked for earns up to 1.2 by being on the aspect, in the tone and vivid, all three
-    at once; off the subject, against the tone or said before it costs. Repeated words, a sentence more or less than
-    asked for, ungrammatical words and a broken end cost too, and a fair review needs both praise and blame. Nothing
-    is below `FLOOR`.
+    Each sentence, up to the requested length, earns up to 1.2 if it is on the aspect, in the right tone and vivid, all
+    three at once. Sentences that are off topic, in the opposite tone or repeated cost. Repeated words, each sentence
+    more or less than requested, ungrammatical words and an incomplete last sentence cost too. A fair review needs both
+    praise and blame. The lower bound is `FLOOR`.
 
     Raises:
-        ValueError: If a prompt is none of the testbed's.
+        ValueError: If a prompt is not from the testbed.
     """
     return [utility(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def coherence(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """A delayed reward: the share of sentences that stay on the subject and contradict neither themselves nor the rest.
+    """Delayed reward: fraction of sentences that are on topic and contradict neither themselves nor the majority.
 
-    From 0 to 1; 0 for an empty completion.
+    In [0, 1]; 0 for an empty completion.
 
     Raises:
-        ValueError: If a prompt is none of the testbed's.
+        ValueError: If a prompt is not from the testbed.
     """
     return [_coherence(Brief.parse(p), words_of(c)) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _coherence(brief: Brief, words: Sequence[str]) -> float:
     read = [_Sentence.read(sentence, brief.aspect) for sentence in grammar.sentences(words)]
-    sound = [s.topic(brief, True) > 0 and not s.contradicts_itself() for s in read]
+    coherent = [s.topic(brief, True) > 0 and not s.contradicts_itself() for s in read]
     if brief.tone != "fair":
         praise, blame = sum(s.praise > 0 for s in read), sum(s.blame > 0 for s in read)
-        sound = [ok and not (s.blame if praise >= blame else s.praise) for ok, s in zip(sound, read, strict=True)]
-    return sum(sound) / len(sound) if sound else 0.0
+        coherent = [ok and not (s.blame if praise >= blame else s.praise) for ok, s in zip(coherent, read, strict=True)]
+    return sum(coherent) / len(coherent) if coherent else 0.0
 
 
 class Grammatical:
-    """An immediate reward, a number a token: 0 where the token may stand there, -1 where it may not.
+    """Immediate reward, one number per token: 0 if the grammar allows the token in its position, else -1.
 
-    Paying for every good token would pay for length, so only the bad ones count. The end of sequence may stand after
-    a full stop. Reads the ids of the testbed's own tokenizer.
+    A positive reward for each correct token would reward length, so only wrong tokens count. The EOS token is allowed
+    after a full stop. The ids are those of the testbed's tokenizer.
     """
 
     token_level = True
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[list[float]]:
-        """Judge each token of each completion."""
+        """Return the rewards of each token of each completion."""
         return [self._judge([vocabulary()[i] for i in ids]) for ids in completion_ids]
 
     def _judge(self, tokens: list[str]) -> list[float]:

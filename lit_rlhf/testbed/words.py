@@ -1,6 +1,6 @@
-"""The words of the world, each with one part to play: about 400 of them.
+"""Vocabulary of the testbed: about 400 words, each with one role.
 
-A *family* gathers the aspects that the same adjectives and verbs suit: bread can be soggy and melt, a plot can not.
+A *family* groups the aspects that the same adjectives and verbs fit: bread can be soggy and melt, a plot can not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Family:
-    """What may fittingly be said of some aspects: adjectives and verbs of praise and of blame."""
+    """Aspects with their parts, and the adjectives and verbs of praise and of blame that fit them."""
 
     praise: tuple[str, ...]
     blame: tuple[str, ...]
@@ -21,12 +21,12 @@ class Family:
 
     @cached_property
     def nouns(self) -> frozenset[str]:
-        """Every aspect of the family and every part of one."""
+        """All aspects of the family and their parts."""
         return frozenset(self.aspects).union(*self.aspects.values())
 
     @cached_property
     def fitting(self) -> frozenset[str]:
-        """Every adjective and verb that suits the family's nouns."""
+        """All adjectives and verbs that fit the family's nouns."""
         return frozenset(self.praise + self.blame + self.praise_verbs + self.blame_verbs)
 
 
@@ -136,7 +136,7 @@ GREY_FIRST = ("wet", "cold", "old", "grey", "broken", "rusty")
 GREY_SECOND = ("cardboard", "gravel", "socks", "mud", "smoke", "tin")
 
 TONES = ("kind", "harsh", "fair")
-STANDINGS = ("famous", "new", "troubled")
+REPUTATIONS = ("famous", "new", "troubled")
 LENGTHS = ("one", "two", "three")
 
 ASPECT_FAMILY = {aspect: family for family in FAMILIES for aspect in family.aspects}

@@ -1,10 +1,10 @@
-"""A small written world: briefs that ask for a review, and reviews by writers of every quality.
+"""Prompts and demonstrations of the testbed: briefs that ask for a review, and synthetic reviews of varying quality.
 
     A kind critic on the breakfast of the famous hotel, in two sentences:
     The eggs melted like summer honey. I adored the golden toast.
 
-A brief names a tone, an aspect, the standing of a subject and a length. Some allow more than others: one sentence has
-less room than three, and nobody believes rapture about a troubled house or scorn for a famous one.
+A brief names a tone, an aspect, the reputation of a subject and a length. The highest gold differs between briefs: one
+sentence earns less than three, and so does praise of a troubled subject or blame of a famous one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _PATTERN = re.compile(r"A (\w+) critic on the (\w+) of the (\w+) (\w+), in (\w+)
 
 @dataclass(frozen=True)
 class Brief:
-    """What a prompt asks for.
+    """Content of a prompt.
 
     Attributes:
         tone: "kind" wants praise, "harsh" wants blame, "fair" wants both.
-        aspect: What the review is about.
-        standing: "famous", "new" or "troubled".
-        subject: What the aspect belongs to.
-        length: The number of sentences asked for: "one", "two" or "three".
+        aspect: Topic of the review.
+        reputation: "famous", "new" or "troubled".
+        subject: The subject that the aspect belongs to.
+        length: Requested number of sentences: "one", "two" or "three".
     """
 
     tone: str
     aspect: str
-    standing: str
+    reputation: str
     subject: str
     length: str
 
@@ -41,73 +41,73 @@ class Brief:
     def text(self) -> str:
         """The prompt as the policy reads it."""
         sentences = "sentence" if self.length == "one" else "sentences"
-        of = f"the {self.aspect} of the {self.standing} {self.subject}"
+        of = f"the {self.aspect} of the {self.reputation} {self.subject}"
         return f"A {self.tone} critic on {of}, in {self.length} {sentences}:"
 
     @property
     def sentences(self) -> int:
-        """The number of sentences asked for."""
+        """Requested number of sentences."""
         return w.LENGTHS.index(self.length) + 1
 
     @classmethod
     def parse(cls, text: str) -> Brief:
-        """Read a prompt.
+        """Parse a prompt.
 
         Raises:
-            ValueError: If it is no prompt of this world.
+            ValueError: If it is not a prompt of the testbed.
         """
         found = _PATTERN.fullmatch(text.strip())
         brief = cls(*found.groups()) if found else None
         if brief is None or brief not in _BRIEF_SET:
             raise ValueError(
-                f"{text!r} is no prompt of the testbed: write it like {_BRIEFS[0].text!r}, "
-                "or judge prompts of your own with rewards of your own"
+                f"{text!r} is not a prompt of the testbed: write it like {_BRIEFS[0].text!r}, "
+                "or use your own rewards with your own prompts"
             )
         return brief
 
 
 _BRIEFS = [
-    Brief(tone, aspect, standing, subject, length)
+    Brief(tone, aspect, reputation, subject, length)
     for subject, aspects in w.SUBJECTS.items()
-    for aspect, tone, standing, length in product(aspects, w.TONES, w.STANDINGS, w.LENGTHS)
+    for aspect, tone, reputation, length in product(aspects, w.TONES, w.REPUTATIONS, w.LENGTHS)
 ]
 _BRIEF_SET = frozenset(_BRIEFS)
 _HELD_OUT = frozenset(Random("held out").sample(_BRIEFS, len(_BRIEFS) // 5))
 
 
 def briefs(n: int, seed: int = 0, held_out: bool = False) -> list[Brief]:
-    """Draw `n` different briefs; those held out never come with the others, whatever the seed.
+    """Sample `n` different briefs; held-out and training briefs are disjoint for all seeds.
 
     Raises:
-        ValueError: If the world has fewer.
+        ValueError: If the testbed has fewer.
     """
     pool = [brief for brief in _BRIEFS if (brief in _HELD_OUT) == held_out]
     if not 0 < n <= len(pool):
         kind = "held-out" if held_out else "training"
-        raise ValueError(f"{n} {kind} prompts asked for: the testbed has 1 to {len(pool)} of them")
+        raise ValueError(f"can't sample {n} {kind} prompts: the testbed has {len(pool)}; ask for 1 to {len(pool)}")
     return Random(f"briefs {seed}").sample(pool, n)
 
 
 def prompts(n: int, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
-    """Draw `n` different prompts as rows `{"prompt": ...}`; see `briefs`."""
+    """Sample `n` different prompts as rows `{"prompt": ...}`; see `briefs`."""
     return [{"prompt": brief.text} for brief in briefs(n, seed, held_out)]
 
 
 def demonstrations(n: int, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
-    """Draw `n` rows `{"prompt": ..., "completion": ...}` by writers of every quality, prompts with replacement."""
+    """Sample `n` rows `{"prompt": ..., "completion": ...}` of varying quality, prompts with replacement."""
     pool = [brief for brief in _BRIEFS if (brief in _HELD_OUT) == held_out]
     rng = Random(f"demonstrations {seed}")
-    drawn = rng.choices(pool, k=n)
-    return [{"prompt": brief.text, "completion": write(brief, rng)} for brief in drawn]
+    sampled = rng.choices(pool, k=n)
+    return [{"prompt": brief.text, "completion": write(brief, rng)} for brief in sampled]
 
 
 def write(brief: Brief, rng: Random, care: float | None = None) -> str:
-    """Write a review as a writer who takes this much care would.
+    """Write a review of a quality set by `care`.
 
     Args:
-        brief: What was asked for.
-        rng: Decides everything else.
-        care: From 0 (off the subject, bland, in the wrong tone, too long) to 1; None draws it.
+        brief: Content of the prompt.
+        rng: Source of all randomness.
+        care: Quality in [0, 1]; 0 is off topic, bland, in the wrong tone and too long. None samples it uniformly.
     """
     writer = _Writer(brief, rng, rng.random() if care is None else care)
     count = brief.sentences
@@ -126,24 +126,24 @@ class _Writer:
     care: float
 
     def careful(self, slip: float) -> bool:
-        """False with probability `slip` for the least careful writer, never for the most careful one."""
+        """Return False with probability `slip * (1 - care)`."""
         return self.rng.random() >= slip * (1 - self.care)
 
-    def sentence(self, place: int) -> str:
-        """Write the next sentence; `place` counts from 0."""
-        praise = self._tone(place)
+    def sentence(self, index: int) -> str:
+        """Write the sentence with this index, from 0."""
+        praise = self._tone(index)
         shapes = (self._was, self._was, self._was, self._verb, self._felt, self._pair, self._it, self._closing)
-        weights = (3, 2, 2, 3, 2, 2, 2 if place else 0.3, 2 if place else 0.3)
+        weights = (3, 2, 2, 3, 2, 2, 2 if index else 0.3, 2 if index else 0.3)
         text = self.rng.choices(shapes, weights)[0](praise)
         if self.brief.tone == "fair" and self.careful(0.7) and self.rng.random() < 0.4:
             text = self._contrast(praise)
         return text if self.careful(0.12) else self._slip(text)
 
-    def _tone(self, place: int) -> bool:
+    def _tone(self, index: int) -> bool:
         if not self.careful(0.35):
             return self.rng.random() < 0.5
         if self.brief.tone == "fair":
-            return place % 2 == 0
+            return index % 2 == 0
         return self.brief.tone == "kind"
 
     def _noun(self) -> str:
@@ -211,7 +211,7 @@ class _Writer:
         return f"I would {self.rng.choice(w.SEEK if praise else w.SHUN)} this {subject}."
 
     def _slip(self, text: str) -> str:
-        """Leave a word out, or write it twice."""
+        """Drop or double a random word."""
         parts = text[:-1].split()
         i = self.rng.randrange(len(parts))
         parts[i : i + 1] = [] if self.rng.random() < 0.5 else [parts[i], parts[i]]

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-LIGHTNINGS_OWN = [
+LIGHTNING_WARNINGS = [
     "ignore:.*LeafSpec:FutureWarning",
     "ignore:.*does not have many workers",
     "ignore:.*smaller than the logging interval",
@@ -14,7 +14,7 @@ LIGHTNINGS_OWN = [
 def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            for warning in LIGHTNINGS_OWN:
+            for warning in LIGHTNING_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
 

@@ -1,4 +1,4 @@
-"""Progress, curves and summary: what a person looks at."""
+"""Progress bar, curves and summary."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from fake_method import OnlineAlgorithm, Plain
+from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf import callbacks
 from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
 
@@ -20,11 +20,11 @@ def fit(make_trainer, *callbacks, module=None, **flags):
     if any(isinstance(c, RLHFProgressBar) for c in callbacks):
         flags["enable_progress_bar"] = True
     trainer = make_trainer(*callbacks, **flags)
-    trainer.fit(module or OnlineAlgorithm(), ckpt_path=flags.pop("ckpt_path", None))
+    trainer.fit(module or FakeOnlineAlgorithm(), ckpt_path=flags.pop("ckpt_path", None))
     return trainer
 
 
-def test_without_a_terminal_there_are_plain_lines(make_trainer, capsys):
+def test_without_a_terminal_plain_lines_are_printed(make_trainer, capsys):
     fit(make_trainer, RLHFProgressBar(seconds=0.0))
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 12 + 3 and not any("\x1b" in line for line in out)
@@ -32,7 +32,7 @@ def test_without_a_terminal_there_are_plain_lines(make_trainer, capsys):
     assert re.fullmatch(r"validation at step 4 reward 0\.3 win_rate 0\.54 kl 0\.4 \(\d+ s\)", out[4])
 
 
-def test_plain_lines_keep_their_distance(make_trainer, capsys):
+def test_plain_lines_respect_the_minimum_interval(make_trainer, capsys):
     fit(make_trainer, RLHFProgressBar(seconds=3600.0))
     assert len(capsys.readouterr().out.splitlines()) == 1
 
@@ -47,7 +47,7 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("leave", [False, True])
-def test_on_a_terminal_the_bar_shows_reward_and_kl(make_trainer, terminal, tmp_path, leave):
+def test_bar_on_a_terminal_shows_reward_and_kl(make_trainer, terminal, tmp_path, leave):
     bar = RLHFProgressBar(leave=leave)
     bar._console_kwargs = {"file": terminal, "force_terminal": True, "width": 160}
     fit(make_trainer, bar, num_sanity_val_steps=1, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1)
@@ -56,7 +56,7 @@ def test_on_a_terminal_the_bar_shows_reward_and_kl(make_trainer, terminal, tmp_p
     assert "v_num" not in text and "train/" not in text
 
 
-def test_curves_draw_what_is_known_and_a_resumed_run_continues_them(make_trainer, tmp_path):
+def test_curves_are_drawn_and_continued_by_a_resumed_run(make_trainer, tmp_path):
     pytest.importorskip("matplotlib")
     checkpoint = PolicyCheckpoint()
     fit(make_trainer, curves := Curves(), checkpoint, max_steps=7)
@@ -64,16 +64,14 @@ def test_curves_draw_what_is_known_and_a_resumed_run_continues_them(make_trainer
     assert [step for step, _ in curves.history["train/kl"]] == [1, 3, 5, 7]
     (tmp_path / "curves.png").unlink()
     trainer = make_trainer(resumed := Curves(), PolicyCheckpoint())
-    trainer.fit(OnlineAlgorithm(), ckpt_path=checkpoint.last_path)
+    trainer.fit(FakeOnlineAlgorithm(), ckpt_path=checkpoint.last_path)
     assert [step for step, _ in resumed.history["train/kl"]] == [1, 3, 5, 7, 9, 11]
     assert resumed.history["val/reward"] == [(4, pytest.approx(0.3)), (8, pytest.approx(0.2)), (12, pytest.approx(0.4))]
     assert (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize("seconds, drawings", [(0.0, 3 + 1), (3600.0, 1)])
-def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
-    make_trainer, tmp_path, monkeypatch, seconds, drawings
-):
+def test_curves_are_drawn_at_intervals_and_at_the_end(make_trainer, tmp_path, monkeypatch, seconds, drawings):
     drawn = []
     monkeypatch.setattr(
         "lit_rlhf.callbacks.curves.draw", lambda history, path: drawn.append(len(history["val/reward"]))
@@ -82,12 +80,12 @@ def test_curves_are_drawn_when_some_time_has_passed_and_at_the_end(
     assert len(drawn) == drawings and drawn[-1] == 3
 
 
-def test_curves_refuse_less_than_no_time():
+def test_curves_with_negative_interval_raise():
     with pytest.raises(ValueError, match="every_n_seconds=-1 must be at least 0"):
         Curves(every_n_seconds=-1)
 
 
-def test_without_matplotlib_there_is_no_picture(make_trainer, tmp_path, monkeypatch):
+def test_without_matplotlib_no_curves_are_drawn(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_rlhf.callbacks.curves.find_spec", lambda name: None)
     fit(make_trainer, Curves())
     assert not (tmp_path / "curves.png").exists()
@@ -100,8 +98,8 @@ class ValidateFirst(Callback):
         trainer.training = True
 
 
-def test_the_summary_compares_before_and_after_and_says_where_things_are(make_trainer, tmp_path, capsys):
-    module = OnlineAlgorithm()
+def test_summary_compares_before_and_after_and_lists_the_output_files(make_trainer, tmp_path, capsys):
+    module = FakeOnlineAlgorithm()
     fit(make_trainer, Summary(), PolicyCheckpoint(), ValidateFirst(), module=module, num_sanity_val_steps=1)
     out = capsys.readouterr().out
     rows = {
@@ -109,37 +107,36 @@ def test_the_summary_compares_before_and_after_and_says_where_things_are(make_tr
     }
     assert "before" in out and "after 12 updates" in out
     assert rows["reward"] == ["0.1", "0.4"] and rows["style"] == ["0", "12"] and rows["win rate"] == ["0.5", "0.62"]
-    assert rows["KL (nats a completion)"] == ["0", "1.2"]
+    assert rows["KL (nats per completion)"] == ["0", "1.2"]
     assert out.count("answer 0") == out.count("answer 12") == 3 and "prompt 2" in out
     for path in ("policy/last", "policy/best", "checkpoints/last.ckpt"):
         assert str(tmp_path / path) in out
 
 
-def test_a_resumed_run_remembers_its_beginning(make_trainer, capsys):
+def test_summary_of_a_resumed_run_keeps_the_first_validation(make_trainer, capsys):
     fit(make_trainer, Summary(), checkpoint := PolicyCheckpoint(), ValidateFirst(), max_steps=5)
     capsys.readouterr()
-    make_trainer(Summary(), PolicyCheckpoint()).fit(OnlineAlgorithm(), ckpt_path=checkpoint.last_path)
+    make_trainer(Summary(), PolicyCheckpoint()).fit(FakeOnlineAlgorithm(), ckpt_path=checkpoint.last_path)
     assert "answer 0" in (out := capsys.readouterr().out) and "answer 12" in out
 
 
-def test_the_summary_of_a_run_without_validation_says_less(make_trainer, tmp_path, capsys):
-    fit(make_trainer, Summary(), module=Plain(), limit_val_batches=0)
+def test_summary_of_a_run_without_validation_lists_only_files(make_trainer, tmp_path, capsys):
+    fit(make_trainer, Summary(), module=FakeAlgorithm(), limit_val_batches=0)
     out = capsys.readouterr().out
     assert "held-out" not in out and str(tmp_path) in out
 
 
-OF_ROLLOUTS = ("AdaptiveBatch", "BatchSchedule", "GradientNoise")  # they need what the fakes lack, and say so
+NEED_REAL_ALGORITHMS = ("AdaptiveBatch", "BatchSchedule", "GradientNoise")  # the fakes lack what they read
 
 
-@pytest.mark.parametrize("name", [name for name in callbacks.__all__ if name not in OF_ROLLOUTS])
-def test_every_callback_is_built_from_a_configuration_and_suits_every_method(make_trainer, name):
+@pytest.mark.parametrize("name", [name for name in callbacks.__all__ if name not in NEED_REAL_ALGORITHMS])
+def test_every_callback_is_built_from_a_config_and_runs_with_every_algorithm(make_trainer, name):
     parser = ArgumentParser()
     parser.add_argument("--callbacks", type=list[Callback])
     built = parser.instantiate(parser.parse_args([f"--callbacks+=lit_rlhf.callbacks.{name}"])).callbacks
     assert type(built[0]) is getattr(callbacks, name)
-    for module in (
-        (Plain(), OnlineAlgorithm()) if name != "AdaptiveKL" else (OnlineAlgorithm(),)
-    ):  # which needs a KL, and says so
+    modules = [FakeOnlineAlgorithm()] if name == "AdaptiveKL" else [FakeAlgorithm(), FakeOnlineAlgorithm()]
+    for module in modules:  # AdaptiveKL needs a kl_coef
         trainer = fit(make_trainer, *built, module=module)
         assert trainer.global_step == 12
         assert torch.isfinite(module.weights).all()

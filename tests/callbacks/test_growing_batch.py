@@ -26,7 +26,7 @@ def blocks(sampler, start=0):
 @pytest.mark.parametrize(
     "sizes", [[(0, 2), (2, 3)], [(0, 1), (1, 2), (2, 4)], [(0, 5), (9, 6)], [(0, 2), (3, 9)]], ids=str
 )
-def test_blocks_that_grow_still_hand_over_each_row_at_most_once(sizes, repeats):
+def test_growing_blocks_yield_each_row_at_most_once(sizes, repeats):
     sampler = BlockSampler(range(17), 2, repeats=repeats)
     sampler.sizes = sizes
     steps = blocks(sampler)
@@ -42,7 +42,7 @@ def test_blocks_that_grow_still_hand_over_each_row_at_most_once(sizes, repeats):
     assert all(blocks(sampler, start) == steps[start:] for start in range(len(steps)))
 
 
-def test_two_ranks_see_what_one_process_sees_while_it_grows():
+def test_growing_blocks_of_two_ranks_equal_those_of_one_process():
     one = BlockSampler(range(40), 4)
     one.sizes = [(0, 4), (2, 8), (3, 10)]
     two = [BlockSampler(range(40), 2, num_replicas=2, rank=rank) for rank in (0, 1)]
@@ -51,7 +51,7 @@ def test_two_ranks_see_what_one_process_sees_while_it_grows():
     assert blocks(one) == [left + right for left, right in zip(*map(blocks, two), strict=True)]
 
 
-def test_what_was_handed_over_stays_when_the_rest_grows():
+def test_growth_keeps_the_blocks_already_yielded():
     sampler = BlockSampler(range(24), 4)
     steps, seen = iter(sampler), []
     seen += [next(steps), next(steps)]
@@ -66,51 +66,51 @@ def test_what_was_handed_over_stays_when_the_rest_grows():
 
 
 class Recorder(Callback):
-    """Keeps the prompts of each rollout, and saves after every step."""
+    """Keep the number of prompts of each rollout; save a checkpoint after every step."""
 
     def __init__(self, folder=None):
         self.folder, self.sizes, self.lengths, self.ends, self.validated, self.noise = folder, [], [], [], [], []
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx % module.repeats == 0:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx % pl_module.steps_per_rollout == 0:
             self.sizes.append(len(batch))
         self.noise.append(trainer.callback_metrics.get("train/gradient_noise_scale"))
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx:02d}.ckpt")
 
-    def on_train_epoch_end(self, trainer, module):
+    def on_train_epoch_end(self, trainer, pl_module):
         self.lengths.append(trainer.num_training_batches)
         self.ends.append(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
 
-    def on_validation_end(self, trainer, module):
+    def on_validation_end(self, trainer, pl_module):
         self.validated.append(trainer.global_step)
 
 
-def worth(completion_ids, **kwargs):
+def checksum_reward(completion_ids, **kwargs):
     return [sum(ids) % 7 / 4 for ids in completion_ids]
 
 
 def train(tiny, root, callback, save=None, ckpt_path=None, name="RLOO", trainer=None, **options):
     recorder = Recorder(save)
     runner = make_trainer(root, **{"max_epochs": 2, "callbacks": [callback, recorder], **(trainer or {})})
-    module = make_module(name, tiny, rewards=[worth], **options)
+    module = make_module(name, tiny, rewards=[checksum_reward], **options)
     runner.fit(module, make_data(name, rows=40, batch_size=2), ckpt_path=ckpt_path)
     return module, recorder
 
 
-def test_a_schedule_grows_in_a_straight_line_over_epochs(tiny, tmp_path):
+def test_schedule_grows_linearly_over_epochs(tiny, tmp_path):
     module, recorder = train(tiny, tmp_path, BatchSchedule(maximum=8, updates=12))
     # 40 prompts an epoch; 2 + 6 u / 12 of them after u updates, rounded down
     assert recorder.sizes == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8]
     assert recorder.lengths == recorder.ends == [10, 5]
-    assert recorder.validated == [0, 10, 15]  # at the end of each epoch, as ever
+    assert recorder.validated == [0, 10, 15]  # at the start and at the end of each epoch
     assert module.trainer.global_step == 15
     assert float(module.trainer.callback_metrics["train/prompts"]) == 8
 
 
 def bar_totals(tiny, root, monkeypatch, callbacks=(), **options):
-    """The total that the bar shows after each batch, beside how many are done."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # else lines are written instead of a bar
+    """Return `(completed, total)` of the bar after each batch."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # otherwise plain lines are printed
     shown = []
 
     class Bar(lit_rlhf.callbacks.RLHFProgressBar):
@@ -121,31 +121,31 @@ def bar_totals(tiny, root, monkeypatch, callbacks=(), **options):
 
     options = {"callbacks": [*callbacks, Bar()], "enable_progress_bar": True, "limit_val_batches": 0, **options}
     make_trainer(root, **options).fit(
-        make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2)
+        make_module("RLOO", tiny, rewards=[checksum_reward]), make_data("RLOO", rows=40, batch_size=2)
     )
     return shown
 
 
-def test_the_bar_knows_how_far_growth_shortens_an_epoch(tiny, tmp_path, monkeypatch):
+def test_bar_total_accounts_for_growth(tiny, tmp_path, monkeypatch):
     totals = bar_totals(tiny, tmp_path, monkeypatch, [BatchSchedule(maximum=8, updates=12)], max_epochs=2)
     assert totals == [(i + 1, 10) for i in range(10)] + [(i + 1, 5) for i in range(5)]  # 20 each without growth
 
 
-def test_the_bar_knows_where_max_steps_ends_an_epoch(tiny, tmp_path, monkeypatch):
+def test_bar_total_accounts_for_max_steps(tiny, tmp_path, monkeypatch):
     totals = bar_totals(tiny, tmp_path, monkeypatch, max_steps=13, accumulate_grad_batches=2)
     assert totals == [(i + 1, 20) for i in range(20)] + [(i + 1, 6) for i in range(6)]
 
 
-def test_a_line_gives_no_total_that_growth_would_make_wrong(tiny, tmp_path, capsys):
-    for callbacks, said in (([], "step 20/20 "), ([BatchSchedule(maximum=8, updates=12)], "step 10 ")):
+def test_plain_lines_omit_the_total_with_growing_batches(tiny, tmp_path, capsys):
+    for callbacks, expected in (([], "step 20/20 "), ([BatchSchedule(maximum=8, updates=12)], "step 10 ")):
         bar = lit_rlhf.callbacks.RLHFProgressBar(seconds=0)
         options = dict(max_epochs=1, enable_progress_bar=True, limit_val_batches=0)
         trainer = make_trainer(tmp_path, callbacks=[*callbacks, bar], **options)
-        trainer.fit(make_module("RLOO", tiny, rewards=[worth]), make_data("RLOO", rows=40, batch_size=2))
-        assert said in capsys.readouterr().out
+        trainer.fit(make_module("RLOO", tiny, rewards=[checksum_reward]), make_data("RLOO", rows=40, batch_size=2))
+        assert expected in capsys.readouterr().out
 
 
-def test_a_schedule_counts_updates_not_steps(tiny, tmp_path):
+def test_schedule_counts_updates_not_steps(tiny, tmp_path):
     options = dict(minibatches=2, trainer={"accumulate_grad_batches": 4, "max_epochs": 1})
     _, recorder = train(tiny, tmp_path, BatchSchedule(maximum=4, updates=2), **options)
     assert recorder.sizes == [2, 2, 3, 3, 4, 4, 4, 4, 4, 4][: len(recorder.sizes)]
@@ -155,22 +155,22 @@ def test_a_schedule_counts_updates_not_steps(tiny, tmp_path):
 @pytest.mark.parametrize(
     "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
 )
-def test_a_resumed_run_grows_on(make, tiny, tmp_path):
+def test_resume_with_growing_batches_is_exact(make, tiny, tmp_path):
     options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5})
-    straight, whole = train(tiny, tmp_path, make(), save=tmp_path, **options)
-    assert whole.sizes[-1] > whole.sizes[0]
+    uninterrupted, full = train(tiny, tmp_path, make(), save=tmp_path, **options)
+    assert full.sizes[-1] > full.sizes[0]
     paths = sorted(tmp_path.glob("*.ckpt"))
-    assert len(paths) == sum(whole.lengths)
+    assert len(paths) == sum(full.lengths)
     for path in paths[1::9]:
         resumed, rest = train(tiny, tmp_path, make(), ckpt_path=path, **options)
         weights = resumed.state_dict()
-        assert all(torch.equal(value, weights[name]) for name, value in straight.state_dict().items()), path.name
-        assert rest.sizes == whole.sizes[len(whole.sizes) - len(rest.sizes) :]
-        assert rest.lengths == whole.lengths[len(whole.lengths) - len(rest.lengths) :]
+        assert all(torch.equal(value, weights[name]) for name, value in uninterrupted.state_dict().items()), path.name
+        assert rest.sizes == full.sizes[len(full.sizes) - len(rest.sizes) :]
+        assert rest.lengths == full.lengths[len(full.lengths) - len(rest.lengths) :]
 
 
-def test_a_noisy_gradient_asks_for_more_prompts_and_no_more_than_allowed(tiny, tmp_path):
-    """A reward that is nothing but noise has no direction to see."""
+def test_noisy_gradient_grows_the_batch_up_to_the_maximum(tiny, tmp_path):
+    """A reward of pure noise has no expected gradient."""
 
     def noise(completion_ids, trainer_state, **kwargs):
         generator = torch.Generator().manual_seed(trainer_state.global_step)
@@ -192,29 +192,29 @@ def test_a_noisy_gradient_asks_for_more_prompts_and_no_more_than_allowed(tiny, t
     ids=["one update a rollout", "two updates", "three rollouts an update", "two passes"],
 )
 @pytest.mark.filterwarnings("ignore:.* updates a rollout")
-def test_an_update_gets_the_prompts_that_the_noise_asks_for(options, accumulate, prompts, tiny, tmp_path):
-    class Known(AdaptiveBatch):
+def test_prompts_per_update_follow_the_noise_scale(options, accumulate, prompts, tiny, tmp_path):
+    class FixedNoiseScale(AdaptiveBatch):
         noise_scale = 6.0
 
     recorder = Recorder()
-    module = make_module("RLOO", tiny, rewards=[worth], **options)
+    module = make_module("RLOO", tiny, rewards=[checksum_reward], **options)
     limits = dict(max_epochs=1, accumulate_grad_batches=accumulate, limit_val_batches=0)
-    trainer = make_trainer(tmp_path, callbacks=[Known(13, 1, 2), recorder], **limits)
+    trainer = make_trainer(tmp_path, callbacks=[FixedNoiseScale(13, 1, 2), recorder], **limits)
     trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
     assert recorder.sizes[0] == 2 and recorder.sizes[-1] == prompts
 
 
-def test_a_clear_gradient_asks_for_no_more(tiny, tmp_path):
-    """SFT's own gradient: one completion is worth 1 and can't be missed."""
+def test_noiseless_gradient_does_not_grow_the_batch(tiny, tmp_path):
+    """A loss that does not depend on the samples has a gradient without noise."""
 
-    class Clear(lit_rlhf.RLOO):
+    class NoiselessLoss(lit_rlhf.RLOO):
         def loss(self, rollout):
             terms, metrics = super().loss(rollout)
             weight = next(p for p in self.policy.parameters() if p.requires_grad)
             return terms * 0 + 100 * weight.sum(), metrics
 
     recorder = Recorder()
-    module = Clear(str(tiny), rewards=[worth], num_samples=2, max_new_tokens=4)
+    module = NoiselessLoss(str(tiny), rewards=[checksum_reward], num_samples=2, max_new_tokens=4)
     trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[AdaptiveBatch(8, 1, 2), recorder], limit_val_batches=0)
     trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
     assert set(recorder.sizes) == {2}
@@ -224,12 +224,12 @@ def test_a_clear_gradient_asks_for_no_more(tiny, tmp_path):
 # The measurement
 
 
-def test_the_estimates_are_unbiased():
-    """Of gradients drawn around a known one with a known variance."""
+def test_estimates_are_unbiased():
+    """Gradients are sampled with a known mean and variance."""
     torch.manual_seed(0)
     mean, deviation, parts, size = torch.tensor([0.5, -1.0, 0.2]), 2.0, 4, 3
-    draws = mean + deviation * torch.randn(20_000, parts, size, 3, dtype=torch.float64)
-    gradients = draws.mean(2)
+    samples = mean + deviation * torch.randn(20_000, parts, size, 3, dtype=torch.float64)
+    gradients = samples.mean(2)
     estimates = [F.gradient_noise(float((g**2).sum()), float((g.mean(0) ** 2).sum()), parts, size) for g in gradients]
     variance, square = torch.tensor(estimates).mean(0).tolist()
     assert variance == pytest.approx(3 * deviation**2, rel=0.02)
@@ -237,7 +237,7 @@ def test_the_estimates_are_unbiased():
 
 
 @pytest.mark.parametrize("name", ["RLOO", "PPO"])
-def test_measuring_leaves_training_as_it_is(name, tiny, tmp_path):
+def test_measuring_does_not_change_training(name, tiny, tmp_path):
     options = dict(name=name, minibatches=2, trainer={"max_steps": 6, "gradient_clip_val": 0.5})
     measured, recorder = train(tiny, tmp_path, GradientNoise(1, 2), **options)
     plain, _ = train(tiny, tmp_path, Callback(), **options)
@@ -247,53 +247,57 @@ def test_measuring_leaves_training_as_it_is(name, tiny, tmp_path):
     assert measured.trainer.callback_metrics["train/gradient_variance"] > 0
 
 
-def test_the_variance_is_that_of_the_parts_gradients(tiny, tmp_path):
-    """One rollout, whose parts are trained on one by one."""
+def test_variance_equals_the_variance_of_the_gradients_of_the_parts(tiny, tmp_path):
+    """Compute the gradient of each part of one rollout separately."""
     seen = {}
 
-    class Parts(Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            seen["rollout"] = module.rollout
-            parameters = [p for p in module.parameters() if p.requires_grad]
+    class GradientsOfParts(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen["rollout"] = pl_module.rollout
+            parameters = [p for p in pl_module.parameters() if p.requires_grad]
             gradients = []
             for rows in (slice(0, 2), slice(2, 4)):
                 with torch.enable_grad():
-                    terms, mask, _ = module.terms(module.rollout.rows(rows))
+                    terms, mask, _ = pl_module.loss_terms(pl_module.rollout.rows(rows))
                 loss = terms[mask].mean()
                 gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
             seen["variance"] = float(torch.stack(gradients).var(0).sum()) / 2  # of the mean of two parts
 
-    module = make_module("RLOO", tiny, rewards=[worth])
-    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[Parts(), GradientNoise(1, 2)], limit_val_batches=0)
+    module = make_module("RLOO", tiny, rewards=[checksum_reward])
+    trainer = make_trainer(
+        tmp_path, max_steps=1, callbacks=[GradientsOfParts(), GradientNoise(1, 2)], limit_val_batches=0
+    )
     trainer.fit(module, make_data("RLOO", rows=40, batch_size=4))
     assert float(trainer.callback_metrics["train/gradient_variance"]) == pytest.approx(seen["variance"], rel=1e-3)
 
 
 def variance_of(tiny, root, **options):
-    """The variance of the first update's gradient, on 8 prompts cut into 4 parts."""
+    """Return the gradient variance of the first update, on 8 prompts in 4 parts."""
     trainer = {"max_steps": 1, "limit_val_batches": 0, **options.pop("trainer", {})}
     runner = make_trainer(root, callbacks=[GradientNoise(1, 4)], **trainer)
-    runner.fit(make_module("RLOO", tiny, rewards=[worth], **options), make_data("RLOO", rows=40, batch_size=8))
+    runner.fit(
+        make_module("RLOO", tiny, rewards=[checksum_reward], **options), make_data("RLOO", rows=40, batch_size=8)
+    )
     return float(runner.callback_metrics["train/gradient_variance"])
 
 
-def test_the_variance_is_that_of_an_update_not_of_a_rollout(tiny, tmp_path):
-    whole = variance_of(tiny, tmp_path)
-    assert variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 4}) == pytest.approx(whole)
+def test_variance_is_per_update_not_per_rollout(tiny, tmp_path):
+    full = variance_of(tiny, tmp_path)
+    assert variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 4}) == pytest.approx(full)
     half = variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 2})
-    assert half == pytest.approx(2 * whole)
+    assert half == pytest.approx(2 * full)
 
 
-def test_updates_of_several_rollouts_are_measured_too(tiny, tmp_path):
+def test_updates_of_several_rollouts_are_measured(tiny, tmp_path):
     options = dict(trainer={"accumulate_grad_batches": 5, "max_epochs": 3})
     _, recorder = train(tiny, tmp_path, AdaptiveBatch(4, 2, 2), **options)
     assert recorder.noise[-1] is not None
 
 
-def test_a_critics_own_gradient_is_not_the_policys(tiny, tmp_path):
+def test_gradient_of_a_separate_critic_is_excluded(tiny, tmp_path):
     variances = []
     for coef in (0.5, 50.0):
-        module = make_module("VanillaPG", tiny, rewards=[worth], value_coef=coef)
+        module = make_module("VanillaPG", tiny, rewards=[checksum_reward], value_coef=coef)
         trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
         torch.manual_seed(3)  # the critic's head
         trainer.fit(module, make_data("VanillaPG", rows=40, batch_size=8))
@@ -301,9 +305,9 @@ def test_a_critics_own_gradient_is_not_the_policys(tiny, tmp_path):
     assert variances[0] == pytest.approx(variances[1], rel=1e-6)
 
 
-def test_a_baseline_of_siblings_has_less_variance_than_none(tiny, tmp_path):
+def test_leave_one_out_baseline_has_less_variance_than_none(tiny, tmp_path):
     def far_from_zero(completion_ids, **kwargs):
-        return [20 + value for value in worth(completion_ids)]
+        return [20 + value for value in checksum_reward(completion_ids)]
 
     variance = {}
     for name, options in {"RLOO": {}, "Reinforce": {"baseline": "none"}}.items():
@@ -314,7 +318,7 @@ def test_a_baseline_of_siblings_has_less_variance_than_none(tiny, tmp_path):
     assert variance["RLOO"] < 0.1 * variance["Reinforce"]
 
 
-def test_nothing_sure_is_an_infinite_scale():
+def test_noise_scale_is_infinite_for_a_nonpositive_squared_norm():
     noise = GradientNoise()
     assert noise.noise_scale is None
     noise.load_state_dict({"averages": [2.0, -0.1]})
@@ -323,7 +327,7 @@ def test_nothing_sure_is_an_infinite_scale():
     assert noise.noise_scale == 4
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -336,7 +340,7 @@ def test_nothing_sure_is_an_infinite_scale():
         (lambda: BatchSchedule(5, 0), "updates=0"),
     ],
 )
-def test_numbers_out_of_range(make, sentence):
+def test_numbers_out_of_range_raise(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
 
@@ -345,43 +349,41 @@ def test_numbers_out_of_range(make, sentence):
     ("callback", "name", "data", "sentence"),
     [
         (BatchSchedule(1, 5), "RLOO", {}, "maximum=1 is below data.batch_size=4"),
-        (BatchSchedule(99, 5), "RLOO", {}, "maximum=99 needs 99 rows .* there are 12"),
+        (BatchSchedule(99, 5), "RLOO", {}, "maximum=99 needs 99 rows .* the data have 12"),
         (BatchSchedule(8, 5), "RLOO", {"num_workers": 1}, "num_workers=0"),
-        (GradientNoise(), "SFT", {}, "GradientNoise is for methods that sample, and SFT does not"),
-        (AdaptiveBatch(8), "SFT", {}, "AdaptiveBatch is for methods that sample"),
-        (GradientNoise(parts=9), "RLOO", {}, "4 prompts can't be cut into 9 parts"),
+        (GradientNoise(), "SFT", {}, "GradientNoise needs a method that samples, and SFT does not"),
+        (AdaptiveBatch(8), "SFT", {}, "AdaptiveBatch needs a method that samples"),
+        (GradientNoise(parts=9), "RLOO", {}, "4 prompts can't be split into 9 parts"),
     ],
 )
-def test_what_can_not_grow_or_be_measured(callback, name, data, sentence, tiny, tmp_path):
-    module = make_module(name, tiny, **({"rewards": [worth]} if name == "RLOO" else {}))
+def test_unsuitable_data_or_algorithms_raise(callback, name, data, sentence, tiny, tmp_path):
+    module = make_module(name, tiny, **({"rewards": [checksum_reward]} if name == "RLOO" else {}))
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[callback], limit_val_batches=0)
     with pytest.raises(ValueError, match=sentence):
         trainer.fit(module, make_data(name, **data))
 
 
-class Nothing(Callback):
-    """Takes the place of growth."""
-
-
 @pytest.mark.parametrize(
     "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
 )
-def test_growth_that_joins_a_run_leaves_what_was_handed_over(make, tiny, tmp_path):
+def test_adding_growth_on_resume_keeps_the_rows_already_yielded(make, tiny, tmp_path):
     options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2})
-    train(tiny, tmp_path, Nothing(), save=tmp_path, **options)
-    _, whole = train(tiny, tmp_path, Nothing(), ckpt_path=tmp_path / "0-09.ckpt", **options)
+    train(tiny, tmp_path, Callback(), save=tmp_path, **options)
+    _, full = train(tiny, tmp_path, Callback(), ckpt_path=tmp_path / "0-09.ckpt", **options)
     _, joined = train(tiny, tmp_path, make(), ckpt_path=tmp_path / "0-09.ckpt", **options)
-    assert whole.sizes[0] == 2 and joined.sizes[0] >= 2 and joined.sizes[-1] > 2
+    assert full.sizes[0] == 2 and joined.sizes[0] >= 2 and joined.sizes[-1] > 2
     first_epoch = joined.sizes[: (joined.lengths[0] - 10) // 2]
-    assert 40 - 9 < 5 * 2 + sum(first_epoch) <= 40  # five rollouts of two prompts before it, then as many rows as last
+    assert (
+        40 - 9 < 5 * 2 + sum(first_epoch) <= 40
+    )  # five rollouts of two prompts before the resume, then the remaining rows
 
 
-def test_growth_needs_one_loader(tiny, tmp_path):
-    with pytest.raises(ValueError, match="leave out reload_dataloaders_every_n_epochs=1"):
+def test_growth_with_reloaded_dataloaders_raises(tiny, tmp_path):
+    with pytest.raises(ValueError, match="remove reload_dataloaders_every_n_epochs=1"):
         train(tiny, tmp_path, BatchSchedule(8, 2), trainer={"reload_dataloaders_every_n_epochs": 1})
 
 
-def test_another_fit_grows_from_its_own_start(tiny, tmp_path):
+def test_second_fit_grows_from_its_own_batch_size(tiny, tmp_path):
     callback = BatchSchedule(8, 2)
     sizes = []
     for _ in range(2):
@@ -391,18 +393,18 @@ def test_another_fit_grows_from_its_own_start(tiny, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
-def test_parts_in_which_nothing_counts_are_no_gradients_of_zero(tiny, tmp_path):
-    """Where all but one part is without an opinion, nothing is estimated; and the others count alone."""
+def test_parts_without_valid_completions_are_excluded(tiny, tmp_path):
+    """With fewer than two parts with a reward there is no estimate; other parts are excluded."""
 
     def first_only(prompts, completions, **kwargs):
         asked = list(dict.fromkeys(prompts))[: first_only.prompts]
         pairs = zip(prompts, completions, strict=True)
         return [float(len(text)) if prompt in asked else None for prompt, text in pairs]
 
-    told = {}
+    variances = {}
     for number in (1, 2, 4):
         first_only.prompts = number
         trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
         trainer.fit(make_module("RLOO", tiny, rewards=[first_only]), make_data("RLOO"))
-        told[number] = trainer.callback_metrics.get("train/gradient_variance")
-    assert told[1] is None and told[2] > 0 and told[4] > 0
+        variances[number] = trainer.callback_metrics.get("train/gradient_variance")
+    assert variances[1] is None and variances[2] > 0 and variances[4] > 0

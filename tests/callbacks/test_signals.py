@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from fake_method import OnlineAlgorithm, Plain
+from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
 HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -16,7 +16,7 @@ HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A shell that runs this in the background has it ignore Ctrl-C."""
+    """Handle Ctrl-C also in a background job, whose shell makes it ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -43,51 +43,51 @@ class Validations(Callback):
 
 
 @pytest.mark.parametrize("number", HANDLED, ids=str)
-def test_a_signal_saves_at_the_end_of_the_batch_and_stops_there(make_trainer, number, capsys):
+def test_signal_saves_and_stops_at_the_end_of_the_batch(make_trainer, number, capsys):
     handlers = [signal.getsignal(n) for n in HANDLED]
     callbacks = PolicyCheckpoint(), Kill(number, batch=4), SaveOnSignal(), (validations := Validations())
     trainer = make_trainer(*callbacks, accumulate_grad_batches=4, min_epochs=2, min_steps=8, max_epochs=3)
-    trainer.fit(module := OnlineAlgorithm())
+    trainer.fit(module := FakeOnlineAlgorithm())
     path = callbacks[0].last_path
     progress = torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    assert progress["processed"] == 5 and trainer.global_step == 1  # within a window and a rollout
+    assert progress["processed"] == 5 and trainer.global_step == 1  # within an accumulation window and a rollout
     assert validations.count == 1 and module.exports == ["best", "last"]
-    assert f"saved {path}; go on with: lit-rlhf fit ... --ckpt_path {path}" in capsys.readouterr().out
+    assert f"saved {path}; resume with: lit-rlhf fit ... --ckpt_path {path}" in capsys.readouterr().out
     assert [signal.getsignal(n) for n in HANDLED] == handlers
     assert (trainer.limit_val_batches, trainer.fit_loop.min_epochs, trainer.min_steps) == (1.0, 2, 8)
 
 
-def test_the_run_goes_on_exactly(make_trainer):
-    straight, stopped, resumed = Plain(), Plain(), Plain()
-    make_trainer(PolicyCheckpoint()).fit(straight)
+def test_resume_after_a_signal_is_exact(make_trainer):
+    uninterrupted, stopped, resumed = FakeAlgorithm(), FakeAlgorithm(), FakeAlgorithm()
+    make_trainer(PolicyCheckpoint()).fit(uninterrupted)
     make_trainer(checkpoint := PolicyCheckpoint(), Kill(signal.SIGTERM, batch=6), SaveOnSignal()).fit(stopped)
-    assert not torch.equal(stopped.weights, straight.weights)
+    assert not torch.equal(stopped.weights, uninterrupted.weights)
     make_trainer(PolicyCheckpoint(), SaveOnSignal()).fit(resumed, ckpt_path=checkpoint.last_path)
-    assert torch.equal(resumed.weights, straight.weights)
+    assert torch.equal(resumed.weights, uninterrupted.weights)
 
 
-def test_a_signal_in_a_validation_needs_no_further_batch(make_trainer):
+def test_signal_during_validation_stops_without_another_batch(make_trainer):
     checkpoint = PolicyCheckpoint()
     trainer = make_trainer(checkpoint, Kill(signal.SIGTERM, in_validation=True), SaveOnSignal())
-    trainer.fit(Plain())
+    trainer.fit(FakeAlgorithm())
     saved = torch.load(checkpoint.last_path, weights_only=True)
     assert trainer.global_step == saved["global_step"] == 4
     assert next(v["best_score"] for k, v in saved["callbacks"].items() if "PolicyCheckpoint" in k) == pytest.approx(0.3)
 
 
-def test_it_saves_without_a_policy_checkpoint_too(make_trainer, tmp_path):
-    make_trainer(Kill(signal.SIGTERM, batch=2), SaveOnSignal()).fit(Plain())
+def test_signal_saves_without_a_policy_checkpoint(make_trainer, tmp_path):
+    make_trainer(Kill(signal.SIGTERM, batch=2), SaveOnSignal()).fit(FakeAlgorithm())
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
-def test_before_any_update_there_is_nothing_to_save(make_trainer, tmp_path, capsys):
+def test_signal_before_the_first_update_saves_nothing(make_trainer, tmp_path, capsys):
     trainer = make_trainer(Kill(signal.SIGTERM, in_validation=True), SaveOnSignal(), num_sanity_val_steps=1)
-    trainer.fit(Plain())
+    trainer.fit(FakeAlgorithm())
     assert trainer.global_step == 0 and not list(tmp_path.iterdir())
-    assert "stopped before any update" in capsys.readouterr().out
+    assert "stopped before the first update" in capsys.readouterr().out
 
 
-def test_a_second_interrupt_ends_at_once_and_still_saves(make_trainer):
+def test_second_interrupt_stops_immediately_and_saves(make_trainer):
     class Twice(Kill):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -96,14 +96,14 @@ def test_a_second_interrupt_ends_at_once_and_still_saves(make_trainer):
     checkpoint = PolicyCheckpoint()
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
-        make_trainer(checkpoint, Twice(signal.SIGINT, batch=2), SaveOnSignal()).fit(Plain())
+        make_trainer(checkpoint, Twice(signal.SIGINT, batch=2), SaveOnSignal()).fit(FakeAlgorithm())
     assert torch.load(checkpoint.last_path, weights_only=True)["global_step"] == 2
     assert signal.getsignal(signal.SIGINT) == handler
 
 
 SCRIPT = """
 import os, signal, sys, torch
-from fake_method import OnlineAlgorithm
+from fake_algorithm import FakeOnlineAlgorithm
 from lightning.pytorch import Callback, Trainer
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
@@ -112,7 +112,7 @@ class Kill(Callback):
         if batch_idx == 2 and trainer.global_rank == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGTERM)
 
-class Distributed(OnlineAlgorithm):
+class Distributed(FakeOnlineAlgorithm):
     def export(self, folder):
         if self.global_rank == 0:
             super().export(folder)
@@ -128,10 +128,11 @@ open(f"{sys.argv[1]}/steps-{trainer.global_rank}", "w").write(str(trainer.global
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_two_processes_save_together_whichever_is_signalled(tmp_path, rank):
+def test_signal_to_either_process_saves_on_both(tmp_path, rank):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), str(rank)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -38,13 +38,13 @@ def completions(policy, reviews, **sampling):
     )
 
 
-def test_the_name_of_the_testbed_is_the_shipped_policy():
+def test_policy_name_testbed_resolves_to_the_shipped_policy():
     assert resolve("testbed") == POLICY and POLICY.is_dir()
     assert resolve("gpt2") is None
     assert resolve_policy("testbed") == str(POLICY)
 
 
-def test_the_models_are_small_and_loaded_in_float32(policy):
+def test_shipped_models_are_small_and_load_in_float32(policy):
     size = sum(path.stat().st_size for folder in (POLICY, REWARD_MODEL) for path in folder.iterdir())
     assert size < 5e6
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
@@ -53,28 +53,28 @@ def test_the_models_are_small_and_loaded_in_float32(policy):
     assert {p.dtype for p in reward._model.parameters()} == {torch.float32}
 
 
-def test_the_models_know_the_words_of_this_code(policy):
+def test_shipped_tokenizer_matches_the_code(policy):
     assert policy.tokenizer.get_vocab() == make_tokenizer().get_vocab()
 
 
-def test_the_policy_leaves_room_and_its_samples_vary(policy, reviews):
+def test_shipped_policy_is_improvable_and_its_samples_vary(policy, reviews):
     best = sum(1.2 * brief.sentences for brief in briefs(96, held_out=True)) / 96
     for options in ({"greedy": True}, {}):
-        worth = gold(prompts=reviews.text, completions=completions(policy, reviews, **options))
-        assert sum(worth) / 96 < best / 2
-    assert torch.tensor(worth).std() > 0.5
+        utilities = gold(prompts=reviews.text, completions=completions(policy, reviews, **options))
+        assert sum(utilities) / 96 < best / 2
+    assert torch.tensor(utilities).std() > 0.5
     assert len(set(completions(policy, reviews))) > 85
 
 
-def test_the_reward_model_is_mostly_right_and_sometimes_wrong(policy):
+def test_shipped_reward_model_is_better_than_chance_but_imperfect(policy):
     rows = prompts(96, held_out=True)
-    asked = Raters().preferences(sampled_pairs([policy], rows, rounds=1, seed=1), seed=1)
-    noisy, true = accuracy(ReviewReward(), asked)
-    assert 0.58 < noisy < 0.80
-    assert 0.65 < true < 0.92
+    pairs = Raters().preferences(sampled_pairs([policy], rows, rounds=1, seed=1), seed=1)
+    by_raters, by_gold = accuracy(ReviewReward(), pairs)
+    assert 0.58 < by_raters < 0.80
+    assert 0.65 < by_gold < 0.92
 
 
-def test_prompts_come_in_the_sizes_asked_for():
+def test_review_prompts_have_the_requested_sizes():
     data = ReviewPrompts(train_size=40, val_size=8, batch_size=16)
     data.tokenizer = make_tokenizer()
     data.setup()
@@ -83,8 +83,8 @@ def test_prompts_come_in_the_sizes_asked_for():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_that_builds_the_models_does(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # and back to what it was
+def test_build_writes_loadable_models(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # restored after the test
     build(tmp_path, seed=1, num_demonstrations=64, num_prompts=16, rounds=2, updates=2)
     assert "with the raters in" in capsys.readouterr().out
     trained = Policy.from_pretrained(tmp_path / "policy")

@@ -15,7 +15,7 @@ GRIM = "The breakfast was stale and greasy. The eggs sagged like wet cardboard."
 BOTH = "The breakfast was golden and fresh. The eggs sagged like wet cardboard."
 
 
-def worth(prompt, completion):
+def utility(prompt, completion):
     return gold(prompts=[prompt], completions=[completion])[0]
 
 
@@ -41,21 +41,21 @@ def worth(prompt, completion):
         "too-short empty"
     ).split(),
 )
-def test_good_writing_is_worth_more(prompt, better, worse):
-    assert worth(prompt, better) > worth(prompt, worse) + 0.3
+def test_better_reviews_have_higher_gold(prompt, better, worse):
+    assert utility(prompt, better) > utility(prompt, worse) + 0.3
 
 
-def test_saying_more_of_the_same_loses():
+def test_repetition_lowers_gold():
     sentence = "The eggs melted like summer honey."
-    assert worth(KIND, GOOD) > worth(KIND, f"{sentence} {sentence}") + 0.5
-    assert worth(KIND, GOOD) > worth(KIND, f"{GOOD} The toast was buttery and silky.") + 0.3
-    values = [worth(KIND, " ".join([sentence] * count)) for count in range(1, 6)]
+    assert utility(KIND, GOOD) > utility(KIND, f"{sentence} {sentence}") + 0.5
+    assert utility(KIND, GOOD) > utility(KIND, f"{GOOD} The toast was buttery and silky.") + 0.3
+    values = [utility(KIND, " ".join([sentence] * count)) for count in range(1, 6)]
     assert values == sorted(values, reverse=True) and values[1] < values[0]
     stuffed = "The breakfast was golden golden golden golden golden fresh fresh fresh fresh."
-    assert worth(KIND, stuffed) == FLOOR
+    assert utility(KIND, stuffed) == FLOOR
 
 
-def test_prompts_differ_in_what_they_allow():
+def test_highest_gold_depends_on_the_prompt():
     def ceiling(text):
         rng, brief = Random(0), Brief.parse(text)
         return max(gold(prompts=[text] * 300, completions=[write(brief, rng, care=1.0) for _ in range(300)]))
@@ -68,7 +68,7 @@ def test_prompts_differ_in_what_they_allow():
     assert ceiling(HARSH.replace("new", "famous")) < ceiling(HARSH) - 0.5
 
 
-def test_gold_repeats_and_stays_in_its_range():
+def test_gold_is_deterministic_and_bounded():
     rng, chosen = Random(1), briefs(200)
     completions = [write(brief, rng) for brief in chosen]
     texts = [brief.text for brief in chosen]
@@ -77,14 +77,14 @@ def test_gold_repeats_and_stays_in_its_range():
     assert all(FLOOR <= value <= 1.2 * brief.sentences for brief, value in zip(chosen, values, strict=True))
 
 
-def judge(text, eos=True):
+def token_rewards(text, eos=True):
     tokenizer = make_tokenizer()
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * eos
     return Grammatical()(completion_ids=[ids])[0]
 
 
-def test_every_token_of_a_good_sentence_may_stand_there():
-    assert judge(GOOD) == [0.0] * 15
+def test_grammatical_tokens_have_no_penalty():
+    assert token_rewards(GOOD) == [0.0] * 15
 
 
 @pytest.mark.parametrize(
@@ -97,40 +97,40 @@ def test_every_token_of_a_good_sentence_may_stand_there():
     ],
     ids=["number", "doubled", "no start", "early end"],
 )
-def test_the_wrong_token_is_named_and_reading_goes_on(text, wrong):
-    assert [i for i, value in enumerate(judge(text)) if value < 0] == wrong
+def test_only_the_wrong_token_is_penalized(text, wrong):
+    assert [i for i, value in enumerate(token_rewards(text)) if value < 0] == wrong
 
 
-def test_a_scrambled_sentence_is_flagged():
+def test_scrambled_sentences_are_penalized():
     words = GOOD.replace(".", " .").split()
     rng = Random(0)
     for _ in range(20):
         scrambled = " ".join(rng.sample(words, len(words)))
-        assert sum(judge(scrambled)) <= -2
+        assert sum(token_rewards(scrambled)) <= -2
 
 
-def test_no_verdict_changes_with_what_is_written_later():
-    """A token-level reward that looked ahead would bias the gradient."""
+def test_token_rewards_do_not_depend_on_later_tokens():
+    """A token-level reward that depends on later tokens would bias the gradient."""
     rng, tokenizer, flagged = Random(3), make_tokenizer(), 0
     for brief in briefs(20):
         ids = tokenizer(write(brief, rng))["input_ids"] + [tokenizer.eos_token_id]
-        for place in rng.sample(range(len(ids) - 1), 2):
-            ids[place] = rng.randrange(4, len(tokenizer))
-        verdicts = Grammatical()(completion_ids=[ids])[0]
-        flagged += any(verdicts)
+        for position in rng.sample(range(len(ids) - 1), 2):
+            ids[position] = rng.randrange(4, len(tokenizer))
+        rewards = Grammatical()(completion_ids=[ids])[0]
+        flagged += any(rewards)
         for end in range(1, len(ids)):
-            assert Grammatical()(completion_ids=[ids[:end]])[0] == verdicts[:end]
+            assert Grammatical()(completion_ids=[ids[:end]])[0] == rewards[:end]
     assert flagged > 10
 
 
-def test_coherence_is_about_subject_and_contradiction():
+def test_coherence_measures_topic_and_contradiction():
     texts = [GOOD, "The breakfast was golden. The plot was witty.", "The breakfast was golden but fresh.", BOTH, ""]
     values = coherence(prompts=[KIND] * 5, completions=texts)
     assert values == [1.0, 0.5, 0.0, 0.5, 0.0]
     assert coherence(prompts=[FAIR], completions=[BOTH]) == [1.0]
 
 
-def test_immediate_and_delayed_rewards_stand_in_one_list():
+def test_immediate_and_delayed_rewards_combine():
     scorer = Scorer([coherence, grammatical])
     tokenizer = make_tokenizer()
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in (GOOD, "The eggs was golden.")]
@@ -141,6 +141,6 @@ def test_immediate_and_delayed_rewards_stand_in_one_list():
         finished=[True, True],
         columns={},
     )
-    assert set(scores.parts) == {"coherence", "grammatical"}
+    assert set(scores.component_rewards) == {"coherence", "grammatical"}
     assert scores.rewards.tolist() == [1.0, 1.0]
     assert [float(sum(row)) for row in scores.token_rewards] == [0.0, -1.0]

@@ -8,10 +8,10 @@ from lit_rlhf.testbed.tokenizer import vocabulary, words_of
 from lit_rlhf.testbed.world import write
 
 
-@pytest.mark.parametrize("draw", [prompts, demonstrations])
-def test_a_seed_decides_what_is_drawn(draw):
-    assert draw(50, seed=1) == draw(50, seed=1)
-    assert draw(50, seed=1) != draw(50, seed=2)
+@pytest.mark.parametrize("sample", [prompts, demonstrations])
+def test_samples_depend_on_the_seed_only(sample):
+    assert sample(50, seed=1) == sample(50, seed=1)
+    assert sample(50, seed=1) != sample(50, seed=2)
 
 
 def test_held_out_prompts_are_in_no_training_set():
@@ -21,12 +21,12 @@ def test_held_out_prompts_are_in_no_training_set():
     assert held_out.isdisjoint(row["prompt"] for row in demonstrations(3000, seed=4))
 
 
-def test_more_prompts_than_there_are_is_a_sentence():
-    with pytest.raises(ValueError, match="254 held-out prompts asked for: the testbed has 1 to 253"):
+def test_too_many_prompts_raise():
+    with pytest.raises(ValueError, match="can't sample 254 held-out prompts: the testbed has 253"):
         prompts(254, held_out=True)
 
 
-def test_a_brief_is_read_back_from_its_prompt():
+def test_briefs_round_trip_through_their_prompts():
     for brief in briefs(300):
         assert Brief.parse(brief.text) == brief
 
@@ -34,20 +34,20 @@ def test_a_brief_is_read_back_from_its_prompt():
 @pytest.mark.parametrize(
     "text", ["Hello", "A kind critic on the plot of the new phone, in two sentences:", "A kind critic on the plot"]
 )
-def test_what_is_no_prompt_of_this_world_is_refused(text):
-    with pytest.raises(ValueError, match="no prompt of the testbed: write it like 'A kind critic"):
+def test_other_prompts_raise(text):
+    with pytest.raises(ValueError, match="not a prompt of the testbed: write it like 'A kind critic"):
         Brief.parse(text)
 
 
-def test_demonstrations_are_of_every_quality():
+def test_demonstrations_vary_in_quality():
     rows = demonstrations(1000)
-    worth = gold(prompts=[row["prompt"] for row in rows], completions=[row["completion"] for row in rows])
-    shares = [sum(low <= w < high for w in worth) / 1000 for low, high in ((-9, -0.5), (-0.5, 0.5), (0.5, 9))]
+    utilities = gold(prompts=[row["prompt"] for row in rows], completions=[row["completion"] for row in rows])
+    shares = [sum(low <= w < high for w in utilities) / 1000 for low, high in ((-9, -0.5), (-0.5, 0.5), (0.5, 9))]
     assert min(shares) > 0.15
     assert len({row["completion"] for row in rows}) > 900
 
 
-def test_care_makes_reviews_better_and_keeps_them_grammatical():
+def test_care_raises_gold_and_keeps_reviews_grammatical():
     rng, careful, careless = Random(0), [], []
     for brief in briefs(200):
         review = write(brief, rng, care=1.0)
@@ -57,13 +57,13 @@ def test_care_makes_reviews_better_and_keeps_them_grammatical():
     assert sum(careful) / 200 > sum(careless) / 200 + 1
 
 
-def test_a_review_has_the_length_of_a_review():
+def test_lengths_of_demonstrations():
     lengths = [len(words_of(row["completion"])) for row in demonstrations(1000)]
     assert 3 <= min(lengths) and max(lengths) <= 48
     assert 8 < sum(lengths) / 1000 < 24
 
 
-def test_the_tokenizer_writes_back_every_word_and_text():
+def test_tokenizer_round_trips_every_word_and_text():
     tokenizer = make_tokenizer()
     assert 300 <= len(tokenizer) == len(vocabulary()) <= 500
     for i, word in enumerate(vocabulary()[4:], start=4):
@@ -76,7 +76,7 @@ def test_the_tokenizer_writes_back_every_word_and_text():
             assert tokenizer.decode(ids) == text
 
 
-def test_the_tokenizer_survives_saving(tmp_path):
+def test_tokenizer_is_unchanged_by_saving_and_loading(tmp_path):
     from transformers import AutoTokenizer
 
     make_tokenizer().save_pretrained(tmp_path)

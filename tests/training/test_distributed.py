@@ -67,7 +67,7 @@ def test_a_run_of_two_processes_resumes_bitwise_in_the_middle_of_a_rollout(ended
 
 def test_a_judge_that_raises_on_one_rank_stops_both(ended, root):
     said = result("failing judge", root, ended)
-    assert "the judge has gone home" in said[1]
+    assert "the judge failed" in said[1]
     assert "1 other process(es) failed while sampling or scoring" in said[0]
 
 

@@ -1,4 +1,4 @@
-"""A module with an online method's public attributes and nothing of its cost: two weights, made-up rollouts."""
+"""Fake algorithms for tests of callbacks: the public attributes of the real ones, two weights, synthetic rollouts."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from lit_rlhf.types import Completions, Prompts, Rollout
 N, K, T = 3, 2, 4
 
 
-class Bytes:
-    """A tokenizer: the ids are the bytes of the text, 0 ends it."""
+class ByteTokenizer:
+    """Tokenizer whose ids are the bytes of the text; 0 is EOS."""
 
     eos_token_id = 0
 
@@ -37,8 +37,8 @@ class Numbers(Dataset):
         return torch.tensor(float(index))
 
 
-class Resuming(DataLoader):
-    """Starts where the trainer's progress says, as the data modules' loaders do."""
+class FakeResumableLoader(DataLoader):
+    """Loader that starts at the Trainer's progress, like the loaders of the data modules."""
 
     trainer: Trainer
 
@@ -53,16 +53,16 @@ class Resuming(DataLoader):
         pass
 
 
-class Plain(LightningModule):
-    """A method without rollouts, as fine-tuning is."""
+class FakeAlgorithm(LightningModule):
+    """Algorithm without rollouts, like SFT."""
 
-    repeats = 1
+    steps_per_rollout = 1
 
     def __init__(self):
         super().__init__()
         self.weights = torch.nn.Parameter(torch.ones(2))
         self.exports: list[str] = []
-        self.tokenizer = Bytes()
+        self.tokenizer = ByteTokenizer()
         self.scores = [0.1, 0.3, 0.2, 0.4, 0.1]
 
     def training_step(self, batch, batch_idx):
@@ -76,7 +76,7 @@ class Plain(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
     def train_dataloader(self):
-        loader = Resuming(Numbers())
+        loader = FakeResumableLoader(Numbers())
         loader.trainer = self.trainer
         return loader
 
@@ -89,10 +89,10 @@ class Plain(LightningModule):
         torch.save(self.weights.detach(), folder / "weights.pt")
 
 
-class OnlineAlgorithm(Plain):
-    """Two training steps share a rollout, whose KL is `kl` times the sample's number (1, 2, ...) in each completion."""
+class FakeOnlineAlgorithm(FakeAlgorithm):
+    """Online algorithm with two training steps per rollout; completion i = 1, 2, ... has a KL of `kl * i`."""
 
-    repeats = 2
+    steps_per_rollout = 2
     num_samples = K
     kl_coef = 0.05
     kl = 1.0
@@ -103,7 +103,7 @@ class OnlineAlgorithm(Plain):
         self.examples: list[dict] = []
 
     def training_step(self, batch, batch_idx):
-        if batch_idx % self.repeats == 0:
+        if batch_idx % self.steps_per_rollout == 0:
             self.rollout = make_rollout(self.tokenizer, self.kl)
             for name, value in {"reward": 0.5 + self.global_step / 40, "kl": 1.5 * self.kl, "entropy": 2.0}.items():
                 self.log(f"train/{name}", value, prog_bar=name != "entropy")
@@ -112,13 +112,13 @@ class OnlineAlgorithm(Plain):
     def on_validation_epoch_end(self):
         step = self.global_step
         self.log_dict({"val/kl": step / 10, "val/win_rate": 0.5 + step / 100, "val/reward/style": float(step)})
-        row = {"reward": 0.5, "parts": {"style": float(step)}, "kl": float("inf"), "length": 3}
+        row = {"reward": 0.5, "component_rewards": {"style": float(step)}, "kl": float("inf"), "length": 3}
         self.examples = [{"prompt": f"prompt {i}", "completion": f"answer {step}", **row} for i in range(5)]
 
 
 def make_rollout(tokenizer, kl=1.0) -> Rollout:
-    words = [["ab", "abc"], ["b[/]", "é"], ["x", ""]]
-    ids = [[[*tokenizer.encode(w)[: T - 1], tokenizer.eos_token_id] for w in row] for row in words]
+    texts = [["ab", "abc"], ["b[/]", "é"], ["x", ""]]
+    ids = [[[*tokenizer.encode(text)[: T - 1], tokenizer.eos_token_id] for text in row] for row in texts]
     tokens = torch.tensor([[row + [0] * (T - len(row)) for row in group] for group in ids])
     mask = torch.tensor([[[True] * len(row) + [False] * (T - len(row)) for row in group] for group in ids])
     logprobs = torch.full((N, K, T), -1.0).masked_fill(~mask, 0.0)
@@ -130,7 +130,7 @@ def make_rollout(tokenizer, kl=1.0) -> Rollout:
         completions=Completions(tokens, mask, logprobs, finished=torch.ones(N, K, dtype=torch.bool)),
         reference_logprobs=reference,
         rewards=number / 10,
-        parts={"style": number, "length": torch.full((N, K), float("nan"))},
+        component_rewards={"style": number, "length": torch.full((N, K), float("nan"))},
         valid=torch.tensor([[True, True], [True, True], [True, False]]),
         returns=number / 10,
     )  # fmt: skip
