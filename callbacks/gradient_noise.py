@@ -103,7 +103,7 @@ class GradientNoise(Callback):
         measured, squares = torch.zeros(2, dtype=torch.float64, device=algorithm.device)
         for i in range(num_parts):
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-                terms, mask, _ = algorithm.loss_terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
+                _, terms, mask, _ = algorithm.loss_terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
             if not mask.any():  # no gradient, as opposed to a gradient of zero
                 continue
             measured += 1
@@ -133,8 +133,7 @@ class GradientNoise(Callback):
 
     def _rollouts_per_update(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> float:
         """Return the number of rollouts per update: below 1 if a rollout is split into several updates."""
-        updates = algorithm.updates
-        return trainer.accumulate_grad_batches / (updates.num_minibatches * updates.sample_minibatches)
+        return trainer.accumulate_grad_batches / algorithm.updates.minibatches_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving averages."""

@@ -12,7 +12,6 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from lit_rlhf import functional as F
 from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run, run_folder
 from lit_rlhf.types import Rollout
 
@@ -56,8 +55,7 @@ class SampleLogger(RolloutCallback):
         count = trainer.fit_loop.total_batch_idx // getattr(pl_module, "steps_per_rollout", 1)
         if count % self.every_n_rollouts or not trainer.is_global_zero:
             return
-        extras = getattr(pl_module, "reward_extras", {})
-        samples = rollout_samples(rollout, pl_module.tokenizer, self.num_samples, extras)
+        samples = rollout_samples(rollout, pl_module.tokenizer, self.num_samples)
         rows = self._log(trainer, pl_module, "train", samples)
         if self.to_terminal:
             get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
@@ -81,29 +79,22 @@ class SampleLogger(RolloutCallback):
         return rows
 
 
-def rollout_samples(
-    rollout: Rollout, tokenizer: Any, count: int, reward_extras: dict[str, list[Any]] | None = None
-) -> list[dict[str, Any]]:
+def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[str, Any]]:
     """Return `count` completions of a rollout as rows: the first sample of each prompt, then the second, and so on."""
     n, k = rollout.rewards.shape
-    positions = [(i, j) for j in range(k) for i in range(n)][:count]
-    rewards = rollout.rewards
-    if rollout.token_rewards is not None:
-        rewards = rewards + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
-    kl, lengths, ids = completion_kl(rollout), rollout.completions.lengths, rollout.completions.ids()
-    texts = tokenizer.batch_decode([ids[i * k + j] for i, j in positions], skip_special_tokens=True)
+    kl, lengths, rewards = completion_kl(rollout), rollout.completions.lengths, rollout.total_rewards
     return [
         {
             "prompt": _prompt(rollout, tokenizer, i),
-            "completion": text,
+            "completion": rollout.texts[i][j],
             "reward": float(rewards[i, j]) if rollout.valid[i, j] else None,
             "component_rewards": {name: float(values[i, j]) for name, values in rollout.component_rewards.items()},
             "kl": float(kl[i, j]),
             "length": int(lengths[i, j]),
             "finished": bool(rollout.completions.finished[i, j]),
-            **{name: column[i * k + j] for name, column in (reward_extras or {}).items()},
+            **{name: column[i][j] for name, column in rollout.reward_extras.items()},
         }
-        for (i, j), text in zip(positions, texts, strict=True)
+        for i, j in [(i, j) for j in range(k) for i in range(n)][:count]
     ]
 
 

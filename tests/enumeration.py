@@ -7,13 +7,12 @@ with the gradient of `E[r] - beta KL` differentiated directly.
 import copy
 import itertools
 import math
-from types import SimpleNamespace
 
 import torch
-from lightning.pytorch.trainer.states import TrainerState
 
 import lit_rlhf
 from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts, plain_logprobs
+from runs import grouped, make_trainer
 
 VOCABULARY, LENGTH, BETA = 3, 2, 0.3
 PROMPT = [1, 2, 1]
@@ -40,17 +39,16 @@ def finished_only(completion_ids, **kwargs):
 
 
 def make_module(method=lit_rlhf.RLOO, rewards=(delayed,), moved: float = 0.4, kl_coef: float = BETA, **options):
-    """A method on the enumerable policy, its weights moved away from the reference, its trainer a stub."""
+    """A method on the enumerable policy, its weights moved away from the reference, its Trainer idle."""
     policy = make_policy(VOCABULARY)
-    module = method(policy, rewards=list(rewards), max_new_tokens=LENGTH, kl_coef=kl_coef, **options)
+    options = grouped({"max_new_tokens": LENGTH, "kl_coef": kl_coef, **options})
+    module = method(policy, rewards=list(rewards), **options)
     module.configure_model()
     vars(module)["initial"] = copy.deepcopy(policy.causal_lm)  # hidden from `parameters`
     torch.manual_seed(1)
     for parameter in policy.parameters():
         parameter.data += moved * torch.randn_like(parameter)
-    module._trainer = SimpleNamespace(
-        world_size=1, accumulate_grad_batches=1, global_step=0, max_steps=-1, current_epoch=0, state=TrainerState()
-    )
+    module.trainer = make_trainer(".")
     module.log = module.log_dict = lambda *args, **kwargs: None
     return module
 
@@ -76,11 +74,10 @@ def sequence_logprobs(model) -> torch.Tensor:
 def expected_gradient(module) -> torch.Tensor:
     """Minus the mean of `step_gradient` over all groups: what the weights climb along."""
     probabilities = dict(zip(ALL, sequence_logprobs(module.policy.causal_lm).exp().tolist(), strict=True))
-    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = module.running_state()
     mean = torch.zeros(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     for group in itertools.product(ALL, repeat=module.num_samples):
-        for name, buffer in module.named_buffers():
-            buffer.copy_(state[name])  # every group comes after the same past
+        module.load_running_state(state)  # every group follows the same history
         mean -= math.prod(probabilities[y] for y in group) * step_gradient(module, group)
     return mean
 

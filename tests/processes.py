@@ -63,14 +63,17 @@ def sgd(params):
 
 CASES = {
     "rloo": ("RLOO", {"rewards": [reward_with_none]}),
-    "invalid on one rank": ("RLOO", {"rewards": [none_on_one_rank], "minibatches": 2}),
-    "mask truncated": ("Reinforce", {"rewards": [checksum_reward], "truncated": "leave_out", "baseline": "mean"}),
-    "both minibatches": ("RLOO", {"rewards": [checksum_reward], "minibatches": 2, "sample_minibatches": 3}),
+    "invalid on one rank": ("RLOO", {"rewards": [none_on_one_rank], "num_minibatches": 2}),
+    "mask truncated": (
+        "Reinforce",
+        {"rewards": [checksum_reward], "mask_truncated_completions": True, "baseline": "mean"},
+    ),
+    "both minibatches": ("RLOO", {"rewards": [checksum_reward], "num_minibatches": 2, "sample_minibatches": 3}),
     "adaptive KL": ("RLOO", {"rewards": [checksum_reward], "kl_coef": 0.5}),
     "raft": ("RAFT", {"rewards": [reward_with_few_ties]}),
-    "ppo": ("PPO", {"rewards": [checksum_reward], "minibatches": 2, "value_coef": 0.01}),
-    "vanilla_pg": ("VanillaPG", {"rewards": [reward_with_none], "critic": "head", "value_coef": 0.01}),
-    "normalized": ("RLOO", {"rewards": [reward_with_none], "shaping": {"normalize": True, "clip": 1.0}}),
+    "ppo": ("PPO", {"rewards": [checksum_reward], "num_minibatches": 2, "vf_coef": 0.01}),
+    "vanilla_pg": ("VanillaPG", {"rewards": [reward_with_none], "critic": "head", "vf_coef": 0.01}),
+    "normalized": ("RLOO", {"rewards": [reward_with_none], "normalize": True, "clip": 1.0}),
     "growing by schedule": ("RLOO", {"rewards": [checksum_reward]}),
     "growing by noise": ("RLOO", {"rewards": [reward_with_none]}),
     "dpo": ("DPO", {}),
@@ -138,7 +141,7 @@ vowel_judge.pairwise = True
 def run_validated(folder: Path, root: Path, devices: int) -> dict:
     """Return the metrics of a validation on seven prompts, with a pairwise judge and preferred completions."""
     rows = [{"prompt": f"film {i}", "preferred": "a" * i or None, "other": "ab" * i} for i in range(7)]
-    judged = dict(judge=vowel_judge, opponent="other", evaluation={"preferred": "preferred"})
+    judged = dict(judge=vowel_judge, compare_to="other", preferred="preferred")
     module = make_module("RLOO", folder, rewards=[reward_with_none], **judged)
     data = lit_rlhf.PromptData(val=rows, batch_size=2)
     return dict(make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0])
@@ -160,7 +163,7 @@ def run_resumed(folder: Path, root: Path) -> dict:
 
     def fit(callbacks=(), ckpt_path=None) -> dict:
         module = make_module(
-            "Reinforce", folder, rewards=[checksum_reward], baseline="mean", minibatches=2, sample_minibatches=2
+            "Reinforce", folder, rewards=[checksum_reward], baseline="mean", num_minibatches=2, sample_minibatches=2
         )
         trainer = make_distributed_trainer(
             root, 2, max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=list(callbacks)

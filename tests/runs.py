@@ -1,5 +1,6 @@
 """Runs of every method on a tiny model, the same every time."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -16,10 +17,28 @@ def vowels(completions, **kwargs):
     return [sum(c in "aeiou" for c in text) / 4 for text in completions]
 
 
+GROUPS = {
+    "sampling": lit_rlhf.Sampling,
+    "updates": lit_rlhf.Updates,
+    "shaping": lit_rlhf.RewardShaping,
+    "evaluation": lit_rlhf.EvaluationOptions,
+}
+
+
+def grouped(options: dict) -> dict:
+    """Sort options such as `num_minibatches=2` into the dataclasses that hold them."""
+    options, groups = dict(options), {}
+    for group, kind in GROUPS.items():
+        names = [field.name for field in dataclasses.fields(kind)]
+        if found := {name: options.pop(name) for name in names if name in options}:
+            groups[group] = dataclasses.replace(options.pop(group, kind()), **found)
+    return {**options, **groups}
+
+
 def make_module(name: str, folder: Path, lr: float = 1e-2, **options) -> lit_rlhf.Algorithm:
     if name in ONLINE:
         defaults = dict(rewards=[vowels], num_samples=3, max_new_tokens=6, kl_coef=0.05)
-        options = {**defaults, **options}
+        options = grouped({**defaults, **options})
     options.setdefault("optimizer", lambda params: torch.optim.AdamW(params, lr=lr))
     return getattr(algorithms, name)(str(folder), **options)
 

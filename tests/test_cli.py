@@ -97,13 +97,13 @@ def test_every_configuration_that_ships_runs_and_its_checkpoint_exports(given, p
 
 EVERY_UPDATE = """
     train/loss train/reward train/reward/review_reward train/return train/kl train/kl_k3 train/kl_coef train/entropy
-    train/completion_length train/finished train/advantage_std train/zero_variance_groups train/skipped_groups train/grad_norm
+    train/completion_length train/eos_rate train/advantage_std train/zero_variance_groups train/skipped_groups train/grad_norm
     train/logprob_mismatch train/lr train/kl_p05 train/kl_p50 train/kl_p95
     time/sample time/score time/train throughput/completion_tokens
 """.split()
 EVERY_VALIDATION = """
     val/reward val/reward_variance val/return val/judge val/win_rate val/win_rate_low val/win_rate_high val/undecided
-    val/kl val/length val/finished val/distinct_1 val/distinct_2 val/perplexity
+    val/kl val/length val/eos_rate val/distinct_1 val/distinct_2 val/perplexity
 """.split()
 
 
@@ -256,13 +256,13 @@ WRONG = {
     "no rewards": (["--model.rewards=[]"], "rewards is empty"),
     "a policy that is not there": (["--model.policy=./nowhere"], "there is no such folder"),
     "a file that is not there": (["--data.train=nothing.jsonl"], "nothing.jsonl"),
-    "more slices than prompts": (["--model.minibatches=8"], "minibatches=8 is more than the 4 prompts"),
+    "more slices than prompts": (["--model.num_minibatches=8"], "num_minibatches=8 is more than the 4 prompts"),
     "an accumulation that does not fit": (
-        ["--model.minibatches=4", "--trainer.accumulate_grad_batches=3"],
+        ["--model.num_minibatches=4", "--trainer.accumulate_grad_batches=3"],
         "accumulate_grad_batches=3 does not fit a rollout of 4 slices",
     ),
     "an update of several passes": (
-        ["--model=PPO", "--model.num_samples=1", "--model.epochs=2", "--trainer.accumulate_grad_batches=2"],
+        ["--model=PPO", "--model.num_samples=1", "--model.update_epochs=2", "--trainer.accumulate_grad_batches=2"],
         "accumulate_grad_batches=2 does not fit a rollout of 1 slices",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
@@ -272,7 +272,7 @@ WRONG = {
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
     "a column that is not there": (["--data.prompt_column=question"], "question"),
-    "an opponent that is no column": (["--model.opponent=gpt"], "opponent='gpt' is no column"),
+    "an opponent that is no column": (["--model.compare_to=gpt"], "compare_to='gpt' is no column"),
     "data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
     "too few prompts": (["--data.batch_size=64"], "64"),
     "weights that cannot move": (

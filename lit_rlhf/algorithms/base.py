@@ -91,9 +91,7 @@ class Algorithm(LightningModule, ABC):
         self.pretrained = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
             if lora is not None or load:
-                raise ValueError(
-                    "`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy"
-                )
+                raise ValueError("`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy")
             self.policy = policy
             self._tokenizer = policy.tokenizer
 

@@ -105,10 +105,8 @@ class InFlight:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> InFlight:
         """Rebuild the record."""
-        found = cls(**state)
-        if isinstance(found.loss_sums, dict):
-            found.loss_sums = LossSums(**found.loss_sums)
-        return found
+        loss_sums = LossSums(**state["loss_sums"]) if "loss_sums" in state else None
+        return cls(**{**state, "loss_sums": loss_sums})
 
 
 def save_progress(checkpoint: dict[str, Any], layout: StepLayout, in_flight: list[dict[str, Any]]) -> None:

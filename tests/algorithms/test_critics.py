@@ -43,7 +43,7 @@ def copied_critic(module, spread: float):
 @pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_vanilla_policy_gradient_is_unbiased_whatever_the_critic_says(critic, rewards):
-    module = make_module(lit_rlhf.VanillaPG, rewards, num_samples=1, critic="head", value_coef=1e-30)
+    module = make_module(lit_rlhf.VanillaPG, rewards, num_samples=1, critic="head", vf_coef=1e-30)
     if critic == "model":
         module.critic = copied_critic(module, 0.5)
     else:
@@ -56,7 +56,7 @@ def test_vanilla_policy_gradient_is_unbiased_whatever_the_critic_says(critic, re
 
 def test_a_critic_learns_the_return_that_it_did_not_expect():
     """The critic's gradient is that of the squared error of its values, summed over the tokens."""
-    module = make_module(lit_rlhf.VanillaPG, (delayed, immediate), num_samples=1, critic="head", value_coef=0.7)
+    module = make_module(lit_rlhf.VanillaPG, (delayed, immediate), num_samples=1, critic="head", vf_coef=0.7)
     module.critic = copied_critic(module, 0.5)
     group = [ALL[4]]
     step_gradient(module, group)
@@ -75,7 +75,7 @@ def test_a_critic_learns_the_return_that_it_did_not_expect():
 
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_ppo_without_its_additions_is_vanilla_policy_gradient(critic):
-    bare = dict(gae_lambda=1.0, clip=None, clip_range_vf=None, ratio=False, whiten=False)
+    bare = dict(gae_lambda=1.0, clip_range=None, clip_range_vf=None, importance_ratio=False, whiten=False)
     gradients = []
     for method, options in ((lit_rlhf.VanillaPG, {}), (lit_rlhf.PPO, bare)):
         module = make_module(method, (delayed, immediate), num_samples=2, critic="head", **options)
@@ -91,7 +91,7 @@ def test_ppo_without_its_additions_is_vanilla_policy_gradient(critic):
 def test_the_ratio_of_ppo_is_one_in_the_first_update_and_changes_no_gradient(clip):
     gradients = []
     for ratio in (False, True):
-        module = make_module(lit_rlhf.PPO, num_samples=2, critic="head", ratio=ratio, clip=clip)
+        module = make_module(lit_rlhf.PPO, num_samples=2, critic="head", importance_ratio=ratio, clip_range=clip)
         module.critic = copied_critic(module, 0.5)
         logged = {}
         module.log_dict = lambda metrics, logged=logged, **kwargs: logged.update(metrics)
@@ -134,13 +134,13 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
     for y, (advantages, values), (old, _) in zip(group, rows, before, strict=True):
         ratio = (plain_logprobs(module.policy.causal_lm, PROMPT, y) - old).exp()
         wanted, now = (advantages - mean) / variance**0.5, values_of(module, y)
-        total -= torch.minimum(ratio * wanted, ratio.clamp(1 - module.clip, 1 + module.clip) * wanted).sum()
+        total -= torch.minimum(ratio * wanted, ratio.clamp(1 - module.clip_range, 1 + module.clip_range) * wanted).sum()
         miss = (now - advantages - values) ** 2
         if module.clip_range_vf is not None:
             near = values + (now - values).clamp(-module.clip_range_vf, module.clip_range_vf)
             held += int((near != now).sum())
             miss = torch.maximum(miss, (near - advantages - values) ** 2)
-        total += module.value_coef * miss.sum() / 2
+        total += module.vf_coef * miss.sum() / 2
     module.zero_grad()
     (total / len(group)).backward()
     return flat_gradient(module), held
@@ -154,7 +154,14 @@ def ppo_gradient(module, group, sampled, before, rewards) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_ppo_is_its_formulas_in_the_first_update_and_in_one_after_that(critic, options):
     """What the sampler rounds differently changes the KL that it is rewarded by, but no ratio."""
-    settings = {"whiten": False, "clip_range_vf": None, "value_coef": 0.7, "epochs": 2, "clip": 0.2, **options}
+    settings = {
+        "whiten": False,
+        "clip_range_vf": None,
+        "vf_coef": 0.7,
+        "update_epochs": 2,
+        "clip_range": 0.2,
+        **options,
+    }
     module = make_module(lit_rlhf.PPO, num_samples=4, critic="head", **settings)
     if critic == "model":
         module.critic = copied_critic(module, 0.5)

@@ -110,7 +110,7 @@ def test_slices_along_the_samples_are_unbiased_together():
 
 @pytest.mark.filterwarnings("ignore:no completion of this update counts", "ignore:a prompt none of whose")
 @pytest.mark.parametrize(
-    "options", [{"truncated": "leave_out"}, {"rewards": (finished_only,)}], ids=["left out", "no opinion"]
+    "options", [{"mask_truncated_completions": True}, {"rewards": (finished_only,)}], ids=["left out", "no opinion"]
 )
 def test_what_is_left_out_leaves_the_gradient_of_the_rest(options):
     """Where two completions count, RLOO estimates the gradient of their expected return given that they count."""
@@ -130,7 +130,7 @@ def test_what_is_left_out_leaves_the_gradient_of_the_rest(options):
 
 @pytest.mark.parametrize("rewards", REWARDS.values(), ids=REWARDS)
 def test_a_group_with_a_completion_left_out_is_the_group_without_it(rewards):
-    three = make_module(rewards=rewards, num_samples=3, truncated="leave_out")
+    three = make_module(rewards=rewards, num_samples=3, mask_truncated_completions=True)
     two = make_module(rewards=rewards, num_samples=2)
     ended, cut = ([y for y in ALL if (y[-1] == EOS) == end] for end in (True, False))
     for first, second in itertools.permutations(ended, 2):
@@ -140,7 +140,7 @@ def test_a_group_with_a_completion_left_out_is_the_group_without_it(rewards):
 
 
 def test_a_penalty_for_truncated_completions_is_a_reward():
-    module = make_module(num_samples=2, truncated=0.75)
+    module = make_module(num_samples=2, missing_eos_penalty=0.75)
     penalty = torch.tensor([0.75 * (y[-1] != EOS) for y in ALL], dtype=torch.float64)
     assert_same(expected_gradient(module), true_gradient(module, totals((delayed,)) - penalty))
 

@@ -56,7 +56,7 @@ EXACT = ("k1_reward", "k2_loss")
 METHODS = {
     "RLOO": {"num_samples": 2},
     "Reinforce": {"num_samples": 1},
-    "VanillaPG": {"num_samples": 1, "critic": "head", "value_coef": 1e-30},
+    "VanillaPG": {"num_samples": 1, "critic": "head", "vf_coef": 1e-30},
 }
 
 

@@ -48,7 +48,7 @@ class Recorder(Callback):
         self.rollouts, self.metrics = [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if getattr(module, "rollout", None) is not None and batch_idx % module.repeats == 0:
+        if getattr(module, "rollout", None) is not None and batch_idx % module.steps_per_rollout == 0:
             self.rollouts.append(module.rollout)
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
@@ -86,15 +86,15 @@ def start_of(name, folder):
 # 12. How a rollout is cut, and how many steps make an update, changes nothing
 
 CUTS = [
-    {"minibatches": 2},
-    {"minibatches": 4},
+    {"num_minibatches": 2},
+    {"num_minibatches": 4},
     {"sample_minibatches": 3},
-    {"minibatches": 3, "sample_minibatches": 2},
+    {"num_minibatches": 3, "sample_minibatches": 2},
 ]
 REWARDS = {
     "all count": {},
     "some have no opinion": {"rewards": [some_opinion]},
-    "truncated left out": {"truncated": "leave_out"},
+    "truncated left out": {"mask_truncated_completions": True},
     "token by token": {"rewards": [worth, of_tokens]},
 }
 
@@ -108,7 +108,7 @@ def in_one_piece():
 @pytest.mark.parametrize("case", REWARDS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_update_does_not_depend_on_how_a_rollout_is_cut(cut, case, in_one_piece, ending, tmp_path):
-    accumulate = cut.get("minibatches", 1) * cut.get("sample_minibatches", 1)
+    accumulate = cut.get("num_minibatches", 1) * cut.get("sample_minibatches", 1)
     if case not in in_one_piece:
         in_one_piece[case] = train("RLOO", ending, tmp_path, updates=2, **REWARDS[case])
     weights, recorder = in_one_piece[case]
@@ -124,7 +124,7 @@ def test_the_update_does_not_depend_on_how_a_rollout_is_cut(cut, case, in_one_pi
     ("name", "options"),
     [
         ("RLOO", {"rewards": [some_opinion]}),
-        ("Reinforce", {"baseline": "none", "truncated": "leave_out"}),
+        ("Reinforce", {"baseline": "none", "mask_truncated_completions": True}),
         ("SFT", {}),
         ("RewardModeling", {}),
     ],
@@ -143,7 +143,7 @@ def test_clipping_is_of_the_whole_gradient(ending, tmp_path):
     clip = {"gradient_clip_val": 0.05}
     whole, _ = train("RLOO", ending, tmp_path, trainer=clip, **options)
     cuts = {**clip, "accumulate_grad_batches": 4}
-    sliced, _ = train("RLOO", ending, tmp_path, trainer=cuts, minibatches=4, **options)
+    sliced, _ = train("RLOO", ending, tmp_path, trainer=cuts, num_minibatches=4, **options)
     start = start_of("RLOO", ending)
     moved = torch.cat([(whole[n] - start[n]).flatten() for n in whole]).norm()
     torch.testing.assert_close(moved.item(), RATE * 0.05, atol=1e-5, rtol=0)
@@ -202,7 +202,7 @@ def test_a_group_without_an_opinion_is_left_out_and_counted(ending, tmp_path):
     assert_same_update(weights, expected, start_of("RLOO", ending))
 
 
-@pytest.mark.parametrize("cut", [{}, {"minibatches": 2, "sample_minibatches": 2}], ids=str)
+@pytest.mark.parametrize("cut", [{}, {"num_minibatches": 2, "sample_minibatches": 2}], ids=str)
 def test_an_update_in_which_nothing_counts_leaves_the_weights_and_warns(cut, ending, tmp_path):
     """Bitwise, under momentum and weight decay too: the update before has filled AdamW's moments."""
     calls = []
@@ -226,7 +226,7 @@ def test_an_update_in_which_nothing_counts_leaves_the_weights_and_warns(cut, end
         **cut,
     )
     data = make_data("RLOO", val=None)
-    accumulate = cut.get("minibatches", 1) * cut.get("sample_minibatches", 1)
+    accumulate = cut.get("num_minibatches", 1) * cut.get("sample_minibatches", 1)
     runner = make_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate, callbacks=[snapshots])
     with pytest.warns(UserWarning, match="no completion of this update counts"):
         runner.fit(module, data)
@@ -352,7 +352,7 @@ def test_at_the_first_rollout_the_kl_is_zero_to_rounding_and_the_mismatch_is_log
 
 def test_truncated_sampling_warns_and_logs_the_kept_mass(ending, tmp_path):
     with pytest.warns(UserWarning, match="bias the gradient"):
-        _, recorder = train("RLOO", ending, tmp_path, sampling={"top_k": 20})
+        _, recorder = train("RLOO", ending, tmp_path, top_k=20)
     assert 0.01 < recorder.metrics[0]["train/sampled_mass"] < 0.99
 
 

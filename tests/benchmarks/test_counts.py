@@ -113,7 +113,7 @@ def test_an_update_multiplies_no_more_than_it_must(name, folder, tmp_path):
     assert counts.flops.get_total_flops() == 2 * passes
 
 
-@pytest.mark.parametrize("cut", [{"minibatches": 2}, {}], ids=["two slices an update", "two rollouts an update"])
+@pytest.mark.parametrize("cut", [{"num_minibatches": 2}, {}], ids=["two slices an update", "two rollouts an update"])
 def test_gradients_of_an_update_are_not_held_while_the_next_samples(cut, folder, tmp_path):
     held = []
 
@@ -142,7 +142,7 @@ def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
 
 @pytest.mark.parametrize("name", ["RLOO", "VanillaPG"])
 def test_what_scores_a_rollout_takes_no_more_of_it_at_a_time_than_training(name, folder, tmp_path):
-    counts = count(name, folder, tmp_path, minibatches=2)
+    counts = count(name, folder, tmp_path, num_minibatches=2)
     prompts, k, t = counts.rollout.completions.tokens.shape
     assert prompts == N and max(counts.lookups["reference"]) == N // 2 * k * (t - 1)
     if name == "VanillaPG":

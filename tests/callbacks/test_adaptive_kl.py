@@ -26,7 +26,7 @@ class Recorder(Callback):
 
 def train(folder, root, ckpt_path=None, save=None, kl_penalty="k1_reward"):
     recorder = Recorder(save)
-    module = make_module("RLOO", folder, kl_coef=0.5, minibatches=2, kl_penalty=kl_penalty)
+    module = make_module("RLOO", folder, kl_coef=0.5, num_minibatches=2, kl_penalty=kl_penalty)
     trainer = make_trainer(root, max_epochs=2, callbacks=[AdaptiveKL(target=0.5, gain=2.0), recorder])
     trainer.fit(module, make_data("RLOO"), ckpt_path=ckpt_path)
     return module, recorder.rollouts
@@ -59,7 +59,7 @@ def test_coefficient_is_constant_within_a_rollout(tiny, tmp_path):
             return super().kl_terms(rollout, terms)
 
     options = dict(rewards=[lambda completions, **kwargs: [1.0 * len(c) for c in completions]], max_new_tokens=4)
-    module = RecordCoefficients(str(tiny), kl_coef=0.5, kl_penalty="k2_loss", minibatches=2, **options)
+    module = RecordCoefficients(str(tiny), kl_coef=0.5, kl_penalty="k2_loss", num_minibatches=2, **options)
     trainer = make_trainer(tmp_path, max_steps=6, callbacks=[AdaptiveKL(target=5.0, gain=2.0)])
     trainer.fit(module, make_data("RLOO"))
     assert coefs[::2] == coefs[1::2] and coefs[0] > coefs[2] > coefs[4]
@@ -81,7 +81,7 @@ def test_algorithms_without_a_kl_coefficient_raise(name, options, tiny, tmp_path
 def test_trainer_test_uses_the_coefficient_of_the_checkpoint(tiny, tmp_path):
     train(tiny, tmp_path, save=tmp_path)
     saved = torch.load(tmp_path / "third.ckpt", weights_only=True)["callbacks"]["AdaptiveKL"]["kl_coef"]
-    module = make_module("RLOO", tiny, kl_coef=0.5, minibatches=2)
+    module = make_module("RLOO", tiny, kl_coef=0.5, num_minibatches=2)
     trainer = make_trainer(tmp_path, callbacks=[AdaptiveKL(target=0.5, gain=2.0)])
     trainer.test(module, make_data("RLOO"), ckpt_path=tmp_path / "third.ckpt", verbose=False)
     assert module.kl_coef == saved != 0.5

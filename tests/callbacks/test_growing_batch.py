@@ -146,7 +146,7 @@ def test_plain_lines_omit_the_total_with_growing_batches(tiny, tmp_path, capsys)
 
 
 def test_schedule_counts_updates_not_steps(tiny, tmp_path):
-    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 4, "max_epochs": 1})
+    options = dict(num_minibatches=2, trainer={"accumulate_grad_batches": 4, "max_epochs": 1})
     _, recorder = train(tiny, tmp_path, BatchSchedule(maximum=4, updates=2), **options)
     assert recorder.sizes == [2, 2, 3, 3, 4, 4, 4, 4, 4, 4][: len(recorder.sizes)]
     assert recorder.lengths == recorder.ends == [2 * len(recorder.sizes)] and len(recorder.sizes) % 2 == 0
@@ -156,7 +156,7 @@ def test_schedule_counts_updates_not_steps(tiny, tmp_path):
     "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
 )
 def test_resume_with_growing_batches_is_exact(make, tiny, tmp_path):
-    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5})
+    options = dict(num_minibatches=2, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.5})
     uninterrupted, full = train(tiny, tmp_path, make(), save=tmp_path, **options)
     assert full.sizes[-1] > full.sizes[0]
     paths = sorted(tmp_path.glob("*.ckpt"))
@@ -188,7 +188,7 @@ def test_noisy_gradient_grows_the_batch_up_to_the_maximum(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "accumulate", "prompts"),
-    [({}, 1, 6), ({"minibatches": 2}, 1, 12), ({}, 3, 2), ({"minibatches": 2, "epochs": 2}, 2, 6)],
+    [({}, 1, 6), ({"num_minibatches": 2}, 1, 12), ({}, 3, 2), ({"num_minibatches": 2, "update_epochs": 2}, 2, 6)],
     ids=["one update a rollout", "two updates", "three rollouts an update", "two passes"],
 )
 @pytest.mark.filterwarnings("ignore:.* updates a rollout")
@@ -238,7 +238,7 @@ def test_estimates_are_unbiased():
 
 @pytest.mark.parametrize("name", ["RLOO", "PPO"])
 def test_measuring_does_not_change_training(name, tiny, tmp_path):
-    options = dict(name=name, minibatches=2, trainer={"max_steps": 6, "gradient_clip_val": 0.5})
+    options = dict(name=name, num_minibatches=2, trainer={"max_steps": 6, "gradient_clip_val": 0.5})
     measured, recorder = train(tiny, tmp_path, GradientNoise(1, 2), **options)
     plain, _ = train(tiny, tmp_path, Callback(), **options)
     weights = plain.state_dict()
@@ -283,8 +283,8 @@ def variance_of(tiny, root, **options):
 
 def test_variance_is_per_update_not_per_rollout(tiny, tmp_path):
     full = variance_of(tiny, tmp_path)
-    assert variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 4}) == pytest.approx(full)
-    half = variance_of(tiny, tmp_path, minibatches=4, trainer={"accumulate_grad_batches": 2})
+    assert variance_of(tiny, tmp_path, num_minibatches=4, trainer={"accumulate_grad_batches": 4}) == pytest.approx(full)
+    half = variance_of(tiny, tmp_path, num_minibatches=4, trainer={"accumulate_grad_batches": 2})
     assert half == pytest.approx(2 * full)
 
 
@@ -297,7 +297,7 @@ def test_updates_of_several_rollouts_are_measured(tiny, tmp_path):
 def test_gradient_of_a_separate_critic_is_excluded(tiny, tmp_path):
     variances = []
     for coef in (0.5, 50.0):
-        module = make_module("VanillaPG", tiny, rewards=[checksum_reward], value_coef=coef)
+        module = make_module("VanillaPG", tiny, rewards=[checksum_reward], vf_coef=coef)
         trainer = make_trainer(tmp_path, max_steps=1, callbacks=[GradientNoise(1, 4)], limit_val_batches=0)
         torch.manual_seed(3)  # the critic's head
         trainer.fit(module, make_data("VanillaPG", rows=40, batch_size=8))
@@ -367,7 +367,7 @@ def test_unsuitable_data_or_algorithms_raise(callback, name, data, sentence, tin
     "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
 )
 def test_adding_growth_on_resume_keeps_the_rows_already_yielded(make, tiny, tmp_path):
-    options = dict(minibatches=2, trainer={"accumulate_grad_batches": 2})
+    options = dict(num_minibatches=2, trainer={"accumulate_grad_batches": 2})
     train(tiny, tmp_path, Callback(), save=tmp_path, **options)
     _, full = train(tiny, tmp_path, Callback(), ckpt_path=tmp_path / "0-09.ckpt", **options)
     _, joined = train(tiny, tmp_path, make(), ckpt_path=tmp_path / "0-09.ckpt", **options)

@@ -31,7 +31,7 @@ def predict(module, rows, root) -> list[dict]:
     [(["same"], 0.5), (["worse"], 1.0), (["worse", "worse", "same", "better", "same"], 0.6)],
 )
 def test_a_tie_is_half_a_win(opponents, rate, tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    module = make_module("RLOO", tiny, judge=judge, compare_to="reference")
     metrics = validate(module, rows_of(*opponents), tmp_path)
     assert metrics["val/win_rate"] == pytest.approx(rate)
     assert metrics["val/judge"] == 0
@@ -83,7 +83,7 @@ def test_scores_are_not_rounded_where_weights_are_bfloat16(choose, tiny, tmp_pat
         return [0.7] * len(completions)
 
     judged = constant if choose is None else prefers(choose)
-    module = make_module("RLOO", tiny, judge=judged, opponent="reference")
+    module = make_module("RLOO", tiny, judge=judged, compare_to="reference")
     metrics = validate(module, rows_of("a", "b"), tmp_path, trainer={"precision": "bf16-true"})
     assert metrics["val/win_rate"] == 0.5
 
@@ -99,7 +99,7 @@ def test_equal_completions_tie_however_the_judge_rounds(tiny, tmp_path):
     assert len(calls) > 1 and metrics["val/win_rate"] == 0.5
 
 
-@pytest.mark.parametrize("opponent", ["policy", "reference"])
+@pytest.mark.parametrize("compare_to", ["policy", "reference"])
 def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
     calls = []
 
@@ -112,7 +112,7 @@ def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
         data = lit_rlhf.PromptData(train=rows_of(*"abcdefghi"), val=rows_of("worse", "better", "same"), batch_size=3)
         make_trainer(tmp_path, max_steps=3, val_check_interval=1).fit(module, data)
 
-    module = make_module("RLOO", tiny, judge=count, opponent=opponent, lr=0.5)
+    module = make_module("RLOO", tiny, judge=count, compare_to=opponent, lr=0.5)
     fit()
     first = list(calls)
     assert len(first) == 5  # four validations and one opponent
@@ -138,7 +138,7 @@ def test_the_opponent_of_a_fit_is_where_the_policy_started(tiny, tmp_path):
 
 
 def greedy(folder, policy=None, **options):
-    options = {"rewards": [worth], "num_samples": 2, "max_new_tokens": 6, "sampling": {"greedy": True}, **options}
+    options = {"rewards": [worth], "num_samples": 2, "max_new_tokens": 6, "greedy": True, **options}
     return lit_rlhf.RLOO(policy or str(folder), **options)
 
 
@@ -152,7 +152,7 @@ def test_other_data_have_opponents_of_their_own(tiny, tmp_path):
 
 
 def test_other_data_have_completions_of_their_own_to_compare_with(tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    module = make_module("RLOO", tiny, judge=judge, compare_to="reference")
     rates = [validate(module, rows_of(*[text] * 3), tmp_path)["val/win_rate"] for text in ("better", "worse")]
     assert rates == [0, 1]
 
@@ -169,7 +169,7 @@ def test_the_variance_of_the_reward_is_that_over_prompts(tiny, tmp_path):
 
 
 def test_perplexity_is_that_of_the_given_completions(tiny, tmp_path):
-    module = make_module("RLOO", tiny, rewards=[worth], evaluation={"preferred": "reference"}, temperature=0.7)
+    module = make_module("RLOO", tiny, rewards=[worth], preferred="reference", temperature=0.7)
     metrics = validate(module, rows_of("good", None, "very good"), tmp_path)
     model, tokenizer = module.policy.model, module.tokenizer
     total, count = 0.0, 0
@@ -182,29 +182,25 @@ def test_perplexity_is_that_of_the_given_completions(tiny, tmp_path):
 
 
 def test_a_given_completion_beyond_the_positions_is_a_sentence(tiny, tmp_path):
-    module = make_module("RLOO", tiny, evaluation={"preferred": "reference"})
+    module = make_module("RLOO", tiny, preferred="reference")
     with pytest.raises(ValueError, match=r"row 1 and its 'reference' have 5\d\d tokens, more than the 512 positions"):
         validate(module, rows_of("short", "long " * 105), tmp_path)
 
 
 def test_a_greedy_method_is_measured_by_samples_too(tiny, tmp_path):
     """Its KL, and the best of several samples, are of what the policy would draw."""
-    options = dict(rewards=[worth], evaluation={"best_of": 4})
+    options = dict(rewards=[worth], best_of=4)
     drawn, greedy = (
-        validate(make_module("RLOO", tiny, sampling={"greedy": way}, **options), rows_of(*"abcde"), tmp_path)
-        for way in (False, True)
+        validate(make_module("RLOO", tiny, greedy=way, **options), rows_of(*"abcde"), tmp_path) for way in (False, True)
     )
     assert drawn == greedy
 
 
 def test_the_best_of_several_is_what_the_rewards_like(tiny, tmp_path):
     rows = rows_of(*"abcdef")
-    plain = make_module("RLOO", tiny, rewards=[worth], num_samples=4, sampling={"greedy": False})
+    plain = make_module("RLOO", tiny, rewards=[worth], num_samples=4, greedy=False)
     sampled = {(r["index"], r["sample"]): r["reward"] for r in predict(plain, rows, tmp_path)}
-    metrics = {
-        n: validate(make_module("RLOO", tiny, rewards=[worth], evaluation={"best_of": n}), rows, tmp_path)
-        for n in (4, 40)
-    }
+    metrics = {n: validate(make_module("RLOO", tiny, rewards=[worth], best_of=n), rows, tmp_path) for n in (4, 40)}
     assert metrics[40]["val/reward"] > metrics[4]["val/reward"] > sum(sampled.values()) / len(sampled)
     assert metrics[4]["val/kl"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-4)
 
@@ -213,7 +209,7 @@ def test_the_best_of_several_is_never_one_without_an_opinion(tiny, tmp_path):
     def mostly_silent(completion_ids, **kwargs):
         return [-float(sum(ids)) if sum(ids) % 2 else None for ids in completion_ids]
 
-    module = make_module("RLOO", tiny, rewards=[mostly_silent], evaluation={"best_of": 30})
+    module = make_module("RLOO", tiny, rewards=[mostly_silent], best_of=30)
     assert validate(module, rows_of(*"abc"), tmp_path)["val/undecided"] < 1
     assert all(example["reward"] == example["reward"] for example in module.examples)
 
@@ -236,7 +232,7 @@ def test_a_judge_without_an_opinion_counts_nowhere(silent, tiny, tmp_path):
         opinions = zip(prompts, judge(completions), strict=True)
         return [None if prompt in silent else opinion - 3 for prompt, opinion in opinions]
 
-    module = make_module("RLOO", tiny, judge=choosy, opponent="reference")
+    module = make_module("RLOO", tiny, judge=choosy, compare_to="reference")
     metrics = validate(module, rows_of("better", "worse", "better", "worse"), tmp_path)
     if len(silent) == 4:
         assert not {"val/judge", "val/win_rate"} & metrics.keys()
@@ -246,7 +242,7 @@ def test_a_judge_without_an_opinion_counts_nowhere(silent, tiny, tmp_path):
 
 
 def test_an_opponent_without_an_opinion_counts_nowhere(tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=judge, opponent="reference")
+    module = make_module("RLOO", tiny, judge=judge, compare_to="reference")
     metrics = validate(module, rows_of("worse", "nobody can tell", "worse", "nobody can tell"), tmp_path)
     assert metrics["val/win_rate"] == 1
     assert metrics["val/judge"] == 0  # the policy's own were judged
@@ -286,7 +282,7 @@ def test_a_judge_of_conversations_is_given_messages(shape, tiny, tmp_path):
     turn = [{"role": "user", "content": "a film"}]
     answer = "great" if shape == "strings" else [{"role": "assistant", "content": "great"}]
     rows = [{"prompt": turn, "reference": answer}, {"prompt": turn, "reference": answer}]
-    module = make_module("RLOO", tiny, rewards=[worth], judge=look, opponent="reference")
+    module = make_module("RLOO", tiny, rewards=[worth], judge=look, compare_to="reference")
     assert validate(module, rows, tmp_path)["val/win_rate"] == 0.5
     assert len(seen) == 4
     for prompt, completion in seen:
@@ -304,7 +300,7 @@ def test_a_row_without_a_reference_counts_nowhere(chat, tiny, tmp_path):
     rows = rows_of("better", None, "better", None, None)
     if chat:
         rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    module = make_module("RLOO", tiny, rewards=[worth], judge=least_of_nothing, opponent="reference")
+    module = make_module("RLOO", tiny, rewards=[worth], judge=least_of_nothing, compare_to="reference")
     assert validate(module, rows, tmp_path)["val/win_rate"] == 0
 
 
@@ -315,7 +311,7 @@ def needs_reference(completions, reference):
 
 @pytest.mark.parametrize("judged_by", [judge, needs_reference])
 def test_what_only_validation_needs_may_stand_in_the_held_out_data_alone(judged_by, tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=judged_by, opponent="reference")
+    module = make_module("RLOO", tiny, judge=judged_by, compare_to="reference")
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, make_data("RLOO", val=rows_of("worse", "same", "worse", "same")))
     assert trainer.callback_metrics["val/win_rate"] == 0.75
@@ -337,12 +333,12 @@ def needs_answer(completions, answer):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"opponent": "refrence"}, r"opponent='refrence' is no column .*'reference'"),
+        ({"compare_to": "refrence"}, r"compare_to='refrence' is no column .*'reference'"),
         ({"rewards": [needs_answer]}, r"'needs_answer' asks for \['answer'\].*'reference'"),
         ({"judge": needs_answer}, r"'needs_answer' asks for \['answer'\].*'reference'"),
-        ({"evaluation": {"preferred": "chosen"}}, r"evaluation.preferred='chosen' is no column .*'reference'"),
+        ({"preferred": "chosen"}, r"evaluation.preferred='chosen' is no column .*'reference'"),
     ],
-    ids=["opponent", "reward", "judge", "preferred"],
+    ids=["compare_to", "reward", "judge", "preferred"],
 )
 def test_a_column_that_is_not_there_is_told_before_a_model_is_loaded(stage, options, sentence, tiny, tmp_path):
     rows = rows_of(*"abcdefgh")

@@ -25,7 +25,7 @@ def opinion(text):
     ids=["fair", "first", "second", "leaning"],
 )
 def test_a_judge_of_pairs_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    module = make_module("RLOO", tiny, judge=prefers(choose), compare_to="reference")
     metrics = validate(module, rows_of("worse", "same", "better", "worse"), tmp_path)
     assert metrics["val/win_rate"] == pytest.approx(rate)
     assert metrics["val/position_bias"] == pytest.approx(bias)
@@ -37,7 +37,7 @@ def test_an_answer_that_names_neither_side_counts_nowhere(tiny, tmp_path):
     def choose(a, b):
         return None if "nobody can tell" in (a, b) else float(opinion(a) > opinion(b))
 
-    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    module = make_module("RLOO", tiny, judge=prefers(choose), compare_to="reference")
     metrics = validate(module, rows_of("worse", "nobody can tell", "better", "worse", "nobody can tell"), tmp_path)
     assert metrics["val/win_rate"] == pytest.approx(2 / 3)
     assert metrics["val/undecided"] == pytest.approx(2 / 5)
@@ -50,7 +50,7 @@ def test_a_row_without_an_opponent_is_not_asked_about(tiny, tmp_path):
         seen.append({a, b})
         return 0.5
 
-    module = make_module("RLOO", tiny, judge=prefers(choose), opponent="reference")
+    module = make_module("RLOO", tiny, judge=prefers(choose), compare_to="reference")
     metrics = validate(module, rows_of("worse", None, None), tmp_path)
     assert len(seen) == 2 and all("worse" in pair for pair in seen)
     assert metrics["val/undecided"] == pytest.approx(2 / 3)
@@ -68,7 +68,7 @@ def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
     [(2.0, "answered 2 at place 0.*from 0"), ("A", "returned .*'str'"), (math.nan, "returned nan")],
 )
 def test_an_answer_that_is_none_is_refused(answer, sentence, tiny, tmp_path):
-    module = make_module("RLOO", tiny, judge=prefers(lambda a, b: answer), opponent="reference")
+    module = make_module("RLOO", tiny, judge=prefers(lambda a, b: answer), compare_to="reference")
     with pytest.raises(ValueError, match=sentence):
         validate(module, rows_of("worse"), tmp_path)
 
@@ -90,7 +90,7 @@ def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
         return [0.25] * len(opponents)
 
     pairs.pairwise = True
-    module = make_module("RLOO", tiny, judge=pairs, opponent="reference")
+    module = make_module("RLOO", tiny, judge=pairs, compare_to="reference")
     assert validate(module, rows_of("a", "b"), tmp_path)["val/win_rate"] == 0.5
     assert second == [True, False]
 

@@ -101,7 +101,7 @@ def test_what_is_trained_on_a_frozen_bfloat16_trunk_is_float32(tiny):
 
 @pytest.mark.filterwarnings("ignore:2 updates a rollout")
 def test_a_head_on_a_bfloat16_policy_trains(tiny, tmp_path):
-    module = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"}, minibatches=2)
+    module = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"}, num_minibatches=2)
     trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0)
     trainer.fit(module, make_data("PPO"))
     assert module.critic.weight.abs().max() > 1e-3
@@ -138,7 +138,7 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=f"the critic embeds 50 token ids and the policy {SIZE}"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
     policy = lit_rlhf.Policy(make_llama(SIZE), make_tokenizer())
-    with pytest.raises(ValueError, match="came in memory"):
+    with pytest.raises(ValueError, match="is in memory"):
         lit_rlhf.VanillaPG(policy, rewards=[lit_rlhf.rewards.Length(maximum=3)])
     for source in ("hed", "./nowhere"):
         module = make_module("VanillaPG", tiny, critic=source)
@@ -150,15 +150,14 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
     ("name", "options", "sentence"),
     [
         ("PPO", {"gae_lambda": 1.5}, "gae_lambda=1.5 must be between 0 and 1"),
-        ("PPO", {"clip": 0.0}, "clip=0.0 must be above 0"),
-        ("PPO", {"clip": float("nan")}, "clip=nan must be above 0"),
-        ("VanillaPG", {"value_coef": float("nan")}, "value_coef=nan must be above 0"),
-        ("RLOO", {"truncated": float("nan")}, "truncated=nan must be 'keep', 'leave_out', or a number"),
+        ("PPO", {"clip_range": 0.0}, "clip_range=0.0 must be above 0"),
+        ("PPO", {"clip_range": float("nan")}, "clip_range=nan must be above 0"),
+        ("VanillaPG", {"vf_coef": float("nan")}, "vf_coef=nan must be above 0"),
+        ("RLOO", {"missing_eos_penalty": float("nan")}, "missing_eos_penalty=nan must be 0 or more"),
         ("DPO", {"beta": float("inf")}, "beta=inf must be a number above 0"),
         ("PPO", {"clip_range_vf": -1.0}, "clip_range_vf=-1.0 must be above 0"),
         ("VanillaPG", {"critic_lr": -1.0}, "critic_lr=-1.0 must be above 0"),
-        ("RLOO", {"shaping": {"clipp": 3}}, "its options are those of lit_rlhf.rewards.shaping.Shaping"),
-        ("VanillaPG", {"value_coef": 0.0}, "value_coef=0.0 must be above 0"),
+        ("VanillaPG", {"vf_coef": 0.0}, "vf_coef=0.0 must be above 0"),
         ("RAFT", {"num_samples": 1}, "num_samples=1 must be at least 2"),
         ("RAFT", {"sample_minibatches": 2}, "sample_minibatches=2 can't"),
         ("RAFT", {"kl_penalty": "k2_loss"}, "use kl_penalty='k1_reward'"),
@@ -207,7 +206,7 @@ def test_policy_and_critic_are_clipped_each_by_itself(critic, tiny, tmp_path):
                 norms[group["name"]] = float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]))
 
     options = dict(rewards=[lambda completions, **kwargs: [9.0 * len(c) for c in completions]], max_new_tokens=4)
-    module = Norms(str(tiny), critic=critic, critic_lr=0.125, value_coef=50.0, **options)
+    module = Norms(str(tiny), critic=critic, critic_lr=0.125, vf_coef=50.0, **options)
     trainer = make_trainer(tmp_path, max_steps=1, gradient_clip_val=0.25)
     trainer.fit(module, make_data("PPO"))
     assert norms == {"policy": pytest.approx(0.25, rel=1e-3), "critic": pytest.approx(0.25, rel=1e-3)}
@@ -227,7 +226,7 @@ def test_the_first_update_of_several_is_on_policy_to_the_last_bit(tiny, tmp_path
 
     options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
     sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
-    module = Ratios(str(tiny), minibatches=4, **options, **sgd)
+    module = Ratios(str(tiny), num_minibatches=4, **options, **sgd)
     trainer = make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
     trainer.fit(module, make_data("PPO"))
     assert ratios[:2] == [0.0, 0.0] and min(ratios[2:]) > 1e-3
@@ -249,7 +248,7 @@ def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, 
 
         options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
         sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
-        module = Ratios(str(tiny), critic="head", epochs=2, minibatches=minibatches, **options, **sgd)
+        module = Ratios(str(tiny), critic="head", update_epochs=2, num_minibatches=minibatches, **options, **sgd)
         make_trainer(tmp_path, max_steps=2 * minibatches).fit(module, make_data("PPO"))
     assert ratios[1][0] < 1e-4 and ratios[1][1] > 1e-3
     assert ratios[2][0] < 1e-4 and min(ratios[2][1:]) > 1e-3

@@ -129,7 +129,7 @@ def test_one_sample_is_no_group(samples, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "accumulate", "pauses"),
-    [({"minibatches": 2}, 1, [1, 1, 2, 2]), ({}, 2, [2, 4]), ({}, 1, [1, 2, 3])],
+    [({"num_minibatches": 2}, 1, [1, 1, 2, 2]), ({}, 2, [2, 4]), ({}, 1, [1, 2, 3])],
     ids=["two updates a rollout", "two rollouts an update", "one of each"],
 )
 def test_the_seconds_so_far_are_those_of_all_rollouts_so_far(options, accumulate, pauses, tiny, tmp_path):
@@ -170,7 +170,7 @@ def test_the_clock_of_a_resumed_run_goes_on(after, tiny, tmp_path):
     def fit(logger, callbacks, **options):
         given = dict(logger=logger, callbacks=callbacks, enable_checkpointing=bool(callbacks), limit_val_batches=0)
         trainer = make_trainer(tmp_path, max_steps=4, **given)
-        trainer.fit(make_module("RLOO", tiny, rewards=[slow], minibatches=2), make_data("RLOO"), **options)
+        trainer.fit(make_module("RLOO", tiny, rewards=[slow], num_minibatches=2), make_data("RLOO"), **options)
 
     checkpoint = lit_rlhf.callbacks.PolicyCheckpoint(every_n_updates=1, save_last=False)  # while a step ends
     with pytest.raises(RuntimeError, match="enough"):
@@ -207,7 +207,7 @@ def test_a_reward_is_told_how_many_updates_there_will_be(tiny, tmp_path):
         return [0.5] * len(completions)
 
     trainer = make_trainer(tmp_path, max_epochs=2, limit_val_batches=0)
-    trainer.fit(make_module("RLOO", tiny, rewards=[progress], minibatches=2), make_data("RLOO"))
+    trainer.fit(make_module("RLOO", tiny, rewards=[progress], num_minibatches=2), make_data("RLOO"))
     total = trainer.global_step
     assert seen == {(step, total) for step in range(0, total, 2)} and total == 12
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 import lit_rlhf
 from lit_rlhf.types import Completions, Rollout
-from runs import METHODS, ONLINE, make_data, make_module, make_trainer, vowels
+from runs import METHODS, ONLINE, grouped, make_data, make_module, make_trainer, vowels
 
 
 class SaveEverywhere(Callback):
@@ -46,10 +46,10 @@ def differing(a: dict, b: dict) -> list[str]:
 
 CASES = {
     "plain": {},
-    "mid-rollout": {"minibatches": 2, "trainer": {}},
-    "two updates a rollout": {"minibatches": 4, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4}},
+    "mid-rollout": {"num_minibatches": 2, "trainer": {}},
+    "two updates a rollout": {"num_minibatches": 4, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4}},
     "two rollouts an update": {"data": {"rows": 16}, "trainer": {"accumulate_grad_batches": 2}},
-    "two epochs a rollout": {"minibatches": 2, "sample_minibatches": 3, "epochs": 2},
+    "two epochs a rollout": {"num_minibatches": 2, "sample_minibatches": 3, "update_epochs": 2},
 }
 
 
@@ -58,7 +58,7 @@ def check_resumes(name, case, tiny, root, places) -> None:
     if name not in ONLINE:
         if case in ("mid-rollout", "two epochs a rollout"):
             pytest.skip("only a rollout is cut into slices")
-        if options.pop("minibatches", None):
+        if options.pop("num_minibatches", None):
             options["trainer"] = {"accumulate_grad_batches": 3, "val_check_interval": 2}
     if name == "RAFT":  # trains on one completion a prompt
         options.pop("sample_minibatches", None)
@@ -79,7 +79,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tin
 
 def test_a_module_that_has_trained_goes_back_to_a_rollout_of_before(tiny, tmp_path):
     schedule = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
-    module = make_module("RLOO", tiny, minibatches=2, **schedule)
+    module = make_module("RLOO", tiny, num_minibatches=2, **schedule)
     trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[SaveEverywhere(tmp_path)])
     trainer.fit(module, make_data("RLOO"))
     expected = state_of(trainer)
@@ -102,7 +102,7 @@ def test_a_critic_that_is_a_head_on_the_policy_resumes_too(lora, tiny, tmp_path)
 
     def fit(**options):
         warm_up = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
-        module = make_module("PPO", tiny, critic="head", lora=lora, minibatches=4, epochs=2, **warm_up)
+        module = make_module("PPO", tiny, critic="head", lora=lora, num_minibatches=4, update_epochs=2, **warm_up)
         limits = dict(max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.5, limit_val_batches=0)
         trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
         trainer.fit(module, make_data("PPO", rows=8), **options)
@@ -127,7 +127,7 @@ def test_max_steps_then_more(stop, tiny, tmp_path):
 
     def train(max_steps, ckpt_path=None):
         runner = make_trainer(tmp_path, max_steps=max_steps, accumulate_grad_batches=2)
-        runner.fit(make_module("RLOO", tiny, minibatches=2), make_data("RLOO"), ckpt_path=ckpt_path)
+        runner.fit(make_module("RLOO", tiny, num_minibatches=2), make_data("RLOO"), ckpt_path=ckpt_path)
         return runner
 
     path = tmp_path / "stopped.ckpt"
@@ -140,13 +140,13 @@ def test_max_steps_then_more(stop, tiny, tmp_path):
 
 
 def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one(tiny, tmp_path):
-    options = dict(minibatches=2)
+    options = dict(num_minibatches=2)
     trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0)
     trainer.fit(make_module("RLOO", tiny, **options), make_data("RLOO"))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert "rollout" in checkpoint["ranks"][0]
-    torch.save({**checkpoint, "ranks": checkpoint["ranks"] * 2}, tmp_path / "two.ckpt")
+    assert "rollout" in checkpoint["in_flight"][0]
+    torch.save({**checkpoint, "in_flight": checkpoint["in_flight"] * 2}, tmp_path / "two.ckpt")
     given = make_module("RLOO", tiny, **options), make_data("RLOO")
     assert make_trainer(tmp_path).test(*given, ckpt_path=tmp_path / "two.ckpt", verbose=False)
     with pytest.raises(ValueError, match="by 2 processes, and there are 1 now"):
@@ -154,10 +154,10 @@ def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one
 
 
 def test_a_rollout_that_the_end_of_an_epoch_cut_off_is_not_taken_up_in_the_next(tiny, tmp_path):
-    options = dict(minibatches=2, trainer={"limit_train_batches": 3})
+    options = dict(num_minibatches=2, trainer={"limit_train_batches": 3})
     straight = run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
     last = tmp_path / "0-02.ckpt"
-    assert "rollout" in torch.load(last, weights_only=True)["ranks"][0]
+    assert "rollout" in torch.load(last, weights_only=True)["in_flight"][0]
     assert not differing(straight, run("RLOO", tiny, tmp_path, ckpt_path=last, **options))
 
 
@@ -168,7 +168,7 @@ def test_between_two_rollouts_a_run_goes_on_with_other_minibatches(tiny, tmp_pat
         limits = dict(max_epochs=1, accumulate_grad_batches=minibatches, limit_val_batches=0)
         trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
         seen = []
-        module = make_module("RLOO", tiny, minibatches=minibatches)
+        module = make_module("RLOO", tiny, num_minibatches=minibatches)
         collect = module.collect
         module.collect = lambda prompts: seen.append(prompts.index.tolist()) or collect(prompts)
         trainer.fit(module, make_data("RLOO", rows=16), **options)
@@ -181,36 +181,36 @@ def test_between_two_rollouts_a_run_goes_on_with_other_minibatches(tiny, tmp_pat
     fit(2, callbacks=[SaveEverywhere(tmp_path)])
     _, seen = fit(1, ckpt_path=tmp_path / "0-03.ckpt")
     assert seen == straight[2:]
-    with pytest.raises(ValueError, match="with repeats=2 and accumulate_grad_batches=2"):
+    with pytest.raises(ValueError, match="with steps_per_rollout=2 and accumulate_grad_batches=2"):
         fit(4, ckpt_path=tmp_path / "0-02.ckpt")
 
 
 def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_path):
-    module = make_module("Reinforce", tiny, shaping={"normalize": True})
+    module = make_module("Reinforce", tiny, normalize=True)
     kept = []
     loss = module.loss
 
     def failing(rollout):
         if len(kept) == 2:
-            assert not torch.equal(statistics()["baseline_total"], kept[-1]["baseline_total"])
+            assert statistics()["baseline_average"] != kept[-1]["baseline_average"]
             raise MemoryError
         kept.append(statistics())
         return loss(rollout)
 
     def statistics():
-        return {n: b.clone() for n, b in module.state_dict().items() if n.startswith(("baseline", "shaping"))}
+        return module.running_state()
 
     module.loss = failing
     with pytest.raises(MemoryError):
         make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, make_data("Reinforce"))
-    assert len(kept[1]) == 5 and not differing(kept[1], statistics())
+    assert kept[1] == statistics() and kept[1]["reward_statistics"]["count"] > 0
 
 
 @pytest.mark.parametrize("change", [{"rows": 16}, {"batch_size": 6}], ids=str)
 def test_a_rollout_is_not_taken_up_with_other_prompts(change, tiny, tmp_path):
-    run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], minibatches=2)
+    run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], num_minibatches=2)
     with pytest.raises(ValueError, match=r"saved inside a rollout of the rows \[.*resume with the data"):
-        run("RLOO", tiny, tmp_path, ckpt_path=tmp_path / "0-00.ckpt", minibatches=2, data=change)
+        run("RLOO", tiny, tmp_path, ckpt_path=tmp_path / "0-00.ckpt", num_minibatches=2, data=change)
 
 
 @dataclass
@@ -240,7 +240,8 @@ class More(lit_rlhf.RLOO):
 @pytest.mark.filterwarnings("ignore:4 updates a rollout")
 def test_what_a_method_adds_to_a_rollout_is_cut_and_resumed_with_it(tiny, tmp_path):
     def train(ckpt_path=None, callbacks=()):
-        module = More(str(tiny), rewards=[vowels], num_samples=4, max_new_tokens=6, minibatches=2, sample_minibatches=2)
+        options = dict(num_samples=4, max_new_tokens=6, num_minibatches=2, sample_minibatches=2)
+        module = More(str(tiny), rewards=[vowels], **grouped(options))
         module.seen = []
         trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=list(callbacks))
         trainer.fit(module, make_data("RLOO"), ckpt_path=ckpt_path)
