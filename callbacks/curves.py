@@ -137,6 +137,6 @@ def _panel(axes: Axes, title: str, names: list[str], history: History) -> None:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Moving mean over a window of a twentieth of all values."""
+    """Return the moving mean over a window of a twentieth of all values."""
     window = max(1, len(values) // 20)
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]

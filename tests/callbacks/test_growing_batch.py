@@ -100,7 +100,7 @@ def train(tiny, root, callback, save=None, ckpt_path=None, name="RLOO", trainer=
 
 def test_schedule_grows_linearly_over_epochs(tiny, tmp_path):
     module, recorder = train(tiny, tmp_path, BatchSchedule(maximum=8, updates=12))
-    # 40 prompts an epoch; 2 + 6 u / 12 of them after u updates, rounded down
+    # 40 prompts per epoch; a rollout after u updates has 2 + 6 u / 12 of them, rounded down
     assert recorder.sizes == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8]
     assert recorder.lengths == recorder.ends == [10, 5]
     assert recorder.validated == [0, 10, 15]  # at the start and at the end of each epoch
