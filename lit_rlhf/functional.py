@@ -1,7 +1,7 @@
-"""The formulas, as pure functions of tensors. Each keeps the dtype it is given, so a test can run it in float64.
+"""Losses, advantages and KL estimators as pure functions of tensors. All keep the dtype of their inputs.
 
-Notation: y is a completion of the prompt x, pi the policy, ref the reference; `log pi(y|x)` is the sum of the
-log-probabilities of the completion's tokens. "Back to Basics" is Ahmadian et al., 2024, arXiv 2402.14740.
+Notation: x is a prompt, y a completion, pi the policy, ref the reference. `log pi(y|x)` is the sum of the completion's
+token log-probabilities. "Back to Basics" is Ahmadian et al., 2024, arXiv 2402.14740. Axis names: `lit_rlhf.types`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,38 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+MAX_LOG_RATIO = 20.0
+"""Bound on the log importance ratio. `exp(90)` overflows float32; `exp(20)`, about 5e8, leaves room for sums."""
+
 
 def masked_sum(
     values: Float[Tensor, "prompts samples tokens"], mask: Bool[Tensor, "prompts samples tokens"]
 ) -> Float[Tensor, "prompts samples"]:
-    """Sum over the tokens that count. What stands in the padding, NaN included, reaches neither value nor gradient."""
+    """Sum over unmasked tokens. Masked values, NaN included, affect neither the result nor the gradient."""
     return values.masked_fill(~mask, 0.0).sum(-1)
 
 
+def masked_mean(
+    values: Float[Tensor, "prompts samples tokens"], mask: Bool[Tensor, "prompts samples tokens"]
+) -> Float[Tensor, "prompts samples"]:
+    """Mean over unmasked tokens; 0 where there are none. Masked values behave as in `masked_sum`."""
+    return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 if it is in a 16-bit dtype, and as it is otherwise."""
+    """Convert a 16-bit tensor to float32; return any other dtype unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def token_logprobs(
     logits: Float[Tensor, "*batch vocabulary"], tokens: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
-    """Log-probability of each token under its own logits: `logits[token] - logsumexp(logits)`. Differentiable once."""
+    """Token log-probability: `logits[token] - logsumexp(logits)`, in nats. Supports first derivatives only."""
     return cast(Tensor, _TokenLogprobs.apply(logits, tokens))  # type: ignore[no-untyped-call]
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """With its gradient, `one_hot(token) - softmax(logits)`, in one tensor of that size, not the four of its steps."""
+    """Compute the gradient, `one_hot(token) - softmax(logits)`, in one tensor of the size of `logits`, not four."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
@@ -54,32 +64,32 @@ class _TokenLogprobs(torch.autograd.Function):
 def entropy(
     probabilities: Float[Tensor, "*batch vocabulary"], logprobs: Float[Tensor, "*batch vocabulary"]
 ) -> Float[Tensor, "*batch"]:
-    """Entropy in nats of a distribution, given its logarithm too; what can't happen may have a logarithm of -inf."""
+    """Entropy in nats: `-sum p log p`. Log-probabilities may be -inf where the probability is 0."""
     return -(probabilities * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def kl_k1(
     logprobs: Float[Tensor, "*batch tokens"], reference_logprobs: Float[Tensor, "*batch tokens"]
 ) -> Float[Tensor, "*batch tokens"]:
-    """The estimator k1 of KL(pi || ref), a token: `log pi - log ref`.
+    """Per-token k1 estimator of KL(pi || ref): `log pi - log ref`.
 
-    Unbiased under samples of pi, can be negative. Subtracted from the reward, detached, its gradient is the exact
-    gradient of the KL of the sequence. Schulman, "Approximating KL divergence", 2020.
+    Unbiased under samples from pi; can be negative. Subtracted from the reward (detached), it gives the exact policy
+    gradient of the sequence KL. Schulman, "Approximating KL divergence", 2020.
     """
     return logprobs - reference_logprobs
 
 
 def kl_k2(logprobs: Float[Tensor, "*batch"], reference_logprobs: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The estimator k2 of KL(pi || ref): `(log pi - log ref)^2 / 2`.
+    """k2 estimator of KL(pi || ref): `(log pi - log ref)^2 / 2`.
 
-    Biased in value. Of whole completions and with gradient, in the loss, its gradient is the exact gradient of the KL
-    of the sequence; a token at a time it is another one. Schulman, "Approximating KL divergence", 2020.
+    Biased in value. As a loss on the log-probabilities of whole completions, its gradient is the exact gradient of the
+    sequence KL; applied per token, it is not. Schulman, "Approximating KL divergence", 2020.
     """
     return (logprobs - reference_logprobs) ** 2 / 2
 
 
 def best_of_kl(n: int) -> float:
-    """How far best-of-n is at most from the policy it chooses from: `log n - (n - 1) / n`, in nats a completion.
+    """Upper bound on the KL of best-of-n to its base policy: `log n - (n - 1) / n`, in nats per completion.
 
     Beirami et al., 2024, arXiv 2401.01879, theorem 1.
     """
@@ -89,10 +99,10 @@ def best_of_kl(n: int) -> float:
 def kl_k3(
     logprobs: Float[Tensor, "*batch tokens"], reference_logprobs: Float[Tensor, "*batch tokens"]
 ) -> Float[Tensor, "*batch tokens"]:
-    """The estimator k3 of KL(pi || ref), a token: `ref / pi - 1 - log(ref / pi)`.
+    """Per-token k3 estimator of KL(pi || ref): `ref / pi - 1 - log(ref / pi)`.
 
-    Unbiased in value, never negative, of low variance: a good monitor. As a penalty its gradient is another one.
-    Schulman, "Approximating KL divergence", 2020.
+    Unbiased in value, never negative, low variance: suited to monitoring. As a penalty, its gradient is not the
+    gradient of KL(pi || ref). Schulman, "Approximating KL divergence", 2020.
     """
     log_ratio = reference_logprobs - logprobs
     return log_ratio.exp() - 1 - log_ratio
@@ -104,7 +114,7 @@ def kl_of_completions(
     reference_logprobs: Float[Tensor, "prompts samples tokens"],
     mask: Bool[Tensor, "prompts samples tokens"],
 ) -> Float[Tensor, "prompts samples"]:
-    """An estimate of KL(pi || ref) for each completion: the sum of `k1` or `k3` over its tokens, or its own `k2`."""
+    """Estimate KL(pi || ref) per completion: the token sum of `k1` or `k3`, or `k2` of summed log-probabilities."""
     logprobs, reference_logprobs = logprobs.masked_fill(~mask, 0.0), reference_logprobs.masked_fill(~mask, 0.0)
     if estimator == "k2":
         return kl_k2(logprobs.sum(-1), reference_logprobs.sum(-1))
@@ -114,12 +124,15 @@ def kl_of_completions(
 def kl_penalized_return(
     rewards: Float[Tensor, "prompts samples"], kl: Float[Tensor, "prompts samples"], kl_coef: float
 ) -> Float[Tensor, "prompts samples"]:
-    """What is optimised: `R(x, y) = r(x, y) - beta * log(pi(y|x) / ref(y|x))`. Back to Basics, section 2."""
+    """KL-penalized return: `R(x, y) = r(x, y) - beta * log(pi(y|x) / ref(y|x))`. Back to Basics, section 2."""
     return rewards - kl_coef * kl
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> float:
-    """`beta (1 + K clamp((KL - target) / target, -0.2, 0.2))`. Ziegler et al., 2019, arXiv 1909.08593, section 2.2."""
+    """Adaptive KL coefficient: `beta (1 + K clamp((KL - target) / target, -0.2, 0.2))`.
+
+    Ziegler et al., 2019, arXiv 1909.08593, section 2.2.
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + gain * error)
 
@@ -129,9 +142,9 @@ def token_rewards_with_kl(
     penalties: Float[Tensor, "prompts samples tokens"],
     mask: Bool[Tensor, "prompts samples tokens"],
 ) -> Float[Tensor, "prompts samples tokens"]:
-    """The reward of each token: minus its own penalty, and at the last one that of the whole completion.
+    """Per-token rewards: minus each token's penalty, plus the sequence reward at the last token.
 
-    The penalty of a token is `beta * log(pi / ref)`, less its immediate reward where there is one.
+    A token's penalty is `beta * log(pi / ref)` minus its token-level reward, if any. Masked tokens get 0.
     Ziegler et al., 2019, arXiv 1909.08593, section 2.
     """
     last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))
@@ -141,7 +154,7 @@ def token_rewards_with_kl(
 def reward_to_go(
     rewards: Float[Tensor, "*batch tokens"], mask: Bool[Tensor, "*batch tokens"]
 ) -> Float[Tensor, "*batch tokens"]:
-    """Sum of the rewards from each token on, undiscounted: `G_t = sum_{s >= t} r_s`, 0 past a completion's end."""
+    """Undiscounted reward-to-go: `G_t = sum_{s >= t} r_s`; 0 past a completion's end."""
     kept = rewards.masked_fill(~mask, 0.0)
     return kept.flip(-1).cumsum(-1).flip(-1).masked_fill(~mask, 0.0)
 
@@ -151,30 +164,77 @@ def rloo_advantages(
 ) -> Shaped[Tensor, "prompts samples *tokens"]:
     """Leave-one-out advantages: `A_i = R_i - mean_{j != i} R_j`. Back to Basics, section 3.2; Kool et al., 2019.
 
-    With a tokens axis every token has the leave-one-out baseline of its own place; rewards past a completion's end
-    must be 0 and still count in the divisor, otherwise the gradient is biased.
+    With a tokens axis, the baseline is computed per token position. Rewards past a completion's end must be 0 and
+    still count in the divisor; otherwise the gradient is biased.
 
     Args:
-        rewards: A number a completion, or a number a token.
-        valid: False where a completion counts nowhere: not in its own place, its siblings' baseline or the divisor.
+        rewards: One number per completion or per token.
+        valid: False for completions to ignore: they get no advantage and enter neither baselines nor divisors.
 
     Returns:
-        The advantages; 0 where not valid, and where no valid sibling is left to compare with.
+        The advantages: 0 for invalid completions and for those without a valid sibling; exactly 0 in a group whose
+        rewards are all equal.
     """
     if valid is None:
         valid = torch.ones(rewards.shape[:2], dtype=torch.bool, device=rewards.device)
     valid = valid.reshape(*valid.shape, *[1] * (rewards.ndim - 2)).expand_as(rewards)
-    level = rewards.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    kept = (rewards - level).masked_fill(~valid, 0.0)  # so that equal rewards give exactly 0, not a rounding error
+    shifted = _subtract_group_max(rewards, valid)
     siblings = valid.sum(1, keepdim=True) - 1
-    baseline = (kept.sum(1, keepdim=True) - kept) / siblings.clamp(min=1)
-    return (kept - baseline).masked_fill(~valid | (siblings < 1), 0.0)
+    baseline = (shifted.sum(1, keepdim=True) - shifted) / siblings.clamp(min=1)
+    return (shifted - baseline).masked_fill(~valid | (siblings < 1), 0.0)
 
 
-def best_of(
+def group_centered_advantages(
+    returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"]
+) -> Float[Tensor, "prompts samples"]:
+    """Dr. GRPO advantages: `A_i = R_i - mean_j R_j`. Liu et al., 2025, arXiv 2503.20783.
+
+    The mean is over the valid completions of the group.
+
+    Returns:
+        The advantages: 0 for invalid completions and in groups with fewer than two valid ones; exactly 0 in a group
+        whose returns are all equal.
+    """
+    shifted, count = _subtract_group_max(returns, valid), valid.sum(1, keepdim=True)
+    mean = shifted.sum(1, keepdim=True) / count.clamp(min=1)
+    return (shifted - mean).masked_fill(~valid | (count < 2), 0.0)
+
+
+def group_normalized_advantages(
+    returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"], eps: float = 1e-4
+) -> Float[Tensor, "prompts samples"]:
+    """GRPO advantages: `A_i = (R_i - mean_j R_j) / (std_j R_j + eps)`. Shao et al., 2024, arXiv 2402.03300, 4.1.2.
+
+    Mean and standard deviation are over the valid completions of the group. The standard deviation is the sample one
+    (divisor n - 1), as in TRL; the paper does not say which.
+
+    Args:
+        returns: One number per completion.
+        valid: False for completions to ignore.
+        eps: Added to the standard deviation, so that nearly equal returns do not give large advantages; 0 is allowed.
+
+    Returns:
+        The advantages: 0 for invalid completions and in groups with fewer than two valid ones; exactly 0 in a group
+        whose returns are all equal.
+    """
+    centered = group_centered_advantages(returns, valid)
+    degrees_of_freedom = (valid.sum(1, keepdim=True) - 1).clamp(min=1)
+    std = ((centered**2).sum(1, keepdim=True) / degrees_of_freedom).sqrt()
+    return (centered / (std + eps)).masked_fill(std == 0, 0.0)
+
+
+def _subtract_group_max(
+    returns: Shaped[Tensor, "prompts samples *tokens"], valid: Bool[Tensor, "prompts samples *tokens"]
+) -> Shaped[Tensor, "prompts samples *tokens"]:
+    """Subtract each group's largest valid return, so that equal returns become exactly 0; 0 where not valid."""
+    level = returns.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    return (returns - level).masked_fill(~valid, 0.0)
+
+
+def best_of_group_mask(
     returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"]
 ) -> Bool[Tensor, "prompts samples"]:
-    """True at the valid completion of each prompt with the highest return, the first of equals; nowhere if none is."""
+    """True at each prompt's valid completion with the highest return (first of ties); all False if none is valid."""
     best = returns.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
     return torch.zeros_like(valid).scatter(1, best, True) & valid
 
@@ -184,9 +244,10 @@ def reinforce_loss(
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"],
     mask: Bool[Tensor, "prompts samples tokens"],
 ) -> Float[Tensor, "prompts samples"]:
-    """The term of each completion: `-sum_t A_t log pi(y_t | x, y_<t)`. A single advantage stands at every token.
+    """REINFORCE loss per completion: `-sum_t A_t log pi(y_t | x, y_<t)`.
 
-    Back to Basics, equations 2 and 3: a sum over tokens, no length normalisation, no ratio, no clip.
+    A per-completion advantage applies to each of its tokens. Back to Basics, equations 2 and 3: a sum over tokens,
+    with no length normalization, no importance ratio and no clipping.
     """
     if advantages.ndim == 2:
         advantages = advantages.unsqueeze(-1)
@@ -194,7 +255,7 @@ def reinforce_loss(
 
 
 def whiten(values: Float[Tensor, "*shape"], mean: Tensor, variance: Tensor) -> Float[Tensor, "*shape"]:
-    """Bring values to mean 0 and variance 1, given the mean and the variance of all that counts."""
+    """Normalize values to mean 0 and variance 1: `(values - mean) / sqrt(variance + 1e-8)`."""
     return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
@@ -202,101 +263,115 @@ def gae(
     rewards: Float[Tensor, "*batch tokens"],
     values: Float[Tensor, "*batch tokens"],
     mask: Bool[Tensor, "*batch tokens"],
-    decay: float,
+    lam: float,
 ) -> Float[Tensor, "*batch tokens"]:
-    """Generalised advantage estimation: `A_t = sum_l lambda^l delta_{t+l}`, `delta_t = r_t + V_{t+1} - V_t`, gamma = 1.
+    """Generalized advantage estimation: `A_t = sum_l lambda^l delta_{t+l}`, `delta_t = r_t + V_{t+1} - V_t`, gamma = 1.
 
-    Schulman et al., 2016, arXiv 1506.02438, equation 16. The value behind the last token is 0. At lambda = 1 it is the
-    return minus the value, at lambda = 0 the temporal difference `delta_t`.
+    Schulman et al., 2016, arXiv 1506.02438, equation 16. The value after the last token is 0. lambda = 1 gives the
+    return minus the value, lambda = 0 the temporal difference `delta_t`.
 
     Args:
-        rewards: Reward of each token.
-        values: What the critic expects before each token.
-        mask: True where a token counts; the tokens that do come first.
-        decay: Lambda, between 0 and 1.
+        rewards: Per-token rewards.
+        values: The critic's prediction before each token.
+        mask: True for tokens of the completion; padding is on the right.
+        lam: Lambda, between 0 and 1.
     """
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    delta = rewards + following - values
-    advantages, ahead = torch.zeros_like(delta), torch.zeros_like(delta[..., 0])
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    delta = rewards + next_values - values
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[..., 0])
     for t in reversed(range(delta.shape[-1])):
-        ahead = delta[..., t] + decay * ahead
-        advantages[..., t] = ahead
+        running = delta[..., t] + lam * running
+        advantages[..., t] = running
     return advantages.masked_fill(~mask, 0.0)
+
+
+def importance_ratio(
+    logprobs: Float[Tensor, "*batch"], old_logprobs: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """Importance ratio `w = pi / pi_old`, from log-probabilities of tokens or of whole completions.
+
+    The log-ratio is clamped to +-`MAX_LOG_RATIO`, so the result is always finite. Beyond the bound the gradient is 0;
+    within it, value and gradient are those of `exp(logprobs - old_logprobs)`.
+    """
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def ppo_clip_loss(
     logprobs: Float[Tensor, "*batch tokens"],
     old_logprobs: Float[Tensor, "*batch tokens"],
     advantages: Float[Tensor, "*batch tokens"],
-    clip: float | None,
+    clip_range: float | None,
 ) -> tuple[Float[Tensor, "*batch tokens"], Bool[Tensor, "*batch tokens"]]:
-    """The term of each token: `-min(w A, clamp(w, 1 - eps, 1 + eps) A)`, `w = pi / pi_old`.
+    """Clipped surrogate loss per token: `-min(w A, clamp(w, 1 - eps, 1 + eps) A)`, `w = importance_ratio`.
 
     Schulman et al., 2017, arXiv 1707.06347, equation 7.
 
     Returns:
-        The terms, and where the clip holds the ratio; nowhere with `clip` None.
+        The loss, and a mask of the tokens whose ratio is clipped; all False with `clip_range=None`.
     """
-    ratio = (logprobs - old_logprobs).exp()
-    plain = ratio * advantages
-    if clip is None:
-        return -plain, torch.zeros_like(plain, dtype=torch.bool)
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -torch.minimum(plain, clipped), clipped < plain
+    ratio = importance_ratio(logprobs, old_logprobs)
+    unclipped = ratio * advantages
+    if clip_range is None:
+        return -unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return -torch.minimum(unclipped, clipped), clipped < unclipped
 
 
 def value_loss(
     values: Float[Tensor, "*batch tokens"],
     targets: Float[Tensor, "*batch tokens"],
     old_values: Float[Tensor, "*batch tokens"],
-    clip: float | None = None,
+    clip_range: float | None = None,
 ) -> Float[Tensor, "*batch tokens"]:
-    """The term of each token: `(V - G)^2 / 2`; with `clip` the larger of it and that of V held within `clip` of V_old.
+    """Value loss per token: `(V - G)^2 / 2`, or with `clip_range` `max((V - G)^2, (V_clipped - G)^2) / 2`.
 
-    The clip is that of the reference implementation of PPO (Engstrom et al., 2020, arXiv 2005.12729, section 3).
+    `V_clipped` is V limited to `clip_range` around V_old, as in the reference implementation of PPO (Engstrom et al.,
+    2020, arXiv 2005.12729, section 3).
     """
-    plain = (values - targets) ** 2
-    if clip is None:
-        return plain / 2
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    return torch.maximum(plain, (held - targets) ** 2) / 2
+    unclipped = (values - targets) ** 2
+    if clip_range is None:
+        return unclipped / 2
+    clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return torch.maximum(unclipped, (clipped_values - targets) ** 2) / 2
 
 
 def dpo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pairs"]:
-    """The term of each pair: `-log sigmoid(beta * margin)`. Rafailov et al., 2023, arXiv 2305.18290, equation 7.
+    """DPO loss per pair: `-log sigmoid(beta * margin)`. Rafailov et al., 2023, arXiv 2305.18290, equation 7.
 
     Args:
         margin: `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions.
-        beta: How dear the distance from the reference is.
+        beta: Strength of the KL constraint.
     """
     return -torch.nn.functional.logsigmoid(beta * margin)
 
 
 def ipo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pairs"]:
-    """The term of each pair: `(margin - 1 / (2 beta))^2`. Azar et al., 2024, arXiv 2310.12036, equation 17."""
+    """IPO loss per pair: `(margin - 1 / (2 beta))^2`. Azar et al., 2024, arXiv 2310.12036, equation 17."""
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def bradley_terry_loss(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-    """The term of each pair: `-log sigmoid(r(chosen) - r(rejected))`. Bradley and Terry, 1952."""
+    """Bradley-Terry loss per pair: `-log sigmoid(r(chosen) - r(rejected))`. Bradley and Terry, 1952."""
     return -torch.nn.functional.logsigmoid(chosen - rejected)
 
 
-def gradient_noise(squares: float, mean_square: float, parts: int, size: int) -> tuple[float, float]:
-    """Estimate a prompt's gradient variance and the squared norm of the true gradient, both without bias.
+def gradient_noise(
+    sum_of_squared_norms: float, squared_norm_of_mean: float, num_parts: int, part_size: int
+) -> tuple[float, float]:
+    """Unbiased estimates of the per-prompt gradient variance and of the true gradient's squared norm.
 
-    McCandlish et al., 2018, arXiv 1812.06162, appendix A.1, for more than two batches.
+    McCandlish et al., 2018, arXiv 1812.06162, appendix A.1, extended to more than two batches.
 
     Args:
-        squares: The sum of the squared norms of the parts' gradients.
-        mean_square: The squared norm of their mean.
-        parts: How many parts there are, at least 2.
-        size: Prompts of each part.
+        sum_of_squared_norms: Sum over the parts of a batch of the squared norm of the part's gradient.
+        squared_norm_of_mean: Squared norm of the mean of these gradients.
+        num_parts: Number of parts, at least 2.
+        part_size: Prompts in each part.
 
     Returns:
         The trace of the covariance of a single prompt's gradient, and the squared norm of the expected gradient, which
-        can come out negative where the noise is large.
+        can be negative if the noise is large.
     """
-    part_variance = (squares - parts * mean_square) / (parts - 1)
-    return part_variance * size, mean_square - part_variance / parts
+    part_variance = (sum_of_squared_norms - num_parts * squared_norm_of_mean) / (num_parts - 1)
+    return part_variance * part_size, squared_norm_of_mean - part_variance / num_parts

@@ -46,7 +46,7 @@ class RAFT(OnlineAlgorithm):
         returns = rollout.returns
         if rollout.token_rewards is not None:
             returns = returns + F.masked_sum(rollout.token_rewards, rollout.completions.mask)
-        return F.best_of(returns, rollout.valid).to(returns)
+        return F.best_of_group_mask(returns, rollout.valid).to(returns)
 
     def loss(self, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """The negative log-likelihood of the best completions; the others are not computed."""
