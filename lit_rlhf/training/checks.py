@@ -107,7 +107,7 @@ def data_module(module: Algorithm) -> Any:
 def check_record(module: Algorithm) -> None:
     """Raise a ValueError if the data module hands over something else than what the method learns from."""
     data, wanted = data_module(module), module.record
-    given = getattr(data, "record", None)
+    given = getattr(data, "batch_type", None)
     if wanted is None or given is None or given is wanted:
         return
     if given in DATA or not issubclass(given, wanted):
