@@ -207,12 +207,12 @@ class OnlineAlgorithm(Algorithm):
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
             reference_logprobs = self.score_reference(prompts, completions)
         self.log_dict(mean_metrics(self.gather(scores.metrics)), batch_size=1)
-        self.extra = scores.extra
+        self.extra = {name: [v for group in groups for v in group] for name, groups in scores.reward_extras.items()}
         rewards, valid = scores.rewards, scores.valid
         if self.truncated == "leave_out":
             valid = valid & completions.finished
         address = (self.seed, self.current_epoch, prompts.index.tolist())
-        rewards = self.shaping(rewards, valid & scores.whole, self.sum_over_ranks, address)
+        rewards = self.shaping(rewards, valid & scores.has_sequence_reward, self.sum_over_ranks, address)
         if not isinstance(self.truncated, str):
             rewards = rewards - self.truncated * (~completions.finished).to(rewards)
         kl = torch.zeros_like(rewards)
@@ -224,7 +224,7 @@ class OnlineAlgorithm(Algorithm):
             completions=completions,
             reference_logprobs=reference_logprobs,
             rewards=rewards,
-            parts=scores.parts,
+            parts=scores.component_rewards,
             valid=valid,
             returns=F.kl_penalized_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
             token_rewards=scores.token_rewards,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf import functional as F
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.metrics import DistinctN, Moments, Perplexity, WinRate
-from lit_rlhf.rewards import Scorer
+from lit_rlhf.rewards import Scorer, Scores
 from lit_rlhf.tokenization import decode_completions, encode_completion
 from lit_rlhf.training.monitor import raise_on_all_ranks
 from lit_rlhf.types import Completions, Prompts, Text
@@ -40,58 +40,22 @@ def completion_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts, compl
     return [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(texts, chats, strict=True)]
 
 
-@dataclass(frozen=True)
-class GroupScores:
-    """What the rewards say, by prompt and sample: fields of `lit_rlhf.types.Rollout`, and what they reported."""
-
-    rewards: Float[Tensor, "prompts samples"]
-    parts: dict[str, Float[Tensor, "prompts samples"]]
-    valid: Bool[Tensor, "prompts samples"]
-    whole: Bool[Tensor, "prompts samples"]
-    token_rewards: Float[Tensor, "prompts samples tokens"] | None
-    metrics: dict[str, float]
-    extra: dict[str, list[Any]]
-
-    def judged(self) -> Float[Tensor, "prompts samples"]:
-        """The same, NaN where no reward had an opinion."""
-        return self.totals().where(self.valid, torch.nan)
-
-    def totals(self) -> Float[Tensor, "prompts samples"]:
-        """Rewards of the whole completion and of its tokens."""
-        return self.rewards if self.token_rewards is None else self.rewards + self.token_rewards.sum(-1)
-
-
-def score(
-    scorer: Scorer, prompts: Prompts, completions: Completions, texts: list[Text], state: Any = None
-) -> GroupScores:
-    """Let the rewards score every completion."""
-    n, k, t = completions.tokens.shape
-    device = completions.tokens.device
+def score(scorer: Scorer, prompts: Prompts, completions: Completions, texts: list[Text], state: Any = None) -> Scores:
+    """Score every completion with the rewards, on the device of the completions."""
+    k, t = completions.tokens.shape[1:]
+    ids = completions.ids()
     scores = scorer(
-        prompts=[text for text in prompts.text for _ in range(k)],
-        completions=texts,
-        completion_ids=completions.ids(),
-        finished=completions.finished.flatten().tolist(),
-        columns={name: [value for value in column for _ in range(k)] for name, column in prompts.columns.items()},
+        prompts=prompts.text,
+        completions=[texts[i : i + k] for i in range(0, len(texts), k)],
+        completion_ids=[ids[i : i + k] for i in range(0, len(ids), k)],
+        finished=completions.finished.tolist(),
+        columns=prompts.columns,
         state=state,
-    )
-
-    def grouped(values: Tensor) -> Tensor:
-        return values.view(n, k, *values.shape[1:]).to(device)
-
-    token_rewards = None
-    if scores.token_rewards is not None:
-        rows = torch.nn.utils.rnn.pad_sequence(scores.token_rewards, batch_first=True)
-        token_rewards = grouped(torch.nn.functional.pad(rows, (0, t - rows.shape[1])))
-    return GroupScores(
-        rewards=grouped(scores.rewards),
-        parts={name: grouped(part) for name, part in scores.parts.items()},
-        valid=grouped(scores.valid),
-        whole=grouped(scores.whole),
-        token_rewards=token_rewards,
-        metrics=scores.metrics,
-        extra=scores.extra,
-    )
+    ).to(completions.tokens.device)
+    if scores.token_rewards is None:
+        return scores
+    padding = (0, t - scores.token_rewards.shape[2])
+    return dataclasses.replace(scores, token_rewards=torch.nn.functional.pad(scores.token_rewards, padding))
 
 
 @dataclass(frozen=True)
@@ -155,9 +119,9 @@ class Evaluation:
         sampled = module.policy.sample(prompts, 1, self.drawing, module.seed, VALIDATION_EPOCH)
         reference = module.reference.logprobs(prompts, sampled, module.sampling.temperature)
         kl = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0] + F.best_of_kl(options.best_of)
-        totals, valid = scores.judged()[:, 0], scores.valid[:, 0]
+        totals, valid = scores.total()[:, 0], scores.valid[:, 0]
         self.moments["reward"].update(totals[valid])
-        for name, part in scores.parts.items():
+        for name, part in scores.component_rewards.items():
             self.moments[f"reward/{name}"].update(part[~part.isnan()])
         self.moments["kl"].update(kl)
         self.moments["length"].update(written.lengths[:, 0])
@@ -175,7 +139,7 @@ class Evaluation:
                     "prompt": prompts.text[i],
                     "completion": texts[i],
                     "reward": float(totals[i]),
-                    "parts": {name: float(part[i, 0]) for name, part in scores.parts.items()},
+                    "parts": {name: float(part[i, 0]) for name, part in scores.component_rewards.items()},
                     "kl": float(kl[i]),
                     "length": int(written.lengths[i, 0]),
                 }
@@ -188,7 +152,7 @@ class Evaluation:
             return module.policy.sample(prompts, 1, dataclasses.replace(module.sampling, greedy=True))
         sampled = module.policy.sample(prompts, n, self.drawing, module.seed, VALIDATION_EPOCH)
         texts = completion_texts(module.tokenizer, prompts, sampled)
-        scores = score(module.scorer, prompts, sampled, texts, module.trainer_state()).judged()
+        scores = score(module.scorer, prompts, sampled, texts, module.trainer_state()).total()
         best = scores.nan_to_num(-torch.inf).argmax(1)
         return sampled.map(lambda tensor: tensor[torch.arange(len(best), device=best.device), best].unsqueeze(1))
 
@@ -200,7 +164,7 @@ class Evaluation:
         else:
             own = totals
             if module.judge is not module.scorer:
-                own = score(module.judge, prompts, written, texts, module.trainer_state()).judged()[:, 0]
+                own = score(module.judge, prompts, written, texts, module.trainer_state()).total()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
             opponents = self.of_opponent(prompts, self.scored_opponent)
             theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
@@ -236,7 +200,7 @@ class Evaluation:
         module = self.module
         assert isinstance(module.judge, Scorer)
         texts, theirs = self.opponent(prompts)
-        judged = score(module.judge, prompts, theirs, texts, module.trainer_state()).judged()[:, 0]
+        judged = score(module.judge, prompts, theirs, texts, module.trainer_state()).total()[:, 0]
         return list(zip(texts, judged.where(theirs.mask[:, 0].any(-1), torch.nan).tolist(), strict=True))
 
     def opponent_texts(self, prompts: Prompts) -> list[Text | None]:
@@ -276,7 +240,7 @@ def predict(module: OnlineAlgorithm, prompts: Prompts) -> list[dict[str, Any]]:
     completions = module.policy.sample(prompts, k, module.sampling, module.seed)
     texts = completion_texts(module.tokenizer, prompts, completions)
     scores = score(module.scorer, prompts, completions, texts, module.trainer_state())
-    rewards, parts = scores.judged().tolist(), {name: part.tolist() for name, part in scores.parts.items()}
+    rewards, parts = scores.total().tolist(), {name: part.tolist() for name, part in scores.component_rewards.items()}
     return [
         {
             "index": int(prompts.index[i]),
