@@ -1,9 +1,9 @@
-"""From text to token ids, once for everything that reads text: data, rewards, policies.
+"""Tokenize prompts and completions, for data, rewards and policies alike.
 
-A plain string is tokenised as it stands; a list of messages goes through the tokenizer's chat template. A completion
-ends with the end-of-sequence token unless it was cut short, in training a reward model exactly as in using it. It is
-read and written as what follows a prompt: some tokenizers (of Llama 2, Mistral) put a space before every text that they
-are given, and take the first space off every text that they decode.
+Plain strings are tokenized verbatim; lists of messages go through the tokenizer's chat template. A completion ends with
+the end-of-sequence token unless it was truncated, in reward-model training exactly as in scoring. Completions are
+encoded and decoded as the continuation of a prompt: some tokenizers (Llama 2, Mistral) add a space before every text
+that they encode and remove the first space of every text that they decode.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.types import Message, Text
 
-BEFORE = "\n"
-"""Stands before a text that follows another, while it is encoded or decoded."""
+CONTEXT = "\n"
+"""Placeholder for the preceding text while a continuation is encoded or decoded."""
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, template_kwargs: dict[str, Any] | None = None
 ) -> list[int]:
-    """Return the token ids of a prompt, ready for the first token of a completion to follow.
+    """Return the token ids of a prompt, to be followed by a completion.
 
-    An empty string is the start of a text: the tokenizer's BOS token (or its EOS token where it has none).
+    An empty prompt becomes the tokenizer's BOS token, or its EOS token if it has no BOS token.
 
     Raises:
-        ValueError: If the prompt is a conversation and the tokenizer has no chat template, or if it is empty and the
-            tokenizer has neither of the two tokens.
+        ValueError: If the prompt is a conversation and the tokenizer has no chat template, or if the prompt is empty
+            and the tokenizer has neither BOS nor EOS.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
         while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-            ids.pop()  # some tokenizers close every text; a prompt is open
+            ids.pop()  # some tokenizers append EOS to every text
     else:
         text = _open_prompt(tokenizer, prompt, template_kwargs)
         ids = _encode(tokenizer, text)
@@ -43,8 +43,8 @@ def encode_prompt(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(
-            f"an empty prompt needs a token to start with, and the tokenizer {tokenizer.name_or_path!r} has neither "
-            "BOS nor EOS: set tokenizer.bos_token"
+            f"an empty prompt needs a start token, and the tokenizer {tokenizer.name_or_path!r} has neither BOS nor "
+            "EOS: set tokenizer.bos_token"
         )
     return [start]
 
@@ -56,34 +56,34 @@ def encode_completion(
     finished: bool = True,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Return the token ids of a completion, to follow those of `encode_prompt`.
+    """Return the token ids of a completion, to be appended to the ids of `encode_prompt`.
 
     Args:
-        tokenizer: Of the model that will read the ids.
-        prompt: What the completion answers; a conversation where the completion is one.
+        tokenizer: The tokenizer of the model that reads the ids.
+        prompt: The prompt of the completion; messages if the completion is messages.
         completion: A string, or the messages that continue the conversation.
-        finished: Whether the completion ended by itself; it then ends with the EOS token, or that with which the chat
-            template ends a turn, once, and otherwise has none.
-        template_kwargs: Handed to the chat template.
+        finished: Whether the completion is complete. If so it ends with exactly one EOS token, or with the token that
+            ends a turn in the chat template; if it was truncated, it has none.
+        template_kwargs: Arguments of the chat template.
     """
     eos = tokenizer.eos_token_id
     if isinstance(completion, str):
         ids = _encode_after(tokenizer, completion) if prompt else _encode(tokenizer, completion)
     else:
         ids = _encode_after(tokenizer, _continuation(tokenizer, prompt, completion, template_kwargs))
-        ids, eos = _split_end(tokenizer, ids)
+        ids, eos = _split_end_of_turn(tokenizer, ids)
     while ids and ids[-1] == eos:
         ids.pop()
     return [*ids, eos] if finished and eos is not None else ids
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
-    """Return the texts of completions, without special tokens, as they stand behind a prompt."""
-    before = _before(tokenizer)
-    start = _decode(tokenizer, [before])[0]
-    texts = _decode(tokenizer, [before + ids for ids in completions])
+    """Decode completions as continuations of a prompt, without special tokens."""
+    context_ids = _context_ids(tokenizer)
+    context = _decode(tokenizer, [context_ids])[0]
+    texts = _decode(tokenizer, [context_ids + ids for ids in completions])
     return [
-        text[len(start) :] if text.startswith(start) else _decode(tokenizer, [ids])[0]
+        text[len(context) :] if text.startswith(context) else _decode(tokenizer, [ids])[0]
         for text, ids in zip(texts, completions, strict=True)
     ]
 
@@ -97,25 +97,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text that follows another; as those of the text alone where the two would melt into one token."""
-    if before := _before(tokenizer):
-        both = _encode(tokenizer, BEFORE + text)
-        if both[: len(before)] == before:
-            return both[len(before) :]
+    """Return the ids of a text that continues another; those of the text alone if it would merge with its context."""
+    if context_ids := _context_ids(tokenizer):
+        both = _encode(tokenizer, CONTEXT + text)
+        if both[: len(context_ids)] == context_ids:
+            return both[len(context_ids) :]
     return _encode(tokenizer, text)
 
 
 @functools.lru_cache(maxsize=8)
-def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of `BEFORE`, none where a tokenizer of a few words does not know it."""
+def _context_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of `CONTEXT`, or none if it is not in the tokenizer's vocabulary."""
     try:
-        return _encode(tokenizer, BEFORE)
-    except Exception:  # nothing narrower is what `tokenizers` raises
+        return _encode(tokenizer, CONTEXT)
+    except Exception:  # `tokenizers` raises nothing narrower
         return []
 
 
-def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int | None]:
-    """Cut off the token that ends a turn, with what a template writes behind it, which is never sampled."""
+def _split_end_of_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int | None]:
+    """Split off the token that ends a turn, and drop what the template adds after it, which is never sampled."""
     eos: int | None = tokenizer.eos_token_id
     if eos in ids:
         ids = ids[: len(ids) - ids[::-1].index(eos)]
@@ -129,18 +129,18 @@ def _split_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list
 
 @functools.lru_cache(maxsize=8)
 def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
-    """The ids of a tokenizer of this size that are no text."""
+    """Return the ids of special tokens. `size` is part of the cache key, since tokens can be added."""
     return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id with which the chat template ends a turn of the assistant; None without a template."""
+    """Return the id of the token that ends an assistant turn in the chat template; None without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     try:
         return encode_completion(tokenizer, *turns)[-1]
-    except Exception:  # a template may refuse such turns in any way
+    except Exception:  # a template may reject these turns with any error
         return None
 
 
@@ -150,14 +150,14 @@ def _continuation(
     if isinstance(prompt, str):
         return _contents(completion)
     before = _open_prompt(tokenizer, prompt, template_kwargs)
-    after = _template(tokenizer, _joined(prompt, completion), template_kwargs, add_generation_prompt=False)
-    if after.startswith(before):
-        return after[len(before) :]
-    return _contents(completion)  # a template that rewrites earlier turns
+    full = _template(tokenizer, _join(prompt, completion), template_kwargs, add_generation_prompt=False)
+    if full.startswith(before):
+        return full[len(before) :]
+    return _contents(completion)  # the template rewrites earlier turns
 
 
-def _joined(prompt: list[Message], completion: list[Message]) -> list[Message]:
-    """A conversation and how it goes on; a turn of the assistant that the prompt leaves open is continued."""
+def _join(prompt: list[Message], completion: list[Message]) -> list[Message]:
+    """Append a completion to a conversation; an assistant turn at the end of the prompt is continued."""
     if not (prompt and completion and prompt[-1]["role"] == completion[0]["role"] == "assistant"):
         return [*prompt, *completion]
     turn = {**completion[0], "content": _contents([prompt[-1], completion[0]])}
@@ -169,7 +169,7 @@ def _contents(messages: list[Message]) -> str:
 
 
 def _open_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], kwargs: dict[str, Any] | None) -> str:
-    """A conversation up to where the assistant's next words follow; a last turn of its own is left open."""
+    """Render a prompt for the assistant to continue; an assistant turn at its end is left open."""
     if prompt and prompt[-1]["role"] == "assistant":
         return _template(tokenizer, prompt, kwargs, continue_final_message=True)
     return _template(tokenizer, prompt, kwargs, add_generation_prompt=True)
@@ -181,16 +181,16 @@ def _template(
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"the data are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
-            "use an instruct model, set tokenizer.chat_template, or give plain strings"
+            "use an instruct model, set tokenizer.chat_template, or use plain strings"
         )
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **fixed, **(kwargs or {})))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with that never ends a completion: the pad token, else unk, bos or 0, whichever is not EOS.
+    """Return a padding id that is not EOS: the first of pad, unk, BOS, 0 and 1 that differs from it.
 
-    Policies mask padding by position, so the id changes nothing there. A sequence-classification model finds the end
-    of its input by it, and must not take the EOS token for padding.
+    Policies mask padding by position, so the id has no effect there. A sequence-classification model uses it to find
+    the end of its input, and must not mistake the EOS token for padding.
     """
     candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
     return next(int(i) for i in candidates if i is not None and i != tokenizer.eos_token_id)

@@ -8,6 +8,7 @@ import torch
 from tensors import double, rewards_of
 
 from lit_rlhf import functional as F
+from tensors import double, rewards_of
 
 assert_close = torch.testing.assert_close
 

@@ -1,4 +1,4 @@
-"""From text to ids and back, with tokenizers and templates that have their own ways with the ends of a text."""
+"""Tokenization of prompts and completions, with tokenizers and templates that treat the ends of a text differently."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -12,10 +12,10 @@ DIALOGUE = "Human: hi\n\nAssistant:"
 
 
 @pytest.fixture
-def spacing():
-    """As Llama 2's: a space is put before every text, and taken off what is decoded."""
-    letters = "▁\n:;" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, "▁g", "▁go"])}
+def llama_2_style():
+    """A tokenizer that adds a space before every text and removes the first one of decoded texts, as Llama 2's does."""
+    characters = "▁\n:;" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters, "▁g", "▁go"])}
     backend = Tokenizer(models.BPE(vocabulary, [("▁", "g"), ("▁g", "o")], unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -23,65 +23,67 @@ def spacing():
 
 
 @pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
-def test_a_completion_is_read_as_what_follows_its_prompt(completion, spacing):
-    ids = encode_prompt(spacing, DIALOGUE) + encode_completion(spacing, DIALOGUE, completion, finished=False)
-    assert ids == spacing(DIALOGUE + completion)["input_ids"]
+def test_prompt_and_completion_ids_concatenate_to_those_of_the_whole_text(completion, llama_2_style):
+    ids = encode_prompt(llama_2_style, DIALOGUE) + encode_completion(
+        llama_2_style, DIALOGUE, completion, finished=False
+    )
+    assert ids == llama_2_style(DIALOGUE + completion)["input_ids"]
 
 
-def test_a_text_does_not_depend_on_those_beside_it(spacing, monkeypatch):
-    """One of them may melt into what stands before it."""
-    ids = [encode_completion(spacing, DIALOGUE, text) for text in (" good", "melting")]
-    whole = type(spacing).batch_decode
+def test_decoding_a_completion_does_not_depend_on_the_batch(llama_2_style, monkeypatch):
+    """Also if one of the batch merges with its context."""
+    ids = [encode_completion(llama_2_style, DIALOGUE, text) for text in (" good", "merging")]
+    original = type(llama_2_style).batch_decode
 
-    def melt(self, rows, **kwargs):
-        return [text.replace("\nmelting", "?") for text in whole(self, rows, **kwargs)]
+    def merge(self, rows, **kwargs):
+        return [text.replace("\nmerging", "?") for text in original(self, rows, **kwargs)]
 
-    monkeypatch.setattr(type(spacing), "batch_decode", melt)
-    assert decode_completions(spacing, ids) == [" good", "melting"]
+    monkeypatch.setattr(type(llama_2_style), "batch_decode", merge)
+    assert decode_completions(llama_2_style, ids) == [" good", "merging"]
 
 
 @pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
-def test_a_completion_is_written_as_it_stands_behind_its_prompt(completion, spacing):
-    ids = encode_completion(spacing, DIALOGUE, completion)
-    assert ids[-1] == spacing.eos_token_id
-    assert decode_completions(spacing, [ids, ids[:-1]]) == [completion] * 2
+def test_completions_round_trip_as_continuations_of_a_prompt(completion, llama_2_style):
+    ids = encode_completion(llama_2_style, DIALOGUE, completion)
+    assert ids[-1] == llama_2_style.eos_token_id
+    assert decode_completions(llama_2_style, [ids, ids[:-1]]) == [completion] * 2
 
 
-def test_a_text_without_a_prompt_begins_as_texts_do(spacing):
-    assert encode_completion(spacing, "", "good", finished=False) == spacing("good")["input_ids"]
+def test_a_completion_without_a_prompt_is_encoded_as_a_text_of_its_own(llama_2_style):
+    assert encode_completion(llama_2_style, "", "good", finished=False) == llama_2_style("good")["input_ids"]
 
 
-def test_a_turn_ends_as_its_template_ends_it(tokenizer):
-    """With a token that is not the tokenizer's EOS, as Gemma's and Phi's do; what stands behind it is not sampled."""
+def test_a_turn_ends_with_the_end_token_of_its_template(tokenizer):
+    """It is not the tokenizer's EOS, as in Gemma and Phi; what the template adds after it is never sampled."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "good"}]
-    written = {
+    decoded = {
         finished: tokenizer.decode(encode_completion(tokenizer, prompt, answer, finished)) for finished in (True, False)
     }
-    assert written == {True: "good<end>", False: "good"}
+    assert decoded == {True: "good<end>", False: "good"}
 
 
-def test_a_turn_that_the_prompt_leaves_open_is_continued(tokenizer):
+def test_an_assistant_turn_at_the_end_of_the_prompt_is_continued(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     prompt = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "a good"}]
     answer = [{"role": "assistant", "content": " film"}]
-    written = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, answer)
-    assert [tokenizer.decode(ids) for ids in written] == ["<|user|>U<eos><|assistant|>a good", " film<eos>"]
+    encoded = encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, answer)
+    assert [tokenizer.decode(ids) for ids in encoded] == ["<|user|>U<eos><|assistant|>a good", " film<eos>"]
 
 
-@pytest.mark.parametrize("behind", ["", "\n", "\n<eos>"])
-def test_a_policy_stops_where_its_template_ends_a_turn(behind, tokenizer, tmp_path):
-    """Also where a base model's configuration knows nothing of that, and so does what it is saved as."""
+@pytest.mark.parametrize("suffix", ["", "\n", "\n<eos>"])
+def test_a_policy_stops_at_the_end_token_of_its_template(suffix, tokenizer, tmp_path):
+    """Also if the base model's generation config lacks it; the saved policy's config has it."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>" + behind + "{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>" + suffix + "{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     policy = Policy(make_llama(len(tokenizer)), tokenizer)
@@ -91,7 +93,7 @@ def test_a_policy_stops_where_its_template_ends_a_turn(behind, tokenizer, tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [2, end]
 
 
-def test_a_special_token_within_a_turn_does_not_end_it(tokenizer):
+def test_a_special_token_inside_a_turn_does_not_end_it(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "a<bos>b"}]
     assert tokenizer.decode(encode_completion(tokenizer, prompt, answer)).endswith("a<bos>b<eos>")

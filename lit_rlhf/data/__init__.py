@@ -1,4 +1,4 @@
-"""Prompts, demonstrations and preferences: read, tokenised, and handed out so that a run can stop and go on."""
+"""Data modules for prompts, demonstrations and preferences: reading, tokenization, resumable loading."""
 
 from lit_rlhf.data.formats import Example, read_demonstration, read_preference, read_prompt
 from lit_rlhf.data.module import DemonstrationData, PreferenceData, PromptData, TextData

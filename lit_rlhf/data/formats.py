@@ -1,16 +1,16 @@
-"""From a row, in any of TRL's data-set formats, to a prompt and its completions.
+"""Read prompts and completions from rows in any of TRL's data set formats.
 
 | rows                                                     | prompts | demonstrations | preferences |
 |----------------------------------------------------------|---------|----------------|-------------|
 | `prompt`                                                 | yes     |                |             |
 | `prompt`, `completion`                                   | yes     | yes            |             |
-| `messages` (or `conversations`): the last answer is cut off | yes  | yes            |             |
+| `messages` (or `conversations`), split before the last answer | yes | yes         |             |
 | `text`                                                   |         | yes            |             |
 | `prompt`, `chosen`, `rejected`                           | yes     |                | yes         |
-| `chosen`, `rejected`, which both begin with the prompt   | yes     |                | yes         |
+| `chosen`, `rejected`, with the prompt as common prefix   | yes     |                | yes         |
 
-Prompts and completions are strings or lists of messages. Where only one of them is messages, the other becomes a
-message too: the user's, or the assistant's. Two columns of TRL's steer the chat template row by row:
+Prompts and completions are strings or lists of messages. If only one of them is a list of messages, the other becomes
+a message too, of the user or the assistant. Two columns, as in TRL, are per-row arguments of the chat template:
 `chat_template_kwargs` and `tools`.
 """
 
@@ -32,13 +32,13 @@ SPEAKER = "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Example:
-    """One row, read.
+    """Prompt and completions of a row.
 
     Attributes:
         prompt: A string, or the messages before the answer.
-        completions: None for a prompt, one for a demonstration, the chosen and the rejected one for a preference.
-        columns: Every other column of the row.
-        template_kwargs: What this row hands to the chat template.
+        completions: Empty for a prompt, one for a demonstration, chosen and rejected for a preference.
+        columns: All other columns of the row.
+        template_kwargs: The row's arguments of the chat template.
     """
 
     prompt: Text
@@ -48,7 +48,7 @@ class Example:
 
 
 def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
-    """Read a prompt. An answer that was cut off it stays in `columns`, as `completion` or as `chosen` and `rejected`.
+    """Read a prompt. Answers stay in `columns`, as `completion` or as `chosen` and `rejected`.
 
     Raises:
         ValueError: If there is no prompt, or it is neither a string nor messages.
@@ -58,7 +58,7 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
         prompt, answer = _split_answer(_text(_get(row, name, "prompt"), name))
         return _example(row, prompt, (), {name}, {"completion": answer} if answer else {})
     if name is None and "chosen" in row and "rejected" in row:
-        name = "chosen"  # the prompt is what the two begin with
+        name = "chosen"  # the prompt is the common prefix of the pair
         pair = [_text(row[key], key) for key in ("chosen", "rejected")]
         _refuse_other_prompt(row, pair)
         prompt, (chosen, rejected) = _split_common(pair)
@@ -76,13 +76,13 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
     """Read a demonstration: a prompt and the completion to imitate. A `text` is the completion of an empty prompt.
 
     Raises:
-        ValueError: If there is no completion, or a text is neither a string nor messages.
+        ValueError: If there is no completion, or a value is neither a string nor messages.
     """
     name = completion_column or next((name for name in ("completion", *_CONVERSATIONS, "text") if name in row), None)
     if name is None:
         raise ValueError(
             "no demonstrations: expected columns 'prompt' and 'completion', or 'messages', or 'text'; the data have "
-            f"{_names(row)}: name yours with completion_column and prompt_column, or make them with a transform"
+            f"{_names(row)}: set completion_column and prompt_column, or add the columns with a transform"
         )
     completion = _text(_get(row, name, "completion"), name)
     if completion_column and prompt_column is None:
@@ -95,7 +95,7 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
         return _example(row, "", (completion,), {name})
     prompt, answer = _split_answer(completion)
     if not answer:
-        raise ValueError(f"the conversation in {name!r} has no turn of the assistant to learn from")
+        raise ValueError(f"the conversation in {name!r} has no assistant turn to learn from")
     return _example(row, prompt, (answer,), {name})
 
 
@@ -104,11 +104,11 @@ def read_preference(
 ) -> Example:
     """Read a preference: a prompt, the chosen and the rejected completion.
 
-    Without a prompt column the prompt is what the two begin with: common leading messages; in strings the common
-    prefix up to the start of a word, or up to the last `Assistant:` of a dialogue.
+    Without a prompt column, the prompt is the common prefix of the pair: its common leading messages, or in strings
+    the common prefix up to the start of a word, or up to the last `Assistant:` of a dialogue.
 
     Raises:
-        ValueError: If a column is missing, or a text is neither a string nor messages.
+        ValueError: If a column is missing, or a value is neither a string nor messages.
     """
     names = [chosen_column or "chosen", rejected_column or "rejected"]
     pair = [_text(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
@@ -122,18 +122,18 @@ def read_preference(
 
 
 def _refuse_other_prompt(row: Row, texts: list[Text]) -> None:
-    """Refuse to take strings for all there is of a row where a column has a name that prompts often have."""
+    """Raise a ValueError if all texts are strings and another column has a usual name of a prompt column."""
     strings = all(isinstance(text, str) for text in texts)
     if strings and "prompt" not in row and (found := sorted(_OTHER_PROMPTS & row.keys())):
         raise ValueError(
-            f"no column 'prompt', but {found[0]!r}: name it with prompt_column={found[0]!r}, or drop it by a transform"
+            f"no column 'prompt', but {found[0]!r}: set prompt_column={found[0]!r}, or drop the column with a transform"
         )
 
 
 def _example(
-    row: Row, prompt: Text, completions: tuple[Text, ...], used: set[str | None], made: Row | None = None
+    row: Row, prompt: Text, completions: tuple[Text, ...], used: set[str | None], answers: Row | None = None
 ) -> Example:
-    columns = {name: value for name, value in row.items() if name not in used} | (made or {})
+    columns = {name: value for name, value in row.items() if name not in used} | (answers or {})
     template = dict(row.get("chat_template_kwargs") or {})
     if tools := row.get("tools"):
         template["tools"] = json.loads(tools) if isinstance(tools, str) else tools
@@ -144,7 +144,7 @@ def _get(row: Row, name: str, what: str) -> Any:
     if name not in row:
         raise ValueError(
             f"no column {name!r} in the data, which have {_names(row)}: "
-            f"name the one to use with {what}_column, or make it with a transform"
+            f"set {what}_column to the column's name, or add the column with a transform"
         )
     return row[name]
 
@@ -162,20 +162,20 @@ def _text(value: Any, name: str) -> Text:
         return value
     if value == [] or _is_messages(value):
         return [_message(item, name) for item in value]
-    raise ValueError(f"the column {name!r} holds {value!r} where a string or a list of messages must be")
+    raise ValueError(f"the column {name!r} contains {value!r}: it must be a string or a list of messages")
 
 
 def _message(item: Row, name: str) -> Message:
-    """One turn, without the empty fields that a table adds, from either spelling of role and content."""
+    """Return a message with `role` and `content`, from ShareGPT's field names too, and without null fields."""
     if "role" not in item and {"from", "value"} <= item.keys():
         item = {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"]}
     if not isinstance(item.get("role"), str):
-        raise ValueError(f"the column {name!r} holds the message {item!r}: a message needs 'role' and 'content'")
+        raise ValueError(f"the column {name!r} contains the message {item!r}: a message needs 'role' and 'content'")
     return {key: value for key, value in item.items() if value is not None}
 
 
 def _align(prompt: Text, completions: list[Text]) -> tuple[Text, list[Text]]:
-    """Make all of them strings or all of them messages, and cut a repeated prompt off the completions."""
+    """Convert to all strings or all messages, and remove a repeated prompt from the completions."""
     if all(isinstance(text, str) for text in (prompt, *completions)):
         return prompt, completions
     if isinstance(prompt, str) and all(_is_dialogue(text) for text in completions):
@@ -196,7 +196,7 @@ def _reply(prompt: list[Message], completion: Text) -> Text:
 
 
 def _split_answer(messages: Text) -> tuple[Text, list[Message]]:
-    """Cut a conversation before its last turn of the assistant; what comes after that turn is left out."""
+    """Split a conversation before its last assistant turn; later turns are dropped."""
     if isinstance(messages, str):
         return messages, []
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -206,39 +206,39 @@ def _split_answer(messages: Text) -> tuple[Text, list[Message]]:
 
 
 def _split_common(texts: list[Text]) -> tuple[Text, list[Text]]:
-    """Cut what all texts begin with off them: the prompt."""
+    """Split the common prefix, the prompt, off all texts."""
     if len(texts) == 1 and not isinstance(texts[0], str):
         prompt, answer = _split_answer(texts[0])
         return prompt, [answer]
     if all(isinstance(text, str) for text in texts):
         cut = _word_start([str(text) for text in texts])
     elif any(isinstance(text, str) for text in texts):
-        raise ValueError("one of 'chosen' and 'rejected' is a string and the other messages: give both in one form")
+        raise ValueError("one of 'chosen' and 'rejected' is a string and the other messages: use the same type in both")
     else:
-        cut = _common([text[:-1] for text in texts])
+        cut = _common_length([text[:-1] for text in texts])
     return texts[0][:cut], [text[cut:] for text in texts]
 
 
-def _common(texts: list[Any]) -> int:
-    """How many letters, or messages, all texts begin with."""
+def _common_length(texts: list[Any]) -> int:
+    """Return the length of the common prefix, in characters or messages."""
     same = (all(item == items[0] for item in items) for items in zip(*texts, strict=False))
     return next((i for i, equal in enumerate(same) if not equal), min(map(len, texts)))
 
 
 def _word_start(texts: list[str]) -> int:
-    """Where the common prefix ends, moved back so that no completion begins inside a word."""
-    prefix = texts[0][: _common(texts)]
+    """Return the length of the common prefix, shortened so that no completion begins inside a word."""
+    prefix = texts[0][: _common_length(texts)]
     if SPEAKER in prefix:
         return prefix.rindex(SPEAKER) + len(SPEAKER)
     cut = len(prefix)
     while cut and any(_inside_word(text, cut) for text in texts):
         cut -= 1
-    if cut and prefix[cut - 1] == " ":  # tokenizers write a word together with the space before it
+    if cut and prefix[cut - 1] == " ":  # tokenizers join a word with the space before it
         cut -= 1
     return cut
 
 
 def _inside_word(text: str, cut: int) -> bool:
     around = text[cut - 1 : cut + 1]
-    spaced = all(ord(letter) < 0x2E80 for letter in around)  # from there on, scripts without spaces between words
-    return len(around) == 2 and spaced and not any(letter.isspace() for letter in around)
+    spaced = all(ord(char) < 0x2E80 for char in around)  # scripts above do not separate words by spaces
+    return len(around) == 2 and spaced and not any(char.isspace() for char in around)

@@ -1,16 +1,15 @@
-"""Which rows each training step gets, and how a resumed run finds its place.
+"""Samplers and the resumable loader: which rows each training step gets, also after a resume.
 
-One rollout is trained on for R steps, so its prompts must come R times in a row; with automatic optimization the
-Trainer counts steps, and everything that it derives from the length of the loader (progress, `max_steps`,
-accumulation, validation) is right only if the repetition is in the sampler. Hence:
+A rollout is used for R training steps, so its prompts must be yielded R times in a row. With automatic optimization
+the Trainer counts steps and derives progress, `max_steps`, accumulation and validation from the loader's length. These
+are only right if the sampler does the repetition. Hence:
 
-- The sampler is a `DistributedSampler`: any other kind the Trainer would replace under several processes.
-- It yields whole blocks (lists of indices) and the loader has `batch_size=None`: a batch sampler would be replaced too.
-- Its order depends on the seed and the epoch alone, and its place on the Trainer's own count of batches, which a
-  checkpoint holds. So there is no state to save.
-- The loader's iterator is a generator, which looks for its place at the first `next()`. `iter()` is too early: at the
-  start of a run the Trainer calls it before it has told the sampler the epoch, and worker processes would by then
-  have been sent the first batches of a wrong one.
+- The sampler is a `DistributedSampler`; the Trainer replaces any other kind when there are several processes.
+- It yields whole blocks (lists of indices) and the loader has `batch_size=None`; a batch sampler would be replaced too.
+- Its order depends only on the seed and the epoch, its position only on the Trainer's batch count, which checkpoints
+  contain. So it has no state to save.
+- The loader's iterator is a generator that looks up its position at the first `next()`. `iter()` is too early: at the
+  start of a run the Trainer calls it before `set_epoch`, and workers would prefetch batches of the wrong epoch.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 class BlockSampler(DistributedSampler[list[int]]):
-    """Yields the indices of a block of rows, `repeats` times in a row, then of the next block.
+    """Yields each block of shuffled row indices `repeats` times in a row.
 
-    A block of all ranks together is `num_replicas * batch_size` rows of a permutation, and rank r takes the r-th part
-    of it. So two ranks see exactly the rows that one process with twice the batch size sees. Rows that fill no whole
-    block, and blocks that fill no whole window, wait for another epoch's permutation.
+    Over all ranks, a block is `num_replicas * batch_size` consecutive rows of a permutation; rank r takes its r-th
+    part. So two ranks see the same rows as one process with twice the batch size. An incomplete last block or window
+    is dropped; its rows get another chance in the next epoch's permutation.
 
     Args:
-        dataset: What is indexed; only its length is used.
-        batch_size: Rows of one rank in one block, until `sizes` says otherwise.
-        num_replicas: Ranks.
+        dataset: The data set; only its length is used.
+        batch_size: Rows per block and rank, unless `sizes` is changed.
+        num_replicas: Number of ranks.
         rank: This rank.
-        repeats: Steps that share one block.
-        accumulate: Steps that share one update. An epoch is cut to whole windows of `max(accumulate, repeats)` steps,
-            since the Trainer steps the optimizer early in the last window of an epoch.
+        repeats: Consecutive steps that get the same block.
+        accumulate: Steps per update. An epoch is cut to whole windows of `max(accumulate, repeats)` steps, because the
+            Trainer steps the optimizer early in an incomplete last window.
 
     Attributes:
-        sizes: From which block of the epoch on a block has how many rows of one rank; the first entry is block 0. What
-            has been handed over must not be changed; the length counts what is to come by it.
-        seed: Of the permutation, together with the epoch.
-        start: The step of the epoch to begin with; the length counts all steps of the epoch all the same.
+        sizes: Block sizes as pairs `(first block, rows per block and rank)`; the first pair is for block 0. Entries for
+            blocks that have been yielded must not change; the length depends on the others.
+        seed: Seed of the permutation, together with the epoch.
+        start: Step of the epoch to start at. The length still counts all steps of the epoch.
     """
 
     def __init__(
@@ -65,34 +64,35 @@ class BlockSampler(DistributedSampler[list[int]]):
         self.start = 0
 
     @property
-    def needed(self) -> int:
-        """Rows that the shortest epoch takes, on all ranks together."""
+    def min_rows(self) -> int:
+        """Rows that an epoch of one window takes with the largest block size, over all ranks."""
         return self.rows_for(max(size for _, size in self.sizes))
 
     def rows_for(self, batch_size: int) -> int:
-        """Rows that an epoch of one window takes, on all ranks together, if a block has `batch_size` rows of each."""
+        """Return the rows that an epoch of one window takes over all ranks, at `batch_size` rows per block and rank."""
         return self.num_replicas * batch_size * math.ceil(self.window / self.repeats)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:
-        """Runs of equal blocks, as long as rows last: how many, where they begin, rows of one rank in each."""
-        begin = 0
+        """Yield runs of equally large blocks until the rows are used up: count, first row, rows per block and rank."""
+        first_row = 0
         ends = [first for first, _ in self.sizes[1:]]
         for (first, size), end in itertools.zip_longest(self.sizes, ends):
-            fit = (self.size - begin) // (size * self.num_replicas)
-            count = fit if end is None else min(fit, end - first)
-            yield count, begin, size
+            available = (self.size - first_row) // (size * self.num_replicas)
+            count = available if end is None else min(available, end - first)
+            yield count, first_row, size
             if end is not None and count < end - first:
                 return
-            begin += count * size * self.num_replicas
+            first_row += count * size * self.num_replicas
 
     def _rows(self, block: int) -> slice:
-        """Where in the permutation this rank's part of a block stands."""
-        for count, begin, size in self._runs():
-            if block < count:
-                begin += (block * self.num_replicas + self.rank) * size
-                return slice(begin, begin + size)
-            block -= count
-        raise IndexError(f"an epoch has no block {block} more")
+        """Return this rank's slice of the permutation for a block."""
+        remaining = block
+        for count, first_row, size in self._runs():
+            if remaining < count:
+                start = first_row + (remaining * self.num_replicas + self.rank) * size
+                return slice(start, start + size)
+            remaining -= count
+        raise IndexError(f"block {block} is out of range: the epoch has {block - remaining} blocks")
 
     def __len__(self) -> int:
         steps = sum(count for count, _, _ in self._runs()) * self.repeats
@@ -107,10 +107,10 @@ class BlockSampler(DistributedSampler[list[int]]):
 
 
 class EvalSampler(DistributedSampler[list[int]]):
-    """Yields each row once, in order, in blocks of at most `batch_size` rows, the same number of blocks on every rank.
+    """Yields each row once, in order, in blocks of at most `batch_size` rows, with equally many blocks on every rank.
 
-    Equal numbers keep ranks in step where evaluation reduces across them; the price is blocks that differ by a row
-    (and, where `batch_size` is 1, blocks of two rows).
+    Equal counts keep ranks synchronized when evaluation reduces across them. In return, block sizes can differ by one
+    row, and with `batch_size` 1 a block can have two rows.
     """
 
     def __init__(self, dataset: Sized, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -127,17 +127,17 @@ class EvalSampler(DistributedSampler[list[int]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that begins where the Trainer's progress says: after a resume, at the batch that would have come next.
+    """DataLoader that starts at the Trainer's current batch, so that a resumed run continues with the next batch.
 
     Args:
-        dataset: Indexed with a whole block at a time: `dataset[[3, 1, 4]]`.
-        sampler: Its `start` and `seed` are set when the iteration begins.
-        trainer: Whose progress counts and whose module has the `seed`; without one the iteration begins at step 0.
-        collate_fn: Makes a batch of what the data set returns for a block.
-        num_workers: Processes that load. One is rarely of use, since the rows are tokenised and in memory.
+        dataset: The data set, indexed with a whole block at a time: `dataset[[3, 1, 4]]`.
+        sampler: Its `start` and `seed` are set when an iteration begins.
+        trainer: Provides the progress and, by its module, the `seed`. Without a Trainer iterations begin at step 0.
+        collate_fn: Makes a batch of the rows of a block.
+        num_workers: Data loading processes. Rarely useful, since the rows are tokenized and in memory.
 
     Attributes:
-        on_begin: Called with the step that an iteration begins with, when it does.
+        on_begin: Called with the first step when an iteration begins.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class ResumableLoader(DataLoader[Any]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the place is the Trainer's. That the method exists tells the Trainer not to warn."""
+        """Return an empty state: the Trainer tracks the position. Without this method the Trainer warns."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Accept the empty state."""

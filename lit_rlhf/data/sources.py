@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, a local file or folder, a list of dicts, a `datasets.Dataset`."""
+"""Load rows from the hub, a local file or folder, a list of dicts, or a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, TypeAlias, cast
 import datasets
 
 Row = dict[str, Any]
-"""One row of a data set, by column name."""
+"""A row of a data set, by column name."""
 
 Source: TypeAlias = str | Iterable[Row]
-"""What `load_rows` reads: a path or a hub id, or rows: a list of dicts or a `datasets.Dataset`."""
+"""Input of `load_rows`: a path, a hub id, a list of dicts or a `datasets.Dataset`."""
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
@@ -23,21 +23,21 @@ def load_rows(source: Any, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
     """Return the rows of a data set.
 
     Args:
-        source: A `Source`: rows themselves (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv
-            or parquet file (compressed or not), a folder of such files, a folder written by `Dataset.save_to_disk`, or
-            a hub id. A hub id may name a configuration after a colon, and anything may name a split after a hash sign:
+        source: Rows (a list of dicts or a `datasets.Dataset`), or a string: a json, jsonl, csv or parquet file
+            (compressed or not), a folder of such files, a folder written by `Dataset.save_to_disk`, or a hub id. A hub
+            id can have a configuration after a colon, and any string a split after a hash sign:
             `"owner/name:config#train[:1000]"`.
-        prefer: The splits to take where there are several and the source names none, best first.
+        prefer: Preferred splits, best first, for a source with several splits that names none.
 
     Raises:
-        FileNotFoundError: If the string is neither here nor a data set on the hub.
-        ValueError: If the data are empty, a stream, unreadable, or have several splits and none is named.
+        FileNotFoundError: If the string is neither a local path nor a data set on the hub.
+        ValueError: If the data are empty, a stream or unreadable, or have several splits and none is named.
     """
     rows = _load(source)
     name = repr(source) if isinstance(source, str) else f"the {type(source).__name__}"
     if isinstance(rows, _STREAMS):
         raise ValueError(
-            f"{name} is a stream ({type(rows).__name__}), and training draws its rows by number: load it without "
+            f"{name} is a stream ({type(rows).__name__}), but training needs random access: load it without "
             "streaming=True, or pass list(stream.take(n))"
         )
     if isinstance(rows, datasets.DatasetDict):
@@ -45,11 +45,9 @@ def load_rows(source: Any, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
     if not len(rows):
         raise ValueError(f"{name} is empty: give a data set with at least one row")
     if isinstance(rows, list):
-        odd = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
-        if odd is not None:
-            raise ValueError(
-                f"row {odd} is {rows[odd]!r}: a list of rows must hold dicts, such as {{'prompt': 'Hello'}}"
-            )
+        invalid = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
+        if invalid is not None:
+            raise ValueError(f"row {invalid} is {rows[invalid]!r}: rows must be dicts, such as {{'prompt': 'Hello'}}")
     return cast(Iterable[Row], rows)
 
 
@@ -57,7 +55,7 @@ def _load(source: Any) -> Any:
     if isinstance(source, (list, datasets.Dataset, datasets.DatasetDict, *_STREAMS)):
         return source
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"data can't be read from {source!r}: give a path, a hub id, a list of dicts or a Dataset")
+        raise ValueError(f"data can't be loaded from {source!r}: give a path, a hub id, a list of dicts or a Dataset")
     text, split = str(source), None
     if not _path(text).exists() and "#" in text:
         text, split = text.rsplit("#", 1)
@@ -77,14 +75,14 @@ def _choose(splits: dict[str, Any], name: str, prefer: Sequence[str]) -> Any:
     names = [*[split for split in prefer if split in splits], *(splits if len(splits) == 1 else ())]
     if not names:
         example = f"{name.strip(chr(39))}#{next(iter(splits))}"
-        raise ValueError(f"{name} has the splits {', '.join(splits)}: name one, as in {example!r}")
+        raise ValueError(f"{name} has the splits {', '.join(splits)}: select one, as in {example!r}")
     return splits[names[0]]
 
 
 def _load_file(path: Path, split: str | None) -> Any:
     builder = next((_BUILDERS[suffix] for suffix in reversed(path.suffixes) if suffix in _BUILDERS), None)
     if builder is None:
-        raise ValueError(f"{str(path)!r} is not a file that can be read as data: use {', '.join(_BUILDERS)}")
+        raise ValueError(f"{str(path)!r} has no supported file type: use {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{str(path)!r} is empty: give a data set with at least one row")
     return _read(builder, split, str(path), data_files=str(path))
@@ -105,11 +103,11 @@ def _load_folder(path: Path, split: str | None) -> Any:
 
 
 def _read(builder: str, split: str | None, name: str, **arguments: Any) -> Any:
-    # Read into memory: a cache of local files would lie outside the folder of the run, and could be stale.
+    # in memory: a cache of local files would be outside the run's folder, and could be stale
     with tempfile.TemporaryDirectory() as cache:
         try:
             return datasets.load_dataset(builder, split=split, cache_dir=cache, keep_in_memory=True, **arguments)
-        except Exception as error:  # datasets raises whatever its readers raise
+        except Exception as error:  # datasets passes on the errors of its readers
             cause = error.__cause__ or error
             if "corresponds to no data" in str(cause):
                 raise ValueError(f"{name!r} is empty: give a data set with at least one row") from error
@@ -117,14 +115,14 @@ def _read(builder: str, split: str | None, name: str, **arguments: Any) -> Any:
 
 
 def _load_hub(text: str, split: str | None) -> Any:
-    local = Path(text).suffix in _BUILDERS or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if local:
-        raise FileNotFoundError(f"the data file {text!r} does not exist (looked from {str(Path.cwd())!r})")
+    is_path = Path(text).suffix in _BUILDERS or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if is_path:
+        raise FileNotFoundError(f"the data file {text!r} does not exist (working directory: {str(Path.cwd())!r})")
     name, _, config = text.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the hub's errors are many, and each of them ends here
+    except Exception as error:  # the hub raises many kinds of errors
         raise FileNotFoundError(
-            f"{text!r} is neither a file or folder here nor a data set that the hub gives ({type(error).__name__}: "
-            f"{error}): check the spelling, or give a json, jsonl, csv or parquet file"
+            f"{text!r} is neither a local file or folder nor loadable from the hub ({type(error).__name__}: {error}): "
+            "check the spelling, or give a json, jsonl, csv or parquet file"
         ) from error

@@ -1,4 +1,4 @@
-"""Row functions for the `transform` of a data module: a row in, a row out, or None to drop it."""
+"""Functions for the `transform` of a data module: they return a row, or None to drop it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from lit_rlhf.data.sources import Row
 
 
 class LastAnswer:
-    """Cuts a dialogue of `Human:` and `Assistant:` before its last answer, as those of Anthropic's HH are written.
+    """Splits a `Human:` / `Assistant:` dialogue, as in Anthropic's HH data, before its last answer.
 
-    Adds `prompt`, which ends in `Assistant:`, and `completion`. Rows without an answer are dropped.
+    Adds `prompt`, which ends in `Assistant:`, and `completion`. Keeps all columns. Drops rows without an answer.
 
     Args:
-        column: The column that holds the dialogue; it stays, with all others.
+        column: Name of the dialogue column.
     """
 
     def __init__(self, column: str = "chosen") -> None:
         self.column = column
 
     def __call__(self, row: Row) -> Row | None:
-        """Return the row with prompt and completion, or None where nothing is answered.
+        """Return the row with prompt and completion, or None if there is no answer.
 
         Raises:
-            ValueError: If the column does not exist or holds no string.
+            ValueError: If the column does not exist or is not a string.
         """
-        prompt, speaker, answer = string_in(row, self.column, "an answer").rpartition(SPEAKER)
+        prompt, speaker, answer = read_string(row, self.column, "LastAnswer").rpartition(SPEAKER)
         return {**row, "prompt": prompt + speaker, "completion": answer} if speaker and answer.strip() else None
 
 
 class FirstWords:
-    """Makes a prompt of the first words of a text, for a policy to continue.
+    """Makes a prompt from the first words of a text, for the policy to continue.
 
-    Adds `prompt`, and `reference`: how the text itself goes on. Rows without a word after the prompt are dropped.
+    Adds `prompt` and `reference`, the rest of the text. Keeps all columns. Drops rows without a word after the prompt.
 
     Args:
-        column: The column that holds the text; it stays, with all others.
-        words: How many words the prompt takes.
+        column: Name of the text column.
+        words: Number of words in the prompt.
     """
 
     def __init__(self, column: str = "text", words: int = 5) -> None:
         if words < 1:
-            raise ValueError(f"words={words}: a prompt takes at least 1 word")
+            raise ValueError(f"words={words}: a prompt needs at least 1 word")
         self.column, self.words = column, words
 
     def __call__(self, row: Row) -> Row | None:
-        """Return the row with its prompt, or None where the text is too short.
+        """Return the row with prompt and reference, or None if the text is too short.
 
         Raises:
-            ValueError: If the column does not exist or holds no string.
+            ValueError: If the column does not exist or is not a string.
         """
-        text = string_in(row, self.column, "first words").strip()
+        text = read_string(row, self.column, "FirstWords").strip()
         ends = [word.end() for word in re.finditer(r"\S+", text)]
         if len(ends) <= self.words:
             return None
@@ -59,15 +59,15 @@ class FirstWords:
         return {**row, "prompt": text[:cut], "reference": text[cut:]}
 
 
-def string_in(row: Row, column: str, wanted: str) -> str:
-    """The string that a column holds.
+def read_string(row: Row, column: str, transform: str) -> str:
+    """Return the string in a column; `transform` is the name for error messages.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the column does not exist or is not a string.
     """
     if column not in row:
-        raise ValueError(f"no column {column!r} to take {wanted} of; the data have {', '.join(map(repr, row))}")
+        raise ValueError(f"{transform} needs the column {column!r}; the data have {', '.join(map(repr, row))}")
     text = row[column]
     if not isinstance(text, str):
-        raise ValueError(f"the column {column!r} holds {text!r}: {wanted} can be taken of a string only")
+        raise ValueError(f"{transform} needs a string in the column {column!r}, not {text!r}")
     return text

@@ -21,10 +21,10 @@ from lit_rlhf.evaluation.completions import (
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.evaluation.options import EvaluationOptions
-from lit_rlhf.evaluation.scoring import Scores, score
+from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.rewards import Scorer, Weighted
+from lit_rlhf.rewards import Scorer, Scores, Weighted
 from lit_rlhf.types import Completions, Prompts, Text
 
 M = TypeVar("M", bound=Metric)

@@ -1,4 +1,4 @@
-"""Judges that compare two completions, such as a language model that is asked which one is better."""
+"""Pairwise judges, such as a language model that compares two completions."""
 
 from __future__ import annotations
 
@@ -9,65 +9,65 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_rlhf.rewards.base import Entry
-from lit_rlhf.rewards.scorer import call_all, read_numbers
+from lit_rlhf.rewards.base import RewardSpec
+from lit_rlhf.rewards.calls import call_all, read_numbers
 from lit_rlhf.types import Text
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-GIVEN = ("prompts", "completions", "opponents", "trainer_state")
-"""What a judge of pairs can ask for, beside the columns of the data."""
+JUDGE_ARGUMENTS = ("prompts", "completions", "opponents", "trainer_state")
+"""Arguments that a pairwise judge can take, in addition to the columns of the data."""
 
 
 class PairJudge(Protocol):
-    """The shape of a judge of pairs: a plain function will do, with the attribute `pairwise = True`."""
+    """Protocol of a pairwise judge; a plain function with the attribute `pairwise = True` satisfies it."""
 
     pairwise: bool
 
     def __call__(
         self, *, prompts: list[Text], completions: list[Text], opponents: list[Text], **columns: Any
     ) -> Sequence[float | None] | Tensor | Awaitable[Any]:
-        """Return for each prompt how sure it is that the completion beats the opponent's, from 0 to 1.
+        """Return for each prompt the probability that the completion is better than the opponent's.
 
-        0.5 is a tie, and None stands for an answer that names neither side.
+        0.5 is a tie. None means that the judge did not decide.
         """
 
 
 class SymmetricJudge:
-    """Asks a judge of pairs twice, with either completion first, so that a liking for a place favours nobody.
+    """Pairwise judge that is asked in both orders, which cancels position bias.
 
     Args:
         judge: A `PairJudge`.
 
     Raises:
-        TypeError: If it is not callable.
+        TypeError: If `judge` is not callable.
     """
 
     def __init__(self, judge: Callable[..., Any]) -> None:
-        self._entry = Entry.of(judge, taken=set(), role="judge")
+        self._spec = RewardSpec.of(judge, taken=set(), role="judge")
 
     @property
     def names(self) -> list[str]:
-        """The name by which the judge is shown."""
-        return [self._entry.name]
+        """The judge's name, as a list of one."""
+        return [self._spec.name]
 
     @property
     def follows_training(self) -> bool:
-        """False: of the opponent nothing is kept but what it wrote."""
+        """False: only the opponents' completions are cached, not scores."""
         return False
 
     def weights(self, step: int) -> list[float]:
-        """Nothing: a judge of pairs has no weights that could change."""
+        """Return an empty list: a pairwise judge has no weights."""
         return []
 
     def check(self, columns: Iterable[str]) -> None:
-        """Raise a ValueError if the judge asks for a column that the data don't have."""
-        self._entry.check({*columns, *GIVEN})
+        """Raise a ValueError if the data lack a column that the judge requires."""
+        self._spec.check({*columns, *JUDGE_ARGUMENTS})
 
     def setup(self, device: torch.device | str) -> None:
-        """Load what the judge needs onto `device`, once for a device."""
-        self._entry.setup(device)
+        """Call the judge's `setup(device)`, once per device."""
+        self._spec.setup(device)
 
     def __call__(
         self,
@@ -77,15 +77,15 @@ class SymmetricJudge:
         columns: dict[str, list[Any]],
         state: TrainerState,
     ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-        """Compare completions with opponents.
+        """Compare completions with opponents, in both orders.
 
         Returns:
-            How much of a win each completion has, from 0 to 1, and what its place did for the one that stood
-            first, from -0.5 to 0.5; both NaN where one of the two answers is missing.
+            The win of each completion, from 0 to 1 (the mean of both orders), and the position bias toward the first
+            place, from -0.5 to 0.5. Both are NaN if the judge did not decide in one of the orders.
 
         Raises:
             RuntimeError: If the judge raises.
-            ValueError: If an answer is not None or a number from 0 to 1.
+            ValueError: If an answer is neither None nor a number from 0 to 1.
         """
         first = self._ask(completions, opponents, prompts, columns, state)
         second = self._ask(opponents, completions, prompts, columns, state)
@@ -99,12 +99,12 @@ class SymmetricJudge:
         columns: dict[str, list[Any]],
         state: TrainerState,
     ) -> Float[Tensor, " pairs"]:
-        own = dict(prompts=prompts, completions=completions, opponents=opponents, trainer_state=state)
-        (output,) = call_all([self._entry], {**columns, **own})
-        answers = read_numbers(output, len(prompts), self._entry.title, "pairs")
+        arguments = dict(prompts=prompts, completions=completions, opponents=opponents, trainer_state=state)
+        (output,) = call_all([self._spec], {**columns, **arguments})
+        answers = read_numbers(output, len(prompts), self._spec.title, "pairs")
         for i in ((answers < 0) | (answers > 1)).nonzero().flatten().tolist():
             raise ValueError(
-                f"{self._entry.title} answered {float(answers[i]):g} at place {i}: it must answer from 0 "
-                "(the opponent is better) to 1, 0.5 for a tie, or None for neither"
+                f"{self._spec.title} returned {float(answers[i]):g} at index {i}: it must return a number from 0 "
+                "(the opponent is better) to 1, 0.5 for a tie, or None if undecided"
             )
         return answers

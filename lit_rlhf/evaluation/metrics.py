@@ -1,4 +1,4 @@
-"""Measures of what a policy writes, as torchmetrics: summed over batches and ranks before anything is divided."""
+"""Metrics of completions, as torchmetrics: sums are accumulated over batches and ranks, then divided."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 Z_95 = 1.959964
-"""The normal distribution's quantile for 95 %, two-sided."""
+"""Two-sided 95 % quantile of the normal distribution."""
 
 
 class Moments(Metric):
-    """Mean and variance (that of the population) of numbers, in float64; both NaN where there are none."""
+    """Mean and population variance, in float64; both NaN without values."""
 
     full_state_update = False
     count: Tensor
@@ -28,7 +28,7 @@ class Moments(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Shaped[Tensor, "*shape"]) -> None:
-        """Add numbers."""
+        """Add values."""
         values = values.double()
         self.count += values.numel()
         self.total += values.sum()
@@ -41,29 +41,29 @@ class Moments(Metric):
 
 
 class WinRate(Moments):
-    """Share of wins with its 95 % interval; a tie is half a win.
+    """Win rate with its 95 % confidence interval; a tie is half a win.
 
-    The interval is Wilson's for that many independent pairs; ties make the true one narrower. Wilson, 1927, *Probable
-    inference, the law of succession, and statistical inference*. It says how sure these prompts make one of this
-    policy, not how much another seed would change the policy.
+    The interval is the Wilson score interval for independent pairs; with ties it is conservative. Wilson, 1927,
+    *Probable inference, the law of succession, and statistical inference*. It covers the choice of prompts for this
+    policy, not the variation between training seeds.
     """
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Return the rate and both ends of its interval, NaN where nothing was compared."""
+        """Return the win rate and both ends of its interval; NaN without comparisons."""
         rate, n = self.total / self.count, self.count
-        middle = (rate + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+        center = (rate + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
         half = Z_95 / (1 + Z_95**2 / n) * (rate * (1 - rate) / n + Z_95**2 / (4 * n**2)).sqrt()
-        return rate, middle - half, middle + half
+        return rate, center - half, center + half
 
 
 class DistinctN(Metric):
-    """Share of different n-grams of tokens among all n-grams of all completions, in [0, 1]; 0 where there are none.
+    """Distinct-n: unique token n-grams divided by all n-grams of all completions, in [0, 1]; 0 without n-grams.
 
-    Near 0 where a policy repeats itself, within a completion or across them. It falls with the number of completions,
-    so only equally many compare. Li et al., 2016, arXiv 1510.03055.
+    Low if a policy repeats itself, within or across completions. It decreases with the number of completions, so only
+    compare equal numbers. Li et al., 2016, arXiv 1510.03055.
 
     Args:
-        n: Tokens of a gram, at least 1.
+        n: Tokens per n-gram, at least 1.
     """
 
     full_state_update = False
@@ -73,7 +73,7 @@ class DistinctN(Metric):
     def __init__(self, n: int) -> None:
         super().__init__()
         if n < 1:
-            raise ValueError(f"n={n}: a gram has at least one token")
+            raise ValueError(f"n={n}: an n-gram has at least one token")
         self.n = n
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("grams", [], dist_reduce_fx="cat")
@@ -81,18 +81,18 @@ class DistinctN(Metric):
     def update(self, completions: Sequence[Sequence[int]]) -> None:
         """Add completions: token ids without padding."""
         grams = [ids[i : i + self.n] for ids in completions for i in range(len(ids) - self.n + 1)]
-        found = torch.tensor(grams, dtype=torch.long, device=self.count.device).view(-1, self.n)
+        batch = torch.tensor(grams, dtype=torch.long, device=self.count.device).view(-1, self.n)
         self.count += len(grams)
-        self.grams.append(torch.unique(found, dim=0))
+        self.grams.append(torch.unique(batch, dim=0))
 
     def compute(self) -> Tensor:
-        """Return the share."""
-        different = len(torch.unique(dim_zero_cat(self.grams), dim=0)) if len(self.grams) else 0
-        return different / self.count.clamp(min=1)
+        """Return distinct-n."""
+        unique = len(torch.unique(dim_zero_cat(self.grams), dim=0)) if len(self.grams) else 0
+        return unique / self.count.clamp(min=1)
 
 
 class Perplexity(Metric):
-    """`exp` of the mean negative log-probability of a token, over all tokens of all texts; NaN where there are none."""
+    """Token-level perplexity: `exp` of the mean negative log-probability over all tokens; NaN without tokens."""
 
     full_state_update = False
     logprob: Tensor
@@ -104,7 +104,7 @@ class Perplexity(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logprobs: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> None:
-        """Add tokens: their log-probabilities in nats, and where they count."""
+        """Add tokens by their log-probabilities in nats; `mask` is False for padding."""
         self.logprob += logprobs.double().masked_fill(~mask, 0.0).sum()
         self.count += mask.sum()
 

@@ -1,4 +1,4 @@
-"""Rewards: what a completion is worth. Any callable will do; these are ready-made."""
+"""Rewards. Any callable can be a reward; this package has ready-made ones and the scorer that calls them."""
 
 from lit_rlhf.rewards.base import Reward, Weighted
 from lit_rlhf.rewards.functions import ExactMatch, Length, RegexMatch, Repetition, to_text

@@ -1,8 +1,9 @@
-"""What a reward is, and what is known of one before it is called: its name, its weight, the arguments that it takes.
+"""The reward interface: protocol, weights, and the specification (name, weight, arguments) of a reward.
 
 A reward is called by keyword with `prompts`, `completions`, `completion_ids`, every other column of the data,
-`finished`, `trainer_state`, `log_extra` and `log_metric`, and returns one number a completion. One with `**kwargs` is
-given all of these, any other one only what it names. It may be an `async def`; those of one call run side by side.
+`finished`, `trainer_state`, `log_extra` and `log_metric`, and returns one number per completion. With `**kwargs` it
+receives all of these, otherwise only the arguments that it names. It may be an `async def`; the async rewards of a call
+run concurrently.
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ from lit_rlhf.types import Text
 
 Numbers = Sequence[float | None] | Tensor
 
-GIVEN = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
-"""What every reward can ask for; a column of the data that has one of these names is not handed on."""
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_extra", "log_metric")
+"""Arguments that any reward can take. They take precedence over data columns of the same name."""
 
 
 class Reward(Protocol):
-    """The shape of a reward; a plain function will do.
+    """Protocol of a reward; a plain function satisfies it.
 
-    With an attribute `token_level = True` it returns, for each completion, one number a token of its `completion_ids`
-    (the EOS token included). One that holds a model may have `setup(device)`, called once before the first use, and
-    one that reads columns through `**kwargs` may name them in `required_columns`.
+    With an attribute `token_level = True` it returns, for each completion, one number per token of `completion_ids`
+    (EOS token included). A reward with a model may have `setup(device)`, called once before the first use. A reward
+    that reads columns through `**kwargs` may list them in `required_columns`.
     """
 
     def __call__(
         self, *, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]], **kwargs: Any
     ) -> Numbers | Sequence[Numbers | None] | Awaitable[Any]:
-        """Return one number a completion, None where the reward has no opinion."""
+        """Return one number per completion, or None where the reward has no opinion."""
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A reward with a weight in the sum and a name in the logs. A bare callable weighs 1.
+    """A reward with a weight and a name. A bare callable has weight 1.
 
     Attributes:
         reward: Any reward.
-        weight: What its numbers are multiplied by; 0 logs it and learns nothing from it.
-        name: Of the part in logs and records; by default the name of the function, or of the class in snake case.
-        final_weight: What the weight becomes, in a straight line over `updates`; None: it stays.
-        updates: How many updates that takes.
+        weight: Factor of the reward in the weighted sum. With 0 it is only logged.
+        name: Name in logs and records. Defaults to the function's name, or the class's in snake case.
+        final_weight: Weight after `updates` updates, reached linearly. None: the weight is constant.
+        updates: Number of updates until `final_weight`.
 
     Raises:
         ValueError: If a weight is not a finite number, or only one of `final_weight` and `updates` is given.
@@ -67,39 +68,50 @@ class Weighted:
                 raise ValueError(f"the weight of a reward must be a finite number, not {weight!r}")
         if (self.final_weight is None) != (self.updates is None) or (self.updates is not None and self.updates < 1):
             raise ValueError(
-                f"final_weight={self.final_weight} and updates={self.updates}: give both (updates from 1 on) or neither"
+                f"final_weight={self.final_weight} and updates={self.updates}: give both (updates >= 1) or neither"
             )
 
     def weight_at(self, step: int) -> float:
-        """The weight after `step` updates."""
+        """Return the weight after `step` updates."""
         if self.final_weight is None or self.updates is None:
             return self.weight
         return self.weight + (self.final_weight - self.weight) * min(1.0, step / self.updates)
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Call the reward; its weight is applied by the scorer."""
+        """Call the reward. The scorer applies the weight."""
         return self.reward(**kwargs)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A reward of the list, or a judge, with all that is known about it before it is called."""
+class RewardSpec:
+    """Specification of a reward or judge: name, weights and arguments.
+
+    Attributes:
+        name: Unique name in logs and records.
+        title: Name in messages: "the reward 'x'".
+        weights: The `Weighted` wrappers, whose weights are multiplied.
+        reward: The callable.
+        token_level: Whether it returns one number per token.
+        accepts: Names of the arguments that it takes, or None for all.
+        requires: Names of the arguments without a default, and its `required_columns`.
+        ready_on: The device of the last `setup`, as a list of at most one.
+    """
 
     name: str
-    title: str  # what messages call it: the reward 'x'
+    title: str
     weights: tuple[Weighted, ...]
     reward: Callable[..., Any]
     token_level: bool
-    accepts: frozenset[str] | None  # None: everything
+    accepts: frozenset[str] | None
     requires: frozenset[str]
-    ready_on: list[torch.device] = field(default_factory=list)  # where it was set up last
+    ready_on: list[torch.device] = field(default_factory=list)
 
     @classmethod
-    def of(cls, reward: Any, taken: set[str], role: str = "reward") -> Entry:
-        """Take a reward apart and find out what it needs; `taken` are names that other entries have.
+    def of(cls, reward: Any, taken: set[str], role: str = "reward") -> RewardSpec:
+        """Unwrap a reward and inspect its signature; `taken` are the names of other rewards.
 
         Raises:
-            TypeError: If it is no reward.
+            TypeError: If it is not a reward.
         """
         weights: list[Weighted] = []
         while isinstance(reward, Weighted):
@@ -113,54 +125,54 @@ class Entry:
         return cls(name, f"the {role} {name!r}", tuple(weights), reward, token_level, *_signature(reward))
 
     def weight(self, step: int) -> float:
-        """What the numbers are multiplied by after `step` updates."""
+        """Return the weight after `step` updates."""
         return math.prod(weighted.weight_at(step) for weighted in self.weights)
 
     def setup(self, device: torch.device | str) -> None:
-        """Let the reward load what it needs onto `device`, unless that is where it was set up last."""
-        wanted = [torch.device(device)]
-        if self.ready_on != wanted and callable(setup := getattr(self.reward, "setup", None)):
+        """Call the reward's `setup(device)`, if it has one and the device has changed."""
+        new = [torch.device(device)]
+        if self.ready_on != new and callable(setup := getattr(self.reward, "setup", None)):
             setup(device)
-        self.ready_on[:] = wanted
+        self.ready_on[:] = new
 
     def check(self, names: set[str]) -> None:
-        """Raise a ValueError if the reward asks for a name that is not among `names`."""
+        """Raise a ValueError if a required argument is not among `names`."""
         if missing := sorted(self.requires - names):
-            columns = sorted(names.difference(GIVEN))
+            columns = sorted(names.difference(REWARD_ARGUMENTS))
             raise ValueError(
                 f"{self.title} asks for {missing}, but the columns of the data are {columns}: "
                 "add the column to the data, or give the parameter a default"
             )
 
-    def call(self, given: dict[str, Any]) -> Any:
-        """Call the reward with those of the arguments that it takes; what it raises becomes a RuntimeError."""
-        self.check(set(given))
-        arguments = given if self.accepts is None else {k: v for k, v in given.items() if k in self.accepts}
+    def call(self, arguments: dict[str, Any]) -> Any:
+        """Call the reward with the arguments that it accepts; its exceptions become a RuntimeError."""
+        self.check(set(arguments))
+        accepted = arguments if self.accepts is None else {k: v for k, v in arguments.items() if k in self.accepts}
         try:
-            return self.reward(**arguments)
+            return self.reward(**accepted)
         except Exception as error:
-            fail(self.title, error)
+            raise_reward_error(self.title, error)
 
 
-def fail(title: str, error: BaseException) -> NoReturn:
-    """Raise a RuntimeError that names the reward, in place of what the reward raised."""
+def raise_reward_error(title: str, error: BaseException) -> NoReturn:
+    """Raise a RuntimeError that names the reward, from the exception of the reward."""
     if isinstance(error, torch.OutOfMemoryError):
-        raise error  # as it is, for those who try again with less
+        raise error  # unchanged, for callers that retry with a smaller batch
     raise RuntimeError(f"{title} raised {type(error).__name__}: {error}") from error
 
 
 def _check_is_reward(reward: Any, role: str) -> None:
     if isinstance(reward, str):
-        cure = f"import the function, or use RewardModel({reward!r}) for a model"
+        remedy = f"import the function, or use RewardModel({reward!r}) for a model"
     elif isinstance(reward, type):
-        cure = f"make an instance: {reward.__name__}(...)"
+        remedy = f"create an instance: {reward.__name__}(...)"
     elif isinstance(reward, torch.nn.Module) and hasattr(reward, "config"):
-        cure, reward = "wrap it: RewardModel(model, tokenizer=tokenizer)", type(reward).__name__
+        remedy, reward = "wrap it: RewardModel(model, tokenizer=tokenizer)", type(reward).__name__
     elif not callable(reward):
-        cure = "give a function or an object with __call__(prompts=, completions=, ...)"
+        remedy = "give a function or an object with __call__(prompts=, completions=, ...)"
     else:
         return
-    raise TypeError(f"{reward!r} is not a {role}: {cure}")
+    raise TypeError(f"{reward!r} is not a {role}: {remedy}")
 
 
 def _name(reward: Any) -> str:
@@ -175,13 +187,13 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _signature(reward: Callable[..., Any]) -> tuple[frozenset[str] | None, frozenset[str]]:
-    """Names that a reward takes (None: all) and those it can't do without."""
+    """Return the names of accepted arguments (None: all) and of required ones."""
     required = set(getattr(reward, "required_columns", ()))
     try:
         parameters = inspect.signature(reward).parameters.values()
-    except (ValueError, TypeError):  # some builtins have none
+    except (ValueError, TypeError):  # some builtins have no signature
         return None, frozenset(required)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     required |= {p.name for p in named if p.default is p.empty}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return None if takes_all else frozenset(p.name for p in named), frozenset(required)
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if accepts_all else frozenset(p.name for p in named), frozenset(required)

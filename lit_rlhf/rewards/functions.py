@@ -1,4 +1,4 @@
-"""Rewards that a few lines of Python compute, and that YAML can name: their arguments are plain values."""
+"""Rule-based rewards. Their arguments are plain values, so they can be configured in YAML."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from lit_rlhf.types import Text
 
 
 def to_text(text: Text) -> str:
-    """Return a prompt or a completion as one string: itself, or what its messages say, line by line."""
+    """Convert a prompt or a completion to a string; the contents of messages are joined by newlines."""
     if isinstance(text, str):
         return text
     return "\n".join(_content(message.get("content")) for message in text)
 
 
 def _content(content: Any) -> str:
-    if isinstance(content, list):  # typed blocks; only those of text count
+    if isinstance(content, list):  # typed content blocks; only text blocks count
         return "".join(block.get("text", "") for block in content)
     return content or ""
 
 
 class Length:
-    """0 for a length from `minimum` to `maximum`; outside, minus the distance as a share of the bound that was missed.
+    """Length penalty: 0 for a length from `minimum` to `maximum`, otherwise minus the relative distance to the bound.
 
-    `Length(minimum=40, maximum=40)` aims at 40; 60 then gets -0.5.
+    `Length(minimum=40, maximum=40)` targets 40; 60 then gets -0.5.
 
     Args:
-        minimum: Shortest length without a penalty.
-        maximum: Longest length without a penalty, or None for no limit.
-        unit: What is counted. Tokens are those of the policy, the EOS token included.
+        minimum: Minimum length without a penalty.
+        maximum: Maximum length without a penalty, or None for no limit.
+        unit: Unit of length. Tokens are the policy's, EOS token included.
 
     Raises:
-        ValueError: If no length lies between the bounds, or neither is given.
+        ValueError: If the bounds exclude every length, or neither is given.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Length:
         self.minimum, self.maximum, self.unit = minimum, maximum, unit
 
     def __call__(self, completions: list[Text], completion_ids: list[list[int]]) -> list[float]:
-        """Return one number a completion, at most 0."""
+        """Return one number per completion, at most 0."""
         if self.unit == "tokens":
             return [self._value(len(ids)) for ids in completion_ids]
         texts = map(to_text, completions)
@@ -60,13 +60,15 @@ class Length:
 
 
 class RegexMatch:
-    r"""1 where a regular expression is found in the completion, else 0.
+    r"""1 if a regular expression matches the completion, else 0.
 
-    `RegexMatch(r"[.!?]\s*$")` asks for a last sentence that ends, `RegexMatch(r"(?s)<a>.*</a>", full=True)` for a format.
+    `RegexMatch(r"[.!?]\s*$")` checks that the last sentence is complete, `RegexMatch(r"(?s)<a>.*</a>", full=True)` a
+    format.
 
     Args:
-        pattern: In the syntax of `re`, flags included: `(?i)` for any case, `(?s)` for a dot that matches newlines.
-        full: Whether the pattern must match the whole completion, rather than be found in it.
+        pattern: Regular expression, in the syntax of `re`. Inline flags are allowed: `(?i)` to ignore case, `(?s)` for
+            a dot that matches newlines.
+        full: Whether the pattern must match the full completion, instead of any part of it.
 
     Raises:
         ValueError: If the pattern is not a regular expression.
@@ -76,21 +78,21 @@ class RegexMatch:
         self.pattern, self.full = _compile(pattern), full
 
     def __call__(self, completions: list[Text]) -> list[float]:
-        """Return 1 or 0 a completion."""
+        """Return 1 or 0 per completion."""
         find = self.pattern.fullmatch if self.full else self.pattern.search
         return [float(find(to_text(completion)) is not None) for completion in completions]
 
 
 class ExactMatch:
-    r"""1 where the completion, or what a pattern takes from it, is the answer that the data give, else 0.
+    r"""1 if the completion, or what a pattern extracts from it, equals the reference answer, else 0.
 
-    No opinion where the data give no answer (None).
+    None (no opinion) if a row has no reference answer.
 
     Args:
-        column: The column of the data that holds the answer.
-        pattern: Where the completion gives its answer, as in `"#### (.+)"`: the first group (or all) of the last match.
-            Without a match the reward is 0. By default the whole completion is the answer.
-        normalise: Whether to ignore case, and white space but for one blank between words.
+        column: Name of the column of reference answers.
+        pattern: Regular expression that extracts the answer, such as `"#### (.+)"`: the first group (or all) of the
+            last match. Without a match the reward is 0. By default the full completion is the answer.
+        normalise: Whether to ignore case and to collapse white space.
 
     Raises:
         ValueError: If the pattern is not a regular expression.
@@ -102,30 +104,30 @@ class ExactMatch:
         self.required_columns = (column,)
 
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
-        """Return 1, 0 or None a completion."""
+        """Return 1, 0 or None per completion."""
         pairs = zip(completions, columns[self.column], strict=True)
         return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float:
         answers = {to_text(answer) if isinstance(answer, list) else str(answer)}
-        if isinstance(answer, float) and answer.is_integer():  # what an empty field makes of a column of integers
+        if isinstance(answer, float) and answer.is_integer():  # a table with an empty field turns integers into floats
             answers.add(str(int(answer)))
         if self.pattern is not None:
             matches = list(self.pattern.finditer(text))
             if not matches:
                 return 0.0
             text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
-        return float(self._plain(text) in map(self._plain, answers))
+        return float(self._normalise(text) in map(self._normalise, answers))
 
-    def _plain(self, text: str) -> str:
+    def _normalise(self, text: str) -> str:
         return " ".join(text.casefold().split()) if self.normalise else text
 
 
 class Repetition:
-    """Minus the share of word n-grams that the completion said before: 0 for no repetition, near -1 for nothing else.
+    """Repetition penalty: minus the share of word n-grams that repeat earlier ones. 0 without repetition, above -1.
 
     Args:
-        n: Words in a row that count as one n-gram.
+        n: Words per n-gram.
 
     Raises:
         ValueError: If `n` is less than 1.
@@ -133,11 +135,11 @@ class Repetition:
 
     def __init__(self, n: int = 2) -> None:
         if n < 1:
-            raise ValueError(f"Repetition counts n-grams of at least 1 word, not {n}")
+            raise ValueError(f"Repetition needs n-grams of at least 1 word, not {n}")
         self.n = n
 
     def __call__(self, completions: list[Text]) -> list[float]:
-        """Return one number a completion, above -1 and at most 0."""
+        """Return one number per completion, above -1 and at most 0."""
         return [self._value(to_text(completion).casefold().split()) for completion in completions]
 
     def _value(self, words: list[str]) -> float:

@@ -1,14 +1,9 @@
-"""The scorer: calls a list of rewards, checks what they return, adds it up."""
+"""The scorer: call a list of rewards and add up what they return."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import inspect
-import math
-import os
-import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -16,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lit_rlhf.rewards.base import GIVEN, Entry, fail
+from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec
+from lit_rlhf.rewards.calls import call_all, read_numbers, read_token_rows
 from lit_rlhf.types import Text
 
 if TYPE_CHECKING:
@@ -25,37 +21,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards say about a flat list of completions.
+    """Rewards of a batch of completions.
 
     Attributes:
-        rewards: Weighted sum of the rewards of the whole completion, 0 where none had an opinion.
-        parts: Each reward by name before its weight, NaN where it had no opinion; a token-level one as its sum.
-        valid: False where no reward that weighs anything, token-level ones included, had an opinion.
-        whole: True where such a reward of the whole completion had one.
-        token_rewards: Weighted sum of the token-level rewards, one row a completion, or None where there are none.
-        metrics: What rewards reported with `log_metric`, the mean where a name came more than once.
-        extra: What rewards reported with `log_extra`: columns of one entry a completion.
+        rewards: Weighted sum of the sequence-level rewards, 0 where none had an opinion.
+        component_rewards: Each reward by name, before its weight; NaN where it had no opinion. A token-level reward is
+            summed over tokens.
+        valid: False where no reward with a nonzero weight, token-level or not, had an opinion.
+        has_sequence_reward: True where a sequence-level reward with a nonzero weight had an opinion.
+        token_rewards: Weighted sum of the token-level rewards, padded on the right with 0 to the longest completion;
+            None without such rewards.
+        metrics: Values that rewards reported with `log_metric`, averaged by name.
+        reward_extras: Values that rewards reported with `log_extra`, by column: one list per prompt, with one entry
+            per completion.
     """
 
-    rewards: Float[Tensor, " completions"]
-    parts: dict[str, Float[Tensor, " completions"]]
-    valid: Bool[Tensor, " completions"]
-    whole: Bool[Tensor, " completions"]
-    token_rewards: list[Float[Tensor, " _"]] | None = None
+    rewards: Float[Tensor, "prompts samples"]
+    component_rewards: dict[str, Float[Tensor, "prompts samples"]]
+    valid: Bool[Tensor, "prompts samples"]
+    has_sequence_reward: Bool[Tensor, "prompts samples"]
+    token_rewards: Float[Tensor, "prompts samples tokens"] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    reward_extras: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+    def total(self) -> Float[Tensor, "prompts samples"]:
+        """Return sequence-level plus summed token-level rewards; NaN where not valid."""
+        total = self.rewards if self.token_rewards is None else self.rewards + self.token_rewards.sum(-1)
+        return total.where(self.valid, torch.nan)
+
+    def to(self, device: torch.device | str) -> Scores:
+        """Return the scores with every tensor on `device`."""
+        return dataclasses.replace(
+            self,
+            rewards=self.rewards.to(device),
+            component_rewards={name: values.to(device) for name, values in self.component_rewards.items()},
+            valid=self.valid.to(device),
+            has_sequence_reward=self.has_sequence_reward.to(device),
+            token_rewards=None if self.token_rewards is None else self.token_rewards.to(device),
+        )
 
 
 class Scorer:
     """Calls a list of rewards and adds up what they return.
 
     Args:
-        rewards: Rewards, bare or `Weighted`. Two of one name (two reward models, say) become `name` and `name_2`.
-        role: What messages call them.
+        rewards: Rewards, bare or `Weighted`. A repeated name gets a suffix: two reward models become `reward_model` and
+            `reward_model_2`.
+        role: What the rewards are called in messages.
 
     Raises:
         ValueError: If the list is empty.
-        TypeError: If an entry is not a reward: a string, a class that was not instantiated, a bare model.
+        TypeError: If an item is not a reward: a string, a class that was not instantiated, a bare model.
     """
 
     def __init__(self, rewards: Sequence[Callable[..., Any]], role: str = "reward") -> None:
@@ -65,198 +81,152 @@ class Scorer:
             raise ValueError(
                 "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
             )
-        self._entries: list[Entry] = []
+        self._specs: list[RewardSpec] = []
         for reward in rewards:
-            self._entries.append(Entry.of(reward, {entry.name for entry in self._entries}, role))
+            self._specs.append(RewardSpec.of(reward, {spec.name for spec in self._specs}, role))
 
     def weights(self, step: int) -> list[float]:
-        """What the rewards are multiplied by after `step` updates."""
-        return [entry.weight(step) for entry in self._entries]
+        """Return the weights of the rewards after `step` updates."""
+        return [spec.weight(step) for spec in self._specs]
 
     @property
     def follows_training(self) -> bool:
-        """Whether a reward asks where training stands, so that its scores of one text may change."""
-        return any("trainer_state" in (entry.accepts or ()) for entry in self._entries)
+        """Whether a reward takes `trainer_state`, so that its score of the same text may change during training."""
+        return any("trainer_state" in (spec.accepts or ()) for spec in self._specs)
 
     @property
     def names(self) -> list[str]:
-        """The names by which the rewards are logged."""
-        return [entry.name for entry in self._entries]
+        """Names of the rewards in logs."""
+        return [spec.name for spec in self._specs]
 
     def check(self, columns: Iterable[str]) -> None:
-        """Raise a ValueError if a reward asks for a column that the data don't have; needs no model."""
-        names = {*columns, *GIVEN}
-        for entry in self._entries:
-            entry.check(names)
+        """Raise a ValueError if the data lack a column that a reward requires. Loads no model."""
+        names = {*columns, *REWARD_ARGUMENTS}
+        for spec in self._specs:
+            spec.check(names)
 
     def setup(self, device: torch.device | str) -> None:
-        """Load what rewards need (models) onto `device`, once for a device; called before the first use."""
-        for entry in self._entries:
-            entry.setup(device)
+        """Call the `setup(device)` of the rewards, which loads models; once per device, before the first use."""
+        for spec in self._specs:
+            spec.setup(device)
 
     def __call__(
         self,
-        prompts: list[Text],
-        completions: list[Text],
-        completion_ids: list[list[int]],
-        finished: list[bool],
+        prompts: Sequence[Text],
+        completions: list[list[Text]],
+        completion_ids: list[list[list[int]]],
+        finished: list[list[bool]],
         columns: dict[str, list[Any]] | None = None,
         state: TrainerState | None = None,
     ) -> Scores:
-        """Score completions. Every list has one entry a completion, so prompts and columns come repeated.
+        """Score n prompts with k completions each. Rewards receive flat lists of n * k entries.
 
         Args:
-            prompts: Strings or messages.
-            completions: Strings or messages, as the prompts.
-            completion_ids: Token ids without padding, the EOS token included.
-            finished: Whether each completion ended by itself.
-            columns: The other columns of the data.
-            state: Where training stands (`global_step`, `max_steps`, `epoch`), for rewards that follow a schedule.
+            prompts: Strings or messages, one per prompt.
+            completions: Strings or messages, one list of k per prompt.
+            completion_ids: Token ids without padding, EOS token included, one list of k per prompt.
+            finished: Whether each completion ended by itself, one list of k per prompt.
+            columns: The other columns of the data, one entry per prompt.
+            state: Training progress (`global_step`, `max_steps`, `epoch`), for rewards with a schedule.
 
         Raises:
             RuntimeError: If a reward raises.
-            ValueError: If a reward returns anything but one finite number or None a completion (a token).
+            ValueError: If the lists differ in shape, or a reward returns anything but one finite number or None per
+                completion (or token).
         """
-        log = _Log(len(completions))
-        given = {
-            **(columns or {}),
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "finished": finished,
+        n, k = len(prompts), len(completions[0]) if completions else 0
+        _check_shapes(n, k, completions=completions, completion_ids=completion_ids, finished=finished)
+        log = _Log(n * k)
+        arguments = {
+            **{name: _repeat(values, k) for name, values in (columns or {}).items()},
+            "prompts": _repeat(prompts, k),
+            "completions": _flatten(completions),
+            "completion_ids": _flatten(completion_ids),
+            "finished": _flatten(finished),
             "trainer_state": state or _new_state(),
             "log_extra": log.log_extra,
             "log_metric": log.log_metric,
         }
-        step = 0 if state is None else state.global_step
-        return self._add_up(call_all(self._entries, given), [len(ids) for ids in completion_ids], log, step)
+        outputs = call_all(self._specs, arguments)
+        lengths = [len(ids) for group in completion_ids for ids in group]
+        return self._add_up(outputs, lengths, (n, k), log, step=0 if state is None else state.global_step)
 
-    def _add_up(self, outputs: list[Any], lengths: list[int], log: _Log, step: int) -> Scores:
-        parts: dict[str, Tensor] = {}
+    def _add_up(self, outputs: list[Any], lengths: list[int], shape: tuple[int, int], log: _Log, step: int) -> Scores:
+        components: dict[str, Tensor] = {}
         rewards = torch.zeros(len(lengths), dtype=torch.float32)
-        token_rewards: list[Tensor] | None = None
-        for entry, output in zip(self._entries, outputs, strict=True):
-            if entry.token_level:
-                rows = _token_rows(output, lengths, entry.title)
-                parts[entry.name] = torch.stack([row.sum() for row in rows])
-                kept = [entry.weight(step) * row.nan_to_num() for row in rows]
-                token_rewards = [a + b for a, b in zip(token_rewards, kept, strict=True)] if token_rewards else kept
+        token_rows: list[Tensor] | None = None
+        for spec, output in zip(self._specs, outputs, strict=True):
+            if spec.token_level:
+                rows = read_token_rows(output, lengths, spec.title)
+                components[spec.name] = torch.stack([row.sum() for row in rows])
+                weighted = [spec.weight(step) * row.nan_to_num() for row in rows]
+                token_rows = [a + b for a, b in zip(token_rows, weighted, strict=True)] if token_rows else weighted
             else:
-                parts[entry.name] = read_numbers(output, len(lengths), entry.title)
-                rewards = rewards + entry.weight(step) * parts[entry.name].nan_to_num()
+                components[spec.name] = read_numbers(output, len(lengths), spec.title)
+                rewards = rewards + spec.weight(step) * components[spec.name].nan_to_num()
         valid = torch.zeros(len(lengths), dtype=torch.bool)
-        whole = torch.zeros_like(valid)
-        for entry in [entry for entry in self._entries if entry.weight(step) != 0] or self._entries:
-            opinion = ~parts[entry.name].isnan()
-            valid |= opinion
-            whole |= opinion & (not entry.token_level)
-        metrics = {name: sum(values) / len(values) for name, values in log.metrics.items()}
-        return Scores(rewards, parts, valid, whole, token_rewards, metrics, log.extra)
+        has_sequence_reward = torch.zeros_like(valid)
+        for spec in [spec for spec in self._specs if spec.weight(step) != 0] or self._specs:
+            has_opinion = ~components[spec.name].isnan()
+            valid |= has_opinion
+            has_sequence_reward |= has_opinion & (not spec.token_level)
+        token_rewards = None
+        if token_rows is not None:
+            padded = torch.nn.utils.rnn.pad_sequence(token_rows, batch_first=True)
+            token_rewards = padded.view(*shape, padded.shape[1])
+        return Scores(
+            rewards=rewards.view(shape),
+            component_rewards={name: values.view(shape) for name, values in components.items()},
+            valid=valid.view(shape),
+            has_sequence_reward=has_sequence_reward.view(shape),
+            token_rewards=token_rewards,
+            metrics={name: sum(values) / len(values) for name, values in log.metrics.items()},
+            reward_extras={name: _group(values, shape[1]) for name, values in log.extras.items()},
+        )
 
 
-def call_all(entries: Sequence[Entry], given: dict[str, Any]) -> list[Any]:
-    """Call rewards with those of the arguments that each takes; async ones side by side.
+def _check_shapes(n: int, k: int, **lists: list[list[Any]]) -> None:
+    for name, groups in lists.items():
+        if [len(group) for group in groups] != [k] * n:
+            raise ValueError(
+                f"{name} has groups of {[len(group) for group in groups]} entries: it must have {k} for each of the "
+                f"{n} prompts"
+            )
 
-    Raises:
-        RuntimeError: If one raises.
-    """
-    outputs: list[Any] = []
-    try:
-        outputs.extend(entry.call(given) for entry in entries)
-    except BaseException:
-        for output in filter(inspect.iscoroutine, outputs):
-            output.close()
-        raise
-    # In a thread, as a notebook has a running loop here; always the same loop, as network clients hold on to it.
-    waiting = {i: output for i, output in enumerate(outputs) if inspect.isawaitable(output)}
-    if waiting:
-        results = asyncio.run_coroutine_threadsafe(_gather(waiting.values()), _event_loop(os.getpid())).result()
-        for i, result in zip(waiting, results, strict=True):
-            if isinstance(result, BaseException):
-                fail(entries[i].title, result)
-            outputs[i] = result
-    return outputs
+
+def _repeat(values: Sequence[Any], k: int) -> list[Any]:
+    return [value for value in values for _ in range(k)]
+
+
+def _flatten(groups: list[list[Any]]) -> list[Any]:
+    return [value for group in groups for value in group]
+
+
+def _group(values: list[Any], k: int) -> list[list[Any]]:
+    return [values[i : i + k] for i in range(0, len(values), k)]
 
 
 class _Log:
-    """Collects what rewards report while they run."""
+    """Collects what rewards report with `log_metric` and `log_extra`."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.metrics: dict[str, list[float]] = {}
-        self.extra: dict[str, list[Any]] = {}
+        self.extras: dict[str, list[Any]] = {}
 
     def log_metric(self, name: str, value: SupportsFloat) -> None:
-        """Report one number of this call."""
+        """Report a number for this call."""
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """Report one entry a completion, shown beside it."""
+        """Report one entry per completion, shown with it in `samples.jsonl`."""
         entries = list(values)
         if len(entries) != self.count:
             raise ValueError(f"log_extra({column!r}) got {len(entries)} values for {self.count} completions")
-        self.extra[column] = entries
+        self.extras[column] = entries
 
 
 def _new_state() -> TrainerState:
-    from transformers import TrainerState  # late: seconds, for a class that few rewards ask for
+    from transformers import TrainerState  # imported late: takes seconds, and few rewards need it
 
     return TrainerState()
-
-
-@functools.cache
-def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
-    """The loop of the async rewards, in a thread of its own; by process, because threads don't survive a fork."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"async-rewards-{pid}", daemon=True).start()
-    return loop
-
-
-async def _gather(waiting: Iterable[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*map(_settled, waiting))
-
-
-async def _settled(waiting: Awaitable[Any]) -> Any:
-    try:
-        return await waiting
-    except BaseException as error:  # a SystemExit would end the thread of the loop, and all would wait forever
-        return error
-
-
-def read_numbers(output: Any, count: int, title: str, per: str = "completions") -> Float[Tensor, " completions"]:
-    """Check and convert what a reward returned; None becomes NaN."""
-    _check_count(output, count, title, per)
-    values = output.tolist() if hasattr(output, "tolist") else list(output)
-    try:
-        values = [value.item() if hasattr(value, "item") else value for value in values]
-        numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kinds = sorted({type(value).__name__ for value in values})
-        raise ValueError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
-    if numbers.ndim != 1:
-        raise ValueError(f"{title} returned the shape {tuple(numbers.shape)}: it must be one number each")
-    for i in numbers.isfinite().logical_not().nonzero().flatten().tolist():
-        if values[i] is not None:
-            raise ValueError(f"{title} returned {values[i]} at place {i}; for no opinion return None")
-    return numbers
-
-
-def _token_rows(output: Any, lengths: list[int], title: str) -> list[Float[Tensor, " _"]]:
-    """One row of numbers a completion, as long as its ids; all NaN where the reward had no opinion."""
-    _check_count(output, len(lengths), title, "completions")
-    rows = []
-    for i, (row, length) in enumerate(zip(output, lengths, strict=True)):
-        if row is None:
-            rows.append(torch.full((length,), math.nan, dtype=torch.float32))
-            continue
-        rows.append(read_numbers(row, length, title, f"tokens of completion {i}"))
-        if rows[-1].isnan().any():
-            raise ValueError(f"{title} returned None for a token: None stands for a whole completion")
-    return rows
-
-
-def _check_count(output: Any, count: int, title: str, per: str) -> None:
-    if isinstance(output, str | dict) or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
-        raise ValueError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
-    if len(output) != count:
-        raise ValueError(f"{title} returned {len(output)} values for {count} {per}")

@@ -1,4 +1,4 @@
-"""Sentiment of English text, from a lexicon and rules: fast, needs no model, and is easily fooled."""
+"""Sentiment of English text by a lexicon and rules: fast and without a model, but easy to exploit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Sentiment:
     """The compound score of VADER, from -1 (most negative) to 1 (most positive). Hutto and Gilbert, 2014.
 
     Args:
-        with_prompt: Whether to score prompt and completion as one text, for completions that go on in mid-sentence.
+        with_prompt: Whether to score prompt and completion as one text, for completions that continue a sentence.
 
     Raises:
         ImportError: If the package vaderSentiment is not installed.
@@ -27,11 +27,11 @@ class Sentiment:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: list[Text], completions: list[Text]) -> list[float]:
-        """Return one number a completion, from -1 to 1."""
+        """Return one number per completion, from -1 to 1."""
         pairs = zip(prompts, completions, strict=True)
         return [self._value(prompt if self.with_prompt else "", completion) for prompt, completion in pairs]
 
     def _value(self, prompt: Text, completion: Text) -> float:
-        blank = "" if isinstance(completion, str) else "\n"  # a string goes on where its prompt stops
-        text = to_text(prompt) + blank + to_text(completion)
+        separator = "" if isinstance(completion, str) else "\n"  # a string directly continues its prompt
+        text = to_text(prompt) + separator + to_text(completion)
         return float(self._analyzer.polarity_scores(text)["compound"])

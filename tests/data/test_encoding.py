@@ -1,4 +1,4 @@
-"""From examples to ids and padded batches, and back."""
+"""Reading, tokenization, length limits and collation of rows."""
 
 import logging
 
@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from lit_rlhf.data import encoding
-from lit_rlhf.data.encoding import Encoder, collate_demonstrations, collate_preferences, collate_prompts
+from lit_rlhf.data.checks import check_prompts
+from lit_rlhf.data.collate import collate_demonstrations, collate_preferences, collate_prompts, pad
+from lit_rlhf.data.encoding import Encoder
 from lit_rlhf.data.formats import read_demonstration, read_preference, read_prompt
 from lit_rlhf.evaluation.evaluator import column_completions
 
 PROMPTS = ["Hi", "A longer prompt, ünïcode too", "x"]
 
 
-def prompts(texts):
+def prompt_examples(texts):
     return encoding.read_examples([{"prompt": text, "n": len(text)} for text in texts], read_prompt)
 
 
@@ -22,29 +24,29 @@ def decode(tokenizer, tokens, mask):
 
 
 @pytest.fixture
-def said(caplog):
+def log_messages(caplog):
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-def test_prompts_come_back_from_their_padded_ids(tokenizer):
-    batch = collate_prompts(Encoder(tokenizer)(prompts(PROMPTS)), pad_id=0)
+def test_prompts_decode_from_their_padded_ids(tokenizer):
+    batch = collate_prompts(Encoder(tokenizer)(prompt_examples(PROMPTS)), pad_id=0)
     assert decode(tokenizer, batch.tokens, batch.mask) == PROMPTS == batch.text
     assert batch.mask[:, -1].all() and (batch.mask.sum(1).max() == batch.tokens.shape[1])
-    assert (batch.mask.int().diff(dim=1) >= 0).all(), "padding is on the left"
+    assert (batch.mask.int().diff(dim=1) >= 0).all(), "prompts must be padded on the left"
     assert batch.columns == {"n": [2, 28, 1]} and batch.index.tolist() == [0, 1, 2]
 
 
-def test_pairs_come_back_from_their_padded_ids(tokenizer):
+def test_pairs_decode_from_their_padded_ids(tokenizer):
     rows = [{"prompt": "Hi", "chosen": " there", "rejected": "!"}, {"prompt": "A", "chosen": "", "rejected": " b c"}]
     batch = collate_preferences(Encoder(tokenizer)(encoding.read_examples(rows, read_preference)), pad_id=0)
     assert batch.tokens.shape[:2] == (2, 2)
-    assert (batch.mask.int().diff(dim=2) <= 0).all(), "padding is on the right"
+    assert (batch.mask.int().diff(dim=2) <= 0).all(), "completions must be padded on the right"
     texts = [decode(tokenizer, *pair) for pair in zip(batch.tokens, batch.mask, strict=True)]
     assert texts == [[" there<eos>", "!<eos>"], ["<eos>", " b c<eos>"]]
 
 
-def test_a_conversation_goes_through_the_template_once(tokenizer):
+def test_prompt_and_completion_of_a_conversation_concatenate_to_the_rendered_template(tokenizer):
     messages = [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "U"},
@@ -52,12 +54,12 @@ def test_a_conversation_goes_through_the_template_once(tokenizer):
     ]
     examples = encoding.read_examples([{"messages": messages}], read_demonstration)
     batch = collate_demonstrations(Encoder(tokenizer)(examples), pad_id=0)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    written = tokenizer.decode(batch.prompts.tokens[0]) + tokenizer.decode(batch.tokens[0, 0])
-    assert batch.tokens.shape[1] == 1 and whole == written + "\n"
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    decoded = tokenizer.decode(batch.prompts.tokens[0]) + tokenizer.decode(batch.tokens[0, 0])
+    assert batch.tokens.shape[1] == 1 and rendered == decoded + "\n"
 
 
-def test_keyword_arguments_reach_the_template_and_a_row_has_the_last_word(tokenizer):
+def test_template_kwargs_of_a_row_take_precedence(tokenizer):
     tokenizer.chat_template = "{{ tone }}{% for t in tools or [] %}{{ t.name }}{% endfor %}"
     message = [{"role": "user", "content": "U"}]
     rows = [
@@ -68,7 +70,7 @@ def test_keyword_arguments_reach_the_template_and_a_row_has_the_last_word(tokeni
     assert [tokenizer.decode(row.prompt) for row in encoded] == ["calm", "loudf"]
 
 
-def test_completions_in_a_column_go_through_the_same_template_as_their_prompt(tokenizer):
+def test_completions_from_a_column_use_the_template_kwargs_of_their_prompt(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{{ tone if m.role == 'assistant' }}{% endfor %}"
         "{% if not add_generation_prompt and tone %}!{% endif %}"
@@ -79,83 +81,83 @@ def test_completions_in_a_column_go_through_the_same_template_as_their_prompt(to
         {"prompt": message, "best": "a"},
     ]
     encoded = Encoder(tokenizer, template_kwargs={"tone": "calm"})(encoding.read_examples(rows, read_prompt))
-    _, completions = column_completions(tokenizer, encoding.collate_prompts(encoded, 0), "best")
-    written = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions.ids()]
-    assert written == ["aloud!", "acalm!"]
+    _, completions = column_completions(tokenizer, collate_prompts(encoded, 0), "best")
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions.ids()]
+    assert decoded == ["aloud!", "acalm!"]
 
 
-def test_a_column_that_some_rows_lack_is_none_there():
+def test_a_column_missing_in_some_rows_is_none_in_those():
     examples = encoding.read_examples([{"prompt": "a", "x": 1}, {"prompt": "b", "y": 2}], read_prompt)
     assert [example.columns for example in examples.values()] == [{"x": 1, "y": None}, {"x": None, "y": 2}]
 
 
-def test_long_prompts_are_dropped_and_counted(tokenizer, said):
-    encoded = Encoder(tokenizer, max_prompt_tokens=2)(prompts(PROMPTS))
+def test_long_prompts_are_dropped_and_reported(tokenizer, log_messages):
+    encoded = Encoder(tokenizer, max_prompt_tokens=2)(prompt_examples(PROMPTS))
     assert [row.index for row in encoded] == [0, 2]
-    assert said() == ["1 of 3 prompts are longer than 2 tokens: dropped"]
+    assert log_messages() == ["1 of 3 prompts are longer than 2 tokens: dropped"]
 
 
-def test_long_prompts_keep_their_end(tokenizer, said):
-    encoded = Encoder(tokenizer, max_prompt_tokens=4, truncation="truncate")(prompts(PROMPTS))
+def test_truncated_prompts_keep_their_end(tokenizer, log_messages):
+    encoded = Encoder(tokenizer, max_prompt_tokens=4, truncation="truncate")(prompt_examples(PROMPTS))
     assert [tokenizer.decode(row.prompt) for row in encoded] == ["Hi", " too", "x"]
-    assert said() == ["1 of 3 prompts are longer than 4 tokens: truncated"]
-    assert encoded[1].example.prompt == PROMPTS[1], "rewards see the whole prompt"
+    assert log_messages() == ["1 of 3 prompts are longer than 4 tokens: truncated"]
+    assert encoded[1].example.prompt == PROMPTS[1], "rewards must see the full prompt"
 
 
-def test_a_truncated_prompt_keeps_its_first_token_where_that_is_bos(tokenizer):
-    encoded = Encoder(tokenizer, max_prompt_tokens=4, truncation="truncate")(prompts(["<bos>abcdefg"]))
+def test_a_truncated_prompt_keeps_its_bos_token(tokenizer):
+    encoded = Encoder(tokenizer, max_prompt_tokens=4, truncation="truncate")(prompt_examples(["<bos>abcdefg"]))
     assert tokenizer.decode(encoded[0].prompt) == "<bos>efg"
 
 
-def test_long_completions_are_dropped_or_keep_their_beginning_without_eos(tokenizer, said):
+def test_long_completions_are_dropped_or_truncated_without_eos(tokenizer, log_messages):
     rows = [{"prompt": "a", "completion": text} for text in ("xyz", "stuvwxyz")]
     examples = encoding.read_examples(rows, read_demonstration)
     assert [row.index for row in Encoder(tokenizer, max_completion_tokens=4)(examples)] == [0]
-    cut = Encoder(tokenizer, max_completion_tokens=4, truncation="truncate")(examples)
-    assert [tokenizer.decode(row.completions[0]) for row in cut] == ["xyz<eos>", "stuv"]
+    truncated = Encoder(tokenizer, max_completion_tokens=4, truncation="truncate")(examples)
+    assert [tokenizer.decode(row.completions[0]) for row in truncated] == ["xyz<eos>", "stuv"]
     problem = "1 of 2 completions are longer than 4 tokens"
-    assert said() == [f"{problem}: dropped", f"{problem}: truncated"]
+    assert log_messages() == [f"{problem}: dropped", f"{problem}: truncated"]
 
 
-def test_equal_pairs_are_dropped_and_counted(tokenizer, said):
+def test_equal_pairs_are_dropped_and_reported(tokenizer, log_messages):
     rows = [{"prompt": "a", "chosen": "b", "rejected": rejected} for rejected in ("b", "c")]
     assert [row.index for row in Encoder(tokenizer)(encoding.read_examples(rows, read_preference))] == [1]
-    assert said() == ["1 of 2 pairs have the same chosen and rejected completion: dropped"]
+    assert log_messages() == ["1 of 2 pairs have the same chosen and rejected completion: dropped"]
 
 
-def test_duplicates_leave_their_first(said):
+def test_drop_duplicates_keeps_the_first_row_of_each_prompt(log_messages):
     message = [{"role": "user", "content": "a"}]
-    kept = encoding.drop_duplicates(prompts(["a", message, "b", "a", list(message)]))
+    kept = encoding.drop_duplicates(prompt_examples(["a", message, "b", "a", list(message)]))
     assert list(kept) == [0, 1, 2]
-    assert said() == ["2 of 5 prompts are duplicates: dropped"]
+    assert log_messages() == ["2 of 5 prompts are duplicates: dropped"]
 
 
-def test_a_transform_drops_rows_and_the_rest_keep_their_numbers(said):
+def test_a_transform_drops_rows_and_the_others_keep_their_index(log_messages):
     rows = [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}]
     kept = encoding.read_examples(rows, read_prompt, lambda row: row if row["prompt"] else None)
     assert list(kept) == [0, 2]
-    assert said() == ["1 of 3 rows are dropped by the transform"]
+    assert log_messages() == ["1 of 3 rows were dropped by the transform"]
 
 
 @pytest.mark.parametrize("empty", ["", " \n", [], [{"role": "user", "content": ""}]])
-def test_an_empty_prompt_is_refused_by_its_number(empty):
+def test_an_empty_prompt_raises_with_its_row_index(empty):
     with pytest.raises(ValueError, match=r"the prompt of row 1 is empty \(2 of 3 are\): .* transform"):
-        encoding.refuse_empty(prompts(["a", empty, empty]))
+        check_prompts(prompt_examples(["a", empty, empty]))
 
 
 @pytest.mark.parametrize(
-    ("problem", "sentence"),
+    ("use", "message"),
     [
         (
-            lambda t: Encoder(t, max_prompt_tokens=3)(prompts(["abcd", "efgh"])),
+            lambda t: Encoder(t, max_prompt_tokens=3)(prompt_examples(["abcd", "efgh"])),
             "all 2 prompts are longer than 3 tokens.*'truncate'",
         ),
         (
             lambda t: encoding.read_examples([{"prompt": "a"}], read_prompt, lambda row: None),
-            "all 1 rows are dropped by the transform",
+            "all 1 rows were dropped by the transform",
         ),
         (lambda t: encoding.read_examples([{"prompt": "a"}, {"text": "b"}], read_prompt), "row 1: no column 'prompt'"),
-        (lambda t: encoding.read_examples([{"prompt": None}], read_prompt), "row 0: the column 'prompt' holds None"),
+        (lambda t: encoding.read_examples([{"prompt": None}], read_prompt), "row 0: the column 'prompt' contains None"),
         (
             lambda t: Encoder(t)(
                 encoding.read_examples([{"prompt": "a", "chosen": "b", "rejected": "b"}], read_preference)
@@ -164,11 +166,11 @@ def test_an_empty_prompt_is_refused_by_its_number(empty):
         ),
     ],
 )
-def test_what_leaves_nothing_gets_a_sentence(tokenizer, problem, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        problem(tokenizer)
+def test_errors_when_a_row_is_unreadable_or_none_is_left(tokenizer, use, message):
+    with pytest.raises(ValueError, match=message):
+        use(tokenizer)
 
 
-def test_padding_never_counts():
-    tokens, mask = encoding.pad([np.arange(3, dtype=np.int32), np.zeros(1, np.int32)], 9, "left")
+def test_pad():
+    tokens, mask = pad([np.arange(3, dtype=np.int32), np.zeros(1, np.int32)], 9, "left")
     assert tokens.tolist() == [[0, 1, 2], [9, 9, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]

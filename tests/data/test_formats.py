@@ -1,4 +1,4 @@
-"""Every data-set format of TRL gives the prompt and the completions that it means."""
+"""Prompts and completions are read from all of TRL's data set formats."""
 
 import pytest
 
@@ -49,12 +49,12 @@ SKY = [SYSTEM, user("Hi"), assistant("Hello!"), user("What color is the sky?")]
         ),
     ],
 )
-def test_prompts(row, prompt, columns):
+def test_read_prompt(row, prompt, columns):
     example = read_prompt(row)
     assert example.prompt == prompt and example.columns == columns and example.completions == ()
 
 
-def test_prompt_of_another_name_leaves_a_prompt_column_alone():
+def test_prompt_column_keeps_an_existing_prompt_column():
     example = read_prompt({"question": "Why?", "prompt": 3}, prompt_column="question")
     assert example.prompt == "Why?" and example.columns == {"prompt": 3}
 
@@ -75,7 +75,7 @@ def test_prompt_of_another_name_leaves_a_prompt_column_alone():
         ({"chosen": [user("Hi"), assistant("A")]}, {"completion_column": "chosen"}, [user("Hi")], [assistant("A")]),
     ],
 )
-def test_demonstrations(row, names, prompt, completion):
+def test_read_demonstration(row, names, prompt, completion):
     example = read_demonstration(row, **names)
     assert example.prompt == prompt and example.completions == (completion,)
 
@@ -105,11 +105,11 @@ BLUE, GREEN = [assistant("Blue.")], [assistant("Green.")]
             " I am well",
             " I am ill",
         ),
-        # equal conversations keep an answer each, so that the pair is known for a tie
+        # equal conversations keep their last answers, so that the pair is recognized as a tie
         ({"chosen": SKY + BLUE, "rejected": SKY + BLUE}, SKY, BLUE, BLUE),
     ],
 )
-def test_preferences(row, prompt, chosen, rejected):
+def test_read_preference(row, prompt, chosen, rejected):
     example = read_preference(row)
     assert (example.prompt, example.completions) == (prompt, (chosen, rejected))
     assert example.columns == {}
@@ -117,7 +117,7 @@ def test_preferences(row, prompt, chosen, rejected):
 
 @pytest.mark.parametrize("chosen", ["a b c", "a b", "a bc d", " a b", "héllo wörld", "", "a\tb"])
 @pytest.mark.parametrize("rejected", ["a b d", "a b", "a bcd", " a", "héllo wörd", "x"])
-def test_an_implicit_prompt_and_its_completions_put_together_are_what_was_given(chosen, rejected):
+def test_an_implicit_prompt_and_its_completions_concatenate_to_the_original_texts(chosen, rejected):
     example = read_preference({"chosen": chosen, "rejected": rejected})
     assert [example.prompt + completion for completion in example.completions] == [chosen, rejected]
     assert not example.prompt.endswith(" ")
@@ -132,42 +132,42 @@ def test_an_implicit_prompt_and_its_completions_put_together_are_what_was_given(
     ],
     ids=["preference", "demonstration", "prompt"],
 )
-def test_a_prompt_under_another_name_is_not_left_out(read):
-    with pytest.raises(ValueError, match="no column 'prompt', but 'question': name it with prompt_column='question'"):
+def test_a_prompt_column_with_another_name_is_not_ignored(read):
+    with pytest.raises(ValueError, match="no column 'prompt', but 'question': set prompt_column='question'"):
         read({"question": "What colour is the sky?"})
 
 
-def test_whole_dialogues_hold_their_prompt_whatever_stands_beside_them():
+def test_conversations_with_the_prompt_inside_allow_a_column_with_a_usual_prompt_name():
     example = read_preference({"question": "...", "chosen": SKY + BLUE, "rejected": SKY + GREEN})
     assert example.prompt == SKY and example.columns == {"question": "..."}
 
 
-def test_empty_fields_that_a_table_adds_to_messages_are_gone():
+def test_null_fields_of_messages_are_removed():
     example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
     assert example.prompt == [user("Hi")]
 
 
-def test_template_columns_steer_the_template():
+def test_template_kwargs_come_from_their_columns():
     row = {"prompt": [user("Hi")], "chat_template_kwargs": {"thinking": False, "x": None}, "tools": '[{"name": "f"}]'}
     assert read_prompt(row).template_kwargs == {"thinking": False, "tools": [{"name": "f"}]}
 
 
 @pytest.mark.parametrize(
-    ("read", "row", "names", "sentence"),
+    ("read", "row", "names", "message"),
     [
         (read_prompt, {"text": "a", "id": 1}, {}, "no column 'prompt' in the data, which have 'text', 'id'"),
         (read_prompt, {"text": "a"}, {"prompt_column": "q"}, "no column 'q' .* prompt_column"),
-        (read_prompt, {"prompt": 3}, {}, "'prompt' holds 3 where a string or a list of messages"),
+        (read_prompt, {"prompt": 3}, {}, "'prompt' contains 3: it must be a string or a list of messages"),
         (read_prompt, {"prompt": [{"content": "x"}]}, {}, "a message needs 'role' and 'content'"),
         (read_demonstration, {"id": 1}, {}, "no demonstrations: .* the data have 'id'"),
         (read_demonstration, {"prompt": "a"}, {}, "no demonstrations"),
         (read_demonstration, {"completion": "a"}, {}, "no column 'prompt'"),
         (read_demonstration, {"prompt": "a"}, {"completion_column": "b"}, "no column 'b' .* completion_column"),
-        (read_demonstration, {"messages": [user("a")]}, {}, "'messages' has no turn of the assistant"),
+        (read_demonstration, {"messages": [user("a")]}, {}, "'messages' has no assistant turn"),
         (read_preference, {"prompt": "a", "chosen": "b"}, {}, "no column 'rejected' .* rejected_column"),
         (read_preference, {"chosen": "b", "rejected": BLUE}, {}, "one of 'chosen' and 'rejected' is a string"),
     ],
 )
-def test_what_can_not_be_read_gets_a_sentence(read, row, names, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_unreadable_rows_raise(read, row, names, message):
+    with pytest.raises(ValueError, match=message):
         read(row, **names)

@@ -1,4 +1,4 @@
-"""Every step gets the rows it must, whatever the number of ranks, and after a resume as if nothing had happened."""
+"""Rows of each training step: the same for any number of ranks and after a resume."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import torch
 from lit_rlhf.data import BlockSampler, EvalSampler, ResumableLoader
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # Lightning's, under a newer torch than its own
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # from Lightning with a newer torch
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 
@@ -22,14 +22,14 @@ def blocks(sampler, epoch=0, seed=0, start=0):
 
 @pytest.mark.parametrize("size", [8, 17, 40])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_two_ranks_see_what_one_process_with_twice_the_batch_sees(size, repeats):
+def test_two_ranks_see_the_rows_of_one_process_with_twice_the_batch_size(size, repeats):
     rows = range(size)
     one = blocks(BlockSampler(rows, 4, repeats=repeats), epoch=2, seed=5)
     two = [blocks(BlockSampler(rows, 2, num_replicas=2, rank=rank, repeats=repeats), 2, 5) for rank in (0, 1)]
     assert one == [left + right for left, right in zip(*two, strict=True)]
 
 
-def test_a_block_comes_repeats_times_in_a_row_and_each_row_in_one_block_of_an_epoch():
+def test_each_block_is_repeated_and_each_row_is_in_one_block_per_epoch():
     steps = blocks(BlockSampler(range(12), 4, repeats=3))
     groups = [list(group) for _, group in itertools.groupby(steps)]
     assert [len(group) for group in groups] == [3, 3, 3]
@@ -49,20 +49,20 @@ def test_a_block_comes_repeats_times_in_a_row_and_each_row_in_one_block_of_an_ep
         (3, 1, 1, 0),
     ],
 )
-def test_the_length_counts_repetition_and_is_cut_to_whole_windows(size, repeats, accumulate, steps):
+def test_length_counts_repeats_and_is_cut_to_whole_windows(size, repeats, accumulate, steps):
     sampler = BlockSampler(range(size), 4, repeats=repeats, accumulate=accumulate)
     assert len(sampler) == len(blocks(sampler)) == steps
-    assert (steps > 0) == (size >= sampler.needed)
+    assert (steps > 0) == (size >= sampler.min_rows)
 
 
-def test_the_order_is_that_of_seed_and_epoch():
+def test_order_depends_on_seed_and_epoch():
     orders = {(seed, epoch): blocks(BlockSampler(range(64), 8), epoch, seed) for seed in (0, 1) for epoch in (0, 1)}
     assert len(set(map(str, orders.values()))) == 4
     assert blocks(BlockSampler(range(64), 8), 1, 1) == orders[1, 1]
 
 
 @pytest.mark.parametrize("start", range(7))
-def test_a_start_leaves_the_tail(start):
+def test_start_skips_steps_but_not_the_length(start):
     sampler = BlockSampler(range(13), 4, repeats=2)
     assert blocks(sampler, 3, start=start) == blocks(sampler, 3)[start:]
     assert len(sampler) == 6
@@ -71,7 +71,7 @@ def test_a_start_leaves_the_tail(start):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 31])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_sees_each_row_once_in_order_and_keeps_ranks_in_step(size, batch_size, ranks):
+def test_eval_sampler_yields_each_row_once_in_order_with_equal_counts_per_rank(size, batch_size, ranks):
     if size < ranks:
         return
     shares = [list(EvalSampler(range(size), batch_size, ranks, rank)) for rank in range(ranks)]
@@ -82,14 +82,14 @@ def test_evaluation_sees_each_row_once_in_order_and_keeps_ranks_in_step(size, ba
 
 
 class Blocks(list):
-    """Rows that are asked for by lists of numbers."""
+    """Data set that is indexed with lists."""
 
     def __getitem__(self, index):
         return [list.__getitem__(self, i) for i in index]
 
 
 class Recorder(lightning.LightningModule):
-    """Writes down the rows of each step; does what a method's checkpoint hook does at the end of an epoch."""
+    """Records the rows of each step; corrects the loop progress at the end of an epoch as `Algorithm` does."""
 
     def __init__(self, folder, seed):
         super().__init__()
@@ -121,7 +121,7 @@ class Recorder(lightning.LightningModule):
 
 
 def fit(folder, rows, workers=0, resume=None, seed=7, **flags):
-    """Train 11 updates; a straight run saves after each of them, one that resumes goes on after update `resume`."""
+    """Train to update 11. An uninterrupted run saves each update; otherwise resume after update `resume`."""
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=11,
@@ -142,22 +142,24 @@ def fit(folder, rows, workers=0, resume=None, seed=7, **flags):
 @pytest.mark.parametrize(
     ("workers", "flags"), [(0, {}), (0, {"accumulate_grad_batches": 2}), (0, {"limit_train_batches": 4}), (2, {})]
 )
-def test_a_resumed_run_sees_the_rows_of_the_run_that_never_stopped(tmp_path, workers, flags):
-    rows = list(range(100, 110))  # three blocks, so six steps an epoch, and a row too many
+def test_a_resumed_run_sees_the_rows_of_an_uninterrupted_run(tmp_path, workers, flags):
+    rows = list(range(100, 110))  # three blocks, so six steps per epoch, and one row left over
     steps = flags.get("accumulate_grad_batches", 1)
-    straight = fit(tmp_path, rows, workers, **flags)
-    assert len(straight) == 11 * steps
-    assert len({str(seen) for seen in straight}) == len(straight)
+    uninterrupted = fit(tmp_path, rows, workers, **flags)
+    assert len(uninterrupted) == 11 * steps
+    assert len({str(seen) for seen in uninterrupted}) == len(uninterrupted)
     for stop in (3, 6, 7, 10) if workers else range(1, 11):
-        assert fit(tmp_path, rows, workers, stop, **flags) == straight[stop * steps :], f"resumed after {stop} updates"
+        assert fit(tmp_path, rows, workers, stop, **flags) == uninterrupted[stop * steps :], (
+            f"resumed after update {stop}"
+        )
 
 
-def test_the_order_is_that_of_the_seed_of_the_module(tmp_path):
+def test_order_depends_on_the_seed_of_the_module(tmp_path):
     rows = list(range(40))
     assert fit(tmp_path, rows) == fit(tmp_path, rows) != fit(tmp_path, rows, seed=8)
 
 
-def test_without_a_trainer_a_loader_begins_at_the_start():
+def test_a_loader_without_a_trainer_starts_at_step_0():
     loader = ResumableLoader(Blocks(list("abcdef")), BlockSampler(range(6), 2), collate_fn=list)
     assert sorted(letter for batch in loader for letter in batch) == list("abcdef")
     assert list(loader) == list(loader)

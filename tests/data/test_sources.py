@@ -1,4 +1,4 @@
-"""Whatever the rows lie in, the same rows come out; what can't be read gets a sentence."""
+"""All sources yield the same rows; unreadable ones raise."""
 
 import json
 
@@ -41,7 +41,7 @@ def write(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "saved", "saved splits", "folder"])
-def test_round_trip(tmp_path, kind):
+def test_load_rows_from_each_source(tmp_path, kind):
     assert [dict(row) for row in load_rows(write(tmp_path, kind))] == ROWS
 
 
@@ -52,17 +52,17 @@ def test_splits(tmp_path, kind):
     assert len(list(load_rows(f"{path}#test"))) == 1
 
 
-def test_part_of_a_split(tmp_path):
+def test_a_slice_of_a_split(tmp_path):
     assert len(list(load_rows(write(tmp_path, "jsonl") + "#train[:2]"))) == 2
 
 
-def test_objects_come_back_as_they_are():
+def test_objects_in_memory_are_returned_unchanged():
     data = datasets.Dataset.from_list(ROWS)
     assert load_rows(data) is data and load_rows(ROWS) is ROWS
     assert load_rows(datasets.DatasetDict(train=data)) is data
 
 
-def test_reading_a_file_leaves_nothing_behind_and_sees_its_changes(tmp_path, monkeypatch):
+def test_reading_a_file_leaves_no_cache_and_sees_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "a.jsonl"
     for text in ("one", "two"):
@@ -71,30 +71,30 @@ def test_reading_a_file_leaves_nothing_behind_and_sees_its_changes(tmp_path, mon
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_list_must_hold_rows():
-    with pytest.raises(ValueError, match="row 0 is 3: a list of rows must hold dicts"):
+def test_a_list_must_contain_dicts():
+    with pytest.raises(ValueError, match="row 0 is 3: rows must be dicts"):
         load_rows([3])
 
 
 @pytest.mark.parametrize(
-    ("rows", "sentence"),
+    ("rows", "message"),
     [
         ([], "the list is empty"),
         (datasets.Dataset.from_list([]), "the Dataset is empty"),
     ],
 )
-def test_rows_that_are_none(rows, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_empty_data_raise(rows, message):
+    with pytest.raises(ValueError, match=message):
         load_rows(rows)
 
 
-def test_a_stream():
+def test_a_stream_raises():
     with pytest.raises(ValueError, match=r"the IterableDataset is a stream .* streaming=True"):
         load_rows(datasets.Dataset.from_list(ROWS).to_iterable_dataset())
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "error", "sentence"),
+    ("name", "content", "error", "message"),
     [
         ("no.jsonl", None, FileNotFoundError, "no.jsonl' does not exist"),
         ("a.txt", "x", ValueError, "use .json, .jsonl, .csv, .parquet"),
@@ -103,26 +103,26 @@ def test_a_stream():
         ("", None, FileNotFoundError, "no data in the folder"),
     ],
 )
-def test_a_file_that_can_not_be_read_gets_a_sentence(tmp_path, name, content, error, sentence):
+def test_an_unreadable_file_raises(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(error, match=sentence):
+    with pytest.raises(error, match=message):
         load_rows(str(tmp_path / name))
 
 
-def test_neither_here_nor_on_the_hub():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing-here' is neither a file"):
+def test_neither_local_nor_on_the_hub_raises():
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing-here' is neither a local file"):
         load_rows("nobody/nothing-here")
 
 
-def test_a_split_that_does_not_exist(tmp_path):
+def test_an_unknown_split_raises(tmp_path):
     with pytest.raises(ValueError, match="no split 'dev'; its splits: train, test"):
         load_rows(write(tmp_path, "saved splits") + "#dev")
 
 
-def test_several_splits_and_none_wanted(tmp_path):
+def test_several_splits_without_a_selection_raise(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     path = tmp_path / "d"
     datasets.DatasetDict(a=data, b=data).save_to_disk(path)
-    with pytest.raises(ValueError, match=r"has the splits a, b: name one, as in '.*d#a'"):
+    with pytest.raises(ValueError, match=r"has the splits a, b: select one, as in '.*d#a'"):
         load_rows(str(path))

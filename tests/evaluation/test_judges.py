@@ -1,4 +1,4 @@
-"""Judges that compare two completions, with opinions that are known."""
+"""Pairwise judges with known opinions."""
 
 import functools
 import math
@@ -22,9 +22,9 @@ def opinion(text):
         (lambda a, b: 0.0, 0.5, -0.5),
         (lambda a, b: 0.9 if opinion(a) >= opinion(b) else 0.3, 0.575, 0.175),
     ],
-    ids=["fair", "first", "second", "leaning"],
+    ids=["unbiased", "first", "second", "partly biased"],
 )
-def test_a_judge_of_pairs_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_path):
+def test_a_pairwise_judge_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_path):
     module = make_module("RLOO", tiny, judge=prefers(choose), compare_to="reference")
     metrics = validate(module, rows_of("worse", "same", "better", "worse"), tmp_path)
     assert metrics["val/win_rate"] == pytest.approx(rate)
@@ -33,7 +33,7 @@ def test_a_judge_of_pairs_is_asked_in_both_orders(choose, rate, bias, tiny, tmp_
     assert metrics["val/undecided"] == 0 and "val/judge" not in metrics
 
 
-def test_an_answer_that_names_neither_side_counts_nowhere(tiny, tmp_path):
+def test_an_undecided_answer_is_ignored_by_the_win_rate(tiny, tmp_path):
     def choose(a, b):
         return None if "nobody can tell" in (a, b) else float(opinion(a) > opinion(b))
 
@@ -43,7 +43,7 @@ def test_an_answer_that_names_neither_side_counts_nowhere(tiny, tmp_path):
     assert metrics["val/undecided"] == pytest.approx(2 / 5)
 
 
-def test_a_row_without_an_opponent_is_not_asked_about(tiny, tmp_path):
+def test_a_row_without_an_opponent_is_not_compared(tiny, tmp_path):
     seen = []
 
     def choose(a, b):
@@ -56,7 +56,7 @@ def test_a_row_without_an_opponent_is_not_asked_about(tiny, tmp_path):
     assert metrics["val/undecided"] == pytest.approx(2 / 3)
 
 
-def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
+def test_a_pairwise_judge_compares_with_the_reference_policy(tiny, tmp_path):
     metrics = validate(
         make_module("RLOO", tiny, judge=prefers(lambda a, b: 0.5 + 0.5 * (a != b))), rows_of("a"), tmp_path
     )
@@ -64,16 +64,16 @@ def test_a_judge_of_pairs_compares_with_the_reference_policy(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence"),
-    [(2.0, "answered 2 at place 0.*from 0"), ("A", "returned .*'str'"), (math.nan, "returned nan")],
+    ("answer", "message"),
+    [(2.0, "returned 2 at index 0.*from 0"), ("A", "returned .*'str'"), (math.nan, "returned nan")],
 )
-def test_an_answer_that_is_none_is_refused(answer, sentence, tiny, tmp_path):
+def test_an_invalid_answer_raises(answer, message, tiny, tmp_path):
     module = make_module("RLOO", tiny, judge=prefers(lambda a, b: answer), compare_to="reference")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         validate(module, rows_of("worse"), tmp_path)
 
 
-def test_a_judge_that_raises_is_named(tiny, tmp_path):
+def test_exceptions_of_a_judge_name_it(tiny, tmp_path):
     def pairs(prompts, completions, opponents):
         raise OSError("no credit left")
 
@@ -82,7 +82,7 @@ def test_a_judge_that_raises_is_named(tiny, tmp_path):
         validate(make_module("RLOO", tiny, judge=pairs), rows_of("a"), tmp_path)
 
 
-def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
+def test_an_async_pairwise_judge_receives_the_columns(tiny, tmp_path):
     second = []
 
     async def pairs(opponents, reference):
@@ -96,6 +96,6 @@ def test_an_async_judge_of_pairs_is_given_the_columns(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [functools.partial, lit_rlhf.Weighted])
-def test_a_judge_of_pairs_may_be_wrapped(wrap, tiny, tmp_path):
+def test_a_pairwise_judge_may_be_wrapped(wrap, tiny, tmp_path):
     module = make_module("RLOO", tiny, judge=wrap(prefers(lambda a, b: 1.0)))
     assert validate(module, rows_of("a"), tmp_path)["val/position_bias"] == 0.5

@@ -1,3 +1,5 @@
+"""Rule-based rewards and the sentiment reward."""
+
 import inspect
 import sys
 
@@ -11,7 +13,7 @@ def messages(text):
     return [{"role": "assistant", "content": text}]
 
 
-def test_text_of_strings_messages_and_blocks():
+def test_to_text_of_strings_messages_and_content_blocks():
     blocks = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     assert to_text("abc") == "abc"
     assert to_text(messages("abc")) == "abc"
@@ -21,7 +23,7 @@ def test_text_of_strings_messages_and_blocks():
     )
 
 
-def test_length_is_zero_inside_and_falls_outside():
+def test_length_is_zero_within_the_bounds_and_negative_outside():
     reward = Length(minimum=4, maximum=8)
     values = reward(completions=[""] * 5, completion_ids=[[0] * n for n in (0, 2, 4, 8, 16)])
     assert values == [-1, -0.5, 0, 0, -1]
@@ -37,19 +39,19 @@ def test_length_in_words_and_chars(conversational):
 
 
 @pytest.mark.parametrize("bounds", [(0, None), (-1, 3), (5, 4), (0, 0)])
-def test_length_refuses_bounds_without_a_length_between(bounds):
+def test_length_rejects_impossible_bounds(bounds):
     with pytest.raises(ValueError, match="Length"):
         Length(*bounds)
 
 
-def test_length_refuses_an_unknown_unit():
+def test_length_rejects_an_unknown_unit():
     with pytest.raises(ValueError, match="tokens, words or chars, not 'lines'"):
         inspect.unwrap(Length.__init__)(
             object.__new__(Length), 1, 2, "lines"
-        )  # outside of the tests nothing checks types
+        )  # unwrapped, since types are only checked in tests
 
 
-def test_matches_searches_or_matches_the_whole():
+def test_regex_match_searches_or_matches_the_full_completion():
     completions = ["<a>x\ny</a>", "<a>x</a> and more", messages("<a></a>"), "none"]
     assert RegexMatch(r"(?s)<a>.*</a>")(completions) == [1, 1, 1, 0]
     assert RegexMatch(r"(?s)<a>.*</a>", full=True)(completions) == [1, 0, 1, 0]
@@ -61,30 +63,30 @@ def test_exact_match_compares_with_a_column():
     reward = ExactMatch()
     assert reward(["  The   End", "the", "x"], answer=["the end", "The end", None]) == [1, 0, None]
     assert ExactMatch(normalise=False)([" a"], answer=["a"]) == [0]
-    assert reward(["42", "7"], answer=[messages("42")] * 2) == [1, 0], "an answer that the data give as messages"
+    assert reward(["42", "7"], answer=[messages("42")] * 2) == [1, 0]
     gold = ExactMatch("gold", pattern=r"#### (.+)")
     assert gold(["#### 1 no\n#### 42", messages("#### 42 "), "42"], gold=[42, "42", "42"]) == [1, 1, 0]
 
 
-def test_exact_match_takes_integers_of_a_table_with_an_empty_field(tmp_path):
+def test_exact_match_with_integers_from_a_table_with_an_empty_field(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\na,42\nb,\nc,7\nd,-1\n")
     answers = [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))]
     assert ExactMatch()(["42", "x", "7.0", "-1"], answer=answers) == [1, None, 1, 1]
 
 
-def test_exact_match_says_early_which_column_it_misses():
+def test_exact_match_reports_a_missing_column_before_the_first_call():
     with pytest.raises(ValueError, match=r"'exact_match' asks for \['gold'\]"):
         Scorer([Weighted(ExactMatch("gold"))]).check(["answer"])
 
 
-def test_repetition_counts_ngrams_said_before():
+def test_repetition_counts_repeated_ngrams():
     assert Repetition(2)(["a b c d", "great great great great", "", "one"]) == [0, pytest.approx(-2 / 3), 0, 0]
     assert Repetition(1)(["The the cat"]) == [pytest.approx(-1 / 3)]
     with pytest.raises(ValueError, match="not 0"):
         Repetition(0)
 
 
-def test_sentiment_tells_good_from_bad():
+def test_sentiment_orders_good_neutral_and_bad():
     prompts, completions = ["It was", "It was", "It was"], [" wonderful!", " terrible.", " a chair."]
     good, bad, neutral = Sentiment()(prompts, completions)
     assert -1 <= bad < -0.3 < neutral == 0 < 0.3 < good <= 1
@@ -97,15 +99,15 @@ def test_sentiment_of_prompt_and_completion_as_one_text():
     assert joined[0] < 0
 
 
-def test_sentiment_says_what_to_install(monkeypatch):
+def test_sentiment_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ImportError, match=r"pip install 'lit_rlhf\[sentiment\]'"):
         Sentiment()
 
 
-def test_all_run_through_the_scorer():
+def test_rule_based_rewards_in_the_scorer():
     rewards = [Length(maximum=3), RegexMatch("x"), ExactMatch(), Repetition(), Sentiment(), Weighted(Length(2), 0.5)]
-    scores = Scorer(rewards)(["p"], ["x x x"], [[1, 2, 3, 4]], [True], {"answer": ["x x x"]})
-    expected = ["length", "matches", "exact_match", "repetition", "sentiment", "length_2"]
-    assert list(scores.parts) == expected
+    scores = Scorer(rewards)(["p"], [["x x x"]], [[[1, 2, 3, 4]]], [[True]], {"answer": ["x x x"]})
+    expected = ["length", "regex_match", "exact_match", "repetition", "sentiment", "length_2"]
+    assert list(scores.component_rewards) == expected
     assert scores.rewards.item() == pytest.approx(-1 / 3 + 1 + 1 - 1 / 2 + 0 + 0)

@@ -204,8 +204,8 @@ def test_weights_are_loaded_by_setup_and_no_copy_carries_them(tmp_path, rows):
     copied = pickle.loads(pickle.dumps(reward))
     assert torch.equal(copied(*rows), reward(*rows))
     prompts, completions, finished = rows
-    scores = scorer(prompts, completions, [[2]] * len(prompts), finished)
-    assert torch.equal(scores.parts["reward_model"], reward(*rows))
+    scores = scorer(prompts, [[text] for text in completions], [[[2]]] * len(prompts), [[end] for end in finished])
+    assert torch.equal(scores.component_rewards["reward_model"].flatten(), reward(*rows))
 
 
 def test_too_long_an_input_is_an_error_or_cut_at_its_start(tokenizer):

@@ -1,3 +1,5 @@
+"""`Scorer`: TRL's reward interface, weighted sums, shapes, and errors that name the reward."""
+
 import asyncio
 import functools
 import inspect
@@ -13,17 +15,26 @@ IDS = [[5, 6, 2], [7, 2], [8, 9, 9, 9]]
 
 
 def score(rewards, state=None, **columns):
-    count = len(IDS)
-    prompts = [f"p{i}" for i in range(count)]
-    completions = [f"c{i}" for i in range(count)]
-    return Scorer(rewards)(prompts, completions, IDS, [True, True, False], columns, state)
+    """Score three prompts with one completion each; the scores have shape [3, 1]."""
+    prompts, completions = ["p0", "p1", "p2"], [["c0"], ["c1"], ["c2"]]
+    ids = [[row] for row in IDS]
+    return Scorer(rewards)(prompts, completions, ids, [[True], [True], [False]], columns, state)
+
+
+def flat(scores):
+    """Weighted sums as a list with one entry per completion."""
+    return scores.rewards.flatten().tolist()
+
+
+def component(scores, name):
+    return scores.component_rewards[name].flatten()
 
 
 def ones(completions, **kwargs):
     return [1.0] * len(completions)
 
 
-# Functions as TRL's users write them.
+# Reward functions as written for TRL
 
 
 def by_kwargs(prompts, completions, completion_ids, answer, **kwargs):
@@ -65,79 +76,163 @@ class TokenObject:
         return [[0.5] * len(completion_ids[0]), None, torch.arange(4)]
 
 
-def test_trl_functions_run_unchanged():
+def test_trl_reward_functions_run_unchanged():
     state = TrainerState(global_step=7, max_steps=10, epoch=0.5)
     rewards = [by_kwargs, by_name, asynchronous, logging_reward, needs_finished, AsyncObject()]
     scores = score(rewards, state, answer=[1, 2, 3], other=["x", "y", "z"])
-    assert list(scores.parts) == [
+    assert list(scores.component_rewards) == [
         "by_kwargs", "by_name", "asynchronous", "logging_reward", "needs_finished", "async_object",
     ]  # fmt: skip
-    assert scores.parts["asynchronous"].isnan().tolist() == [True, False, False]
-    assert scores.rewards.tolist() == [1 + 1 + 0 + 1 + 1 + 0.5, 2 + 2 + 2 + 1 + 1 + 0.5, 3 + 3 + 3 + 1 + 0 + 0.5]
+    assert component(scores, "asynchronous").isnan().tolist() == [True, False, False]
+    assert flat(scores) == [1 + 1 + 0 + 1 + 1 + 0.5, 2 + 2 + 2 + 1 + 1 + 0.5, 3 + 3 + 3 + 1 + 0 + 0.5]
     assert scores.valid.all()
     assert scores.token_rewards is None
     assert scores.metrics == {"mean": 1.5}
-    assert scores.extra == {"upper": ["C0", "C1", "C2"]}
+    assert scores.reward_extras == {"upper": [["C0"], ["C1"], ["C2"]]}
 
 
-def test_state_is_given_even_when_the_caller_has_none():
+def test_trainer_state_defaults_to_step_0():
     def step(completions, trainer_state):
         return [trainer_state.global_step] * len(completions)
 
-    assert score([step]).rewards.tolist() == [0, 0, 0]
+    assert flat(score([step])) == [0, 0, 0]
 
 
-def test_weights_multiply_the_sum_and_not_the_parts():
+def test_weights_apply_to_the_sum_and_not_to_component_rewards():
     scores = score([Weighted(by_name, 0.5), Weighted(ones, -2, name="bias")], answer=[1, None, 3])
-    assert scores.rewards.tolist() == [-1.5, -2.0, -0.5]
-    assert scores.parts["bias"].tolist() == [1, 1, 1]
-    assert scores.parts["by_name"][[0, 2]].tolist() == [1, 3] and scores.parts["by_name"][1].isnan()
+    assert flat(scores) == [-1.5, -2.0, -0.5]
+    assert component(scores, "bias").tolist() == [1, 1, 1]
+    assert component(scores, "by_name")[[0, 2]].tolist() == [1, 3] and component(scores, "by_name")[1].isnan()
     nested = score([Weighted(Weighted(ones, 3, name="inner"), 2)])
-    assert nested.rewards.tolist() == [6, 6, 6] and list(nested.parts) == ["inner"]
+    assert flat(nested) == [6, 6, 6] and list(nested.component_rewards) == ["inner"]
 
 
-def test_a_completion_is_valid_when_any_reward_has_an_opinion():
+def test_a_completion_is_valid_if_any_reward_has_an_opinion():
     def some(completions):
         return [None, 1, None]
 
     scores = score([some, by_name], answer=[2, None, None])
-    assert scores.valid.tolist() == [True, True, False]
-    assert scores.rewards.tolist() == [2, 1, 0]
+    assert scores.valid.flatten().tolist() == [True, True, False]
+    assert flat(scores) == [2, 1, 0]
 
 
-def test_a_reward_that_weighs_nothing_makes_no_completion_valid():
+def test_a_reward_with_weight_0_makes_no_completion_valid():
     def some(completions):
         return [None, 1, None]
 
     scores = score([some, Weighted(by_name, 0.0)], answer=[2, None, None])
-    assert scores.valid.tolist() == scores.whole.tolist() == [False, True, False]
-    assert scores.parts["by_name"].tolist()[0] == 2
-    assert score([Weighted(some, 0.0)]).valid.tolist() == [False, True, False]  # nothing else to go by
+    assert scores.valid.flatten().tolist() == scores.has_sequence_reward.flatten().tolist() == [False, True, False]
+    assert component(scores, "by_name").tolist()[0] == 2
+    assert score([Weighted(some, 0.0)]).valid.flatten().tolist() == [
+        False,
+        True,
+        False,
+    ]  # no reward has a nonzero weight
 
 
-def test_names_of_partials_lambdas_and_twins():
+def test_names_of_partials_lambdas_and_repeated_rewards():
     half = functools.partial(by_name)
     scores = score([ones, ones, half, lambda completions: [0, 0, 0], Weighted(ones, name="ones")], answer=[1, 1, 1])
-    assert list(scores.parts) == ["ones", "ones_2", "by_name", "lambda", "ones_3"]
+    assert list(scores.component_rewards) == ["ones", "ones_2", "by_name", "lambda", "ones_3"]
 
 
-def test_token_rewards_add_up_with_their_weights():
+def test_token_rewards_are_a_weighted_sum_padded_with_0():
     def length_so_far(completion_ids):
         return [list(range(len(ids))) for ids in completion_ids]
 
     length_so_far.token_level = True
     scores = score([Weighted(TokenObject(), 2.0), length_so_far, ones])
-    assert [row.tolist() for row in scores.token_rewards] == [[1, 2, 3], [0, 1], [0, 3, 6, 9]]
-    assert scores.parts["length_so_far"].tolist() == [3, 1, 6]
-    assert scores.parts["token_object"][[0, 2]].tolist() == [1.5, 6] and scores.parts["token_object"][1].isnan()
-    assert scores.rewards.tolist() == [1, 1, 1]  # of the whole completion only
+    assert scores.token_rewards.tolist() == [[[1, 2, 3, 0]], [[0, 1, 0, 0]], [[0, 3, 6, 9]]]
+    assert component(scores, "length_so_far").tolist() == [3, 1, 6]
+    assert (
+        component(scores, "token_object")[[0, 2]].tolist() == [1.5, 6] and component(scores, "token_object")[1].isnan()
+    )
+    assert flat(scores) == [1, 1, 1]  # sequence-level rewards only
     alone = score([TokenObject()])
-    assert alone.valid.tolist() == [True, False, True]
-    assert alone.rewards.tolist() == [0, 0, 0]
+    assert alone.valid.flatten().tolist() == [True, False, True]
+    assert flat(alone) == [0, 0, 0]
 
 
-def test_async_rewards_wait_for_each_other():
-    both = asyncio.Barrier(2)  # passed only when two wait at once
+# Groups of several completions
+
+GROUPS = dict(
+    prompts=["p0", "p1"],
+    completions=[["a", "b", "c"], ["d", "e", "f"]],
+    completion_ids=[[[1], [2, 2], [3]], [[4], [], [6, 6, 6]]],
+    finished=[[True, False, True], [True, True, False]],
+    columns={"answer": [10, 20]},
+)
+
+
+def test_rewards_receive_flat_lists_with_prompts_and_columns_repeated():
+    received = {}
+
+    def reward(**kwargs):
+        received.update(kwargs)
+        return [0.0] * len(kwargs["completions"])
+
+    Scorer([reward])(**GROUPS)
+    del received["trainer_state"], received["log_extra"], received["log_metric"]
+    assert received == {
+        "prompts": ["p0"] * 3 + ["p1"] * 3,
+        "completions": ["a", "b", "c", "d", "e", "f"],
+        "completion_ids": [[1], [2, 2], [3], [4], [], [6, 6, 6]],
+        "finished": [True, False, True, True, True, False],
+        "answer": [10] * 3 + [20] * 3,
+    }
+
+
+def test_scores_have_one_row_per_prompt():
+    def reward(answer, log_extra):
+        log_extra("place", list(range(6)))
+        return [None, *range(1, 6)]
+
+    def ids(completion_ids):
+        return [None if row == [3] else row for row in completion_ids]
+
+    ids.token_level = True
+    scores = Scorer([reward, Weighted(ids, 10)])(**GROUPS)
+    assert scores.rewards.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert component(scores, "ids").view(2, 3).nan_to_num(-1).tolist() == [[1, 4, -1], [4, 0, 18]]
+    assert scores.token_rewards.tolist() == [
+        [[10, 0, 0], [20, 20, 0], [0, 0, 0]],
+        [[40, 0, 0], [0, 0, 0], [60, 60, 60]],
+    ]
+    assert scores.has_sequence_reward.tolist() == [[False, True, True], [True, True, True]]
+    assert scores.valid.all()
+    assert scores.total().tolist() == [[10, 41, 2], [43, 4, 185]]
+    assert scores.reward_extras == {"place": [[0, 1, 2], [3, 4, 5]]}
+
+
+def test_total_is_nan_without_a_valid_reward():
+    def some(completions):
+        return [None, 1, None, 2, 3, None]
+
+    total = Scorer([some])(**GROUPS).total()
+    assert total.isnan().tolist() == [[True, False, True], [False, False, True]]
+    assert total.nan_to_num().tolist() == [[0, 1, 0], [2, 3, 0]]
+
+
+def test_empty_completions_have_token_rewards_without_tokens():
+    def ids(completion_ids):
+        return completion_ids
+
+    ids.token_level = True
+    empty = {"completions": [["", ""]], "completion_ids": [[[], []]], "finished": [[False, False]]}
+    scores = Scorer([ids])(prompts=["p"], **empty)
+    assert scores.token_rewards.shape == (1, 2, 0) and scores.total().tolist() == [[0, 0]]
+
+
+def test_ragged_groups_raise():
+    with pytest.raises(ValueError, match=r"finished has groups of \[3, 2\] entries: it must have 3 for each of the 2"):
+        Scorer([ones])(**{**GROUPS, "finished": [[True] * 3, [True] * 2]})
+
+
+# Async rewards
+
+
+def test_async_rewards_run_concurrently():
+    both = asyncio.Barrier(2)  # released only when two rewards wait at the same time
 
     async def first(completions):
         await asyncio.wait_for(both.wait(), 10)
@@ -147,10 +242,10 @@ def test_async_rewards_wait_for_each_other():
         await asyncio.wait_for(both.wait(), 10)
         return [2, 2, 2]
 
-    assert score([first, ones, second]).rewards.tolist() == [4, 4, 4]
+    assert flat(score([first, ones, second])) == [4, 4, 4]
 
 
-def test_async_rewards_work_inside_a_running_loop_and_keep_theirs():
+def test_async_rewards_run_in_their_own_loop_inside_a_running_one():
     loops = []
 
     async def reward(completions):
@@ -161,12 +256,12 @@ def test_async_rewards_work_inside_a_running_loop_and_keep_theirs():
         loops.append(asyncio.get_running_loop())
         return score([reward])
 
-    assert asyncio.run(notebook()).rewards.tolist() == [1, 1, 1]
-    assert score([reward]).rewards.tolist() == [1, 1, 1]
+    assert flat(asyncio.run(notebook())) == [1, 1, 1]
+    assert flat(score([reward])) == [1, 1, 1]
     assert loops[0] is not loops[1] and loops[1] is loops[2]
 
 
-def test_setup_reaches_the_reward_inside():
+def test_setup_is_forwarded_to_the_wrapped_reward():
     devices = []
 
     class Holder:
@@ -200,58 +295,58 @@ class Returns:
         list(torch.tensor([1, 2, 0.5]).numpy()),
     ],
 )
-def test_numbers_of_any_kind(output):
-    rewards = score([Returns(output)]).rewards
+def test_numeric_types_that_a_reward_may_return(output):
+    rewards = score([Returns(output)]).rewards.flatten()
     assert rewards.tolist() == [1, 2, 0.5]
     assert rewards.dtype == torch.float32 and not rewards.requires_grad
 
 
-def test_numbers_keep_float32_whatever_the_default_dtype():
+def test_scores_are_float32_with_any_default_dtype():
     torch.set_default_dtype(torch.bfloat16)
     try:
         scores = score([Returns([0.1, 0.2, 0.3]), Weighted(TokenObject(), 0.1)])
     finally:
         torch.set_default_dtype(torch.float32)
-    assert scores.rewards.dtype == scores.token_rewards[0].dtype == torch.float32
-    assert torch.equal(scores.rewards, torch.tensor([0.1, 0.2, 0.3]))
+    assert scores.rewards.dtype == scores.token_rewards.dtype == torch.float32
+    assert torch.equal(scores.rewards.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
 @pytest.mark.parametrize(
-    ("output", "sentence"),
+    ("output", "message"),
     [
         ([1, 2], "'returns' returned 2 values for 3 completions"),
         (1.0, "returned float, not 3 numbers"),
         (None, "returned NoneType, not 3 numbers"),
         ("abc", "returned str, not 3 numbers"),
         (torch.tensor(1.0), "returned Tensor, not 3 numbers"),
-        ([1, math.nan, 2], "returned nan at place 1; for no opinion return None"),
-        (torch.tensor([1, 2, math.inf]), "returned inf at place 2"),
-        ([None, 1e300, None], r"returned 1e\+300 at place 1"),
+        ([1, math.nan, 2], "returned nan at index 1: return a finite number, or None for no opinion"),
+        (torch.tensor([1, 2, math.inf]), "returned inf at index 2"),
+        ([None, 1e300, None], r"returned 1e\+300 at index 1"),
         ([1, "2", 3], r"returned \['int', 'str'\]: it must return plain numbers"),
         (torch.ones(3, 1), r"returned the shape \(3, 1\)"),
         ([torch.ones(2)] * 3, "must return plain numbers"),
     ],
 )
-def test_wrong_results_are_sentences(output, sentence):
-    with pytest.raises(ValueError, match=sentence) as failure:
+def test_invalid_rewards_raise(output, message):
+    with pytest.raises(ValueError, match=message) as failure:
         score([ones, Returns(output)])
     assert "'returns'" in str(failure.value)
 
 
 @pytest.mark.parametrize(
-    ("output", "sentence"),
+    ("output", "message"),
     [
         ([[0.0] * 3, [0.0] * 2, [0.0] * 3], "'tokens' returned 3 values for 4 tokens of completion 2"),
         ([1.0, 2.0, 3.0], "returned float, not 3 numbers: one for each of the tokens of completion 0"),
         ([[0.0] * 3, [0.0] * 2], "returned 2 values for 3 completions"),
         ([[0.0, None, 0.0], None, None], "returned None for a token"),
-        ([[0.0, math.inf, 0.0], None, None], "returned inf at place 1"),
+        ([[0.0, math.inf, 0.0], None, None], "returned inf at index 1"),
     ],
 )
-def test_wrong_token_rewards_are_sentences(output, sentence):
+def test_invalid_token_rewards_raise(output, message):
     reward = Returns(output)
     reward.token_level = True
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         score([Weighted(reward, name="tokens")])
 
 
@@ -268,13 +363,13 @@ def raises(completions, **kwargs):
 
 
 @pytest.mark.parametrize("reward", [raises, async_raises, exits])
-def test_what_a_reward_raises_is_named_and_chained(reward):
+def test_exceptions_of_a_reward_name_it_and_are_chained(reward):
     with pytest.raises(RuntimeError, match=f"the reward '{reward.__name__}' raised") as failure:
-        score([asynchronous, reward])  # the other one must not be left waiting: that would be a warning
+        score([asynchronous, reward])  # the other coroutine must be closed: otherwise Python warns
     assert isinstance(failure.value.__cause__, (KeyError, SystemExit))
 
 
-def test_out_of_memory_stays_what_it_is():
+def test_out_of_memory_errors_are_not_wrapped():
     def hungry(completions):
         raise torch.OutOfMemoryError("more")
 
@@ -282,7 +377,7 @@ def test_out_of_memory_stays_what_it_is():
         score([hungry])
 
 
-def test_extra_columns_have_one_entry_a_completion():
+def test_log_extra_needs_one_entry_per_completion():
     def reward(completions, log_extra):
         log_extra("short", [1])
         return [0, 0, 0]
@@ -291,7 +386,7 @@ def test_extra_columns_have_one_entry_a_completion():
         score([reward])
 
 
-def test_a_missing_column_is_found_before_the_first_call():
+def test_a_missing_column_raises_before_the_first_call():
     scorer = Scorer([ones, by_name])
     scorer.check(["answer", "other"])
     with pytest.raises(ValueError, match=r"'by_name' asks for \['answer'\], but .* are \['other'\]"):
@@ -301,33 +396,33 @@ def test_a_missing_column_is_found_before_the_first_call():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "error", "sentence"),
+    ("rewards", "error", "message"),
     [
         ([], ValueError, "rewards is empty"),
         ("mine.words", TypeError, "must be a list of callables, not 'mine.words'"),
         (ones, TypeError, "must be a list of callables"),
         (["mine.words"], TypeError, "'mine.words' is not a reward: import the function"),
         ([3], TypeError, "3 is not a reward: give a function"),
-        ([TokenObject], TypeError, r"make an instance: TokenObject\(\.\.\.\)"),
+        ([TokenObject], TypeError, r"create an instance: TokenObject\(\.\.\.\)"),
     ],
 )
-def test_what_is_no_reward_is_refused_at_once(rewards, error, sentence):
-    unchecked = inspect.unwrap(Scorer.__init__)  # as outside of the tests, where nothing checks types
-    with pytest.raises(error, match=sentence):
+def test_invalid_rewards_raise_at_construction(rewards, error, message):
+    unchecked = inspect.unwrap(Scorer.__init__)  # types are only checked in tests
+    with pytest.raises(error, match=message):
         unchecked(object.__new__(Scorer), rewards)
 
 
-def test_a_bare_model_is_refused(llama):
+def test_a_bare_model_raises(llama):
     with pytest.raises(TypeError, match="wrap it: RewardModel"):
         Scorer([llama])
 
 
-def test_a_weight_is_a_finite_number():
+def test_a_weight_must_be_finite():
     with pytest.raises(ValueError, match="finite number, not inf"):
         Weighted(ones, weight=math.inf)
 
 
-# Weights that change
+# Weight schedules
 
 
 def constant(completions, **kwargs):
@@ -335,15 +430,15 @@ def constant(completions, **kwargs):
 
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 2.0), (5, 1.25), (10, 0.5), (99, 0.5)])
-def test_a_weight_goes_to_its_final_value_in_a_straight_line(step, weight):
+def test_a_weight_changes_linearly_to_its_final_value(step, weight):
     scorer = Scorer([Weighted(constant, weight=2.0, final_weight=0.5, updates=10)])
     state = TrainerState(global_step=step)
-    scores = scorer(prompts=["a"], completions=["b"], completion_ids=[[1]], finished=[True], state=state)
-    assert scores.rewards.tolist() == [weight]
-    assert scores.parts["constant"].tolist() == [1.0]
+    scores = scorer(prompts=["a"], completions=[["b"]], completion_ids=[[[1]]], finished=[[True]], state=state)
+    assert flat(scores) == [weight]
+    assert component(scores, "constant").tolist() == [1.0]
 
 
 @pytest.mark.parametrize("options", [{"final_weight": 1.0}, {"updates": 3}, {"final_weight": 1.0, "updates": 0}])
-def test_half_a_schedule_is_refused(options):
+def test_an_incomplete_weight_schedule_raises(options):
     with pytest.raises(ValueError, match="give both"):
         Weighted(constant, **options)

@@ -136,11 +136,11 @@ def test_immediate_and_delayed_rewards_combine():
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in (GOOD, "The eggs was golden.")]
     scores = scorer(
         prompts=[KIND, KIND],
-        completions=[GOOD, "The eggs was golden."],
-        completion_ids=ids,
-        finished=[True, True],
+        completions=[[GOOD], ["The eggs was golden."]],
+        completion_ids=[[row] for row in ids],
+        finished=[[True], [True]],
         columns={},
     )
     assert set(scores.component_rewards) == {"coherence", "grammatical"}
-    assert scores.rewards.tolist() == [1.0, 1.0]
-    assert [float(sum(row)) for row in scores.token_rewards] == [0.0, -1.0]
+    assert scores.rewards.tolist() == [[1.0], [1.0]]
+    assert scores.token_rewards.sum(-1).tolist() == [[0.0], [-1.0]]

@@ -1,3 +1,5 @@
+"""The `Warmup` schedule, alone and in runs."""
+
 import math
 
 import jaxtyping
@@ -9,65 +11,65 @@ from lit_rlhf import Warmup
 from runs import make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
-RATE = 0.5
+PEAK = 0.5
 
 
 def make(**options) -> Warmup:
-    return Warmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE), **options)
+    return Warmup(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK), **options)
 
 
-def rate(schedule: Warmup) -> float:
+def current_lr(schedule: Warmup) -> float:
     return schedule.optimizer.param_groups[0]["lr"]
 
 
-def go(schedule: Warmup, updates: int) -> list[float]:
-    """The rates of the next updates, as shares of the full one."""
+def learning_rates(schedule: Warmup, updates: int) -> list[float]:
+    """Take updates and return their learning rates, as fractions of the peak."""
     rates = []
     for _ in range(updates):
-        rates.append(rate(schedule) / RATE)
+        rates.append(current_lr(schedule) / PEAK)
         schedule.optimizer.step()
         schedule.step()
     return rates
 
 
-# The formula
+# Learning rates
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [4, 0.2])
-def test_the_warm_up_rises_in_equal_steps_from_above_zero(warmup, decay):
-    rates = go(make(warmup=warmup, decay=decay, total_steps=20), 20)
+def test_warmup_is_linear_and_starts_above_zero(warmup, decay):
+    rates = learning_rates(make(warmup=warmup, decay=decay, total_steps=20), 20)
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert max(rates) == 1
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_a_share_of_the_updates_is_their_number(decay):
-    shares, numbers = (go(make(warmup=warmup, decay=decay, total_steps=40), 40) for warmup in (0.25, 10))
+def test_warmup_as_a_share_of_the_updates(decay):
+    shares, numbers = (learning_rates(make(warmup=warmup, decay=decay, total_steps=40), 40) for warmup in (0.25, 10))
     assert shares == numbers
 
 
-COURSES = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: math.cos(math.pi * x / 2) ** 2}
+DECAYS = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: math.cos(math.pi * x / 2) ** 2}
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
-@pytest.mark.parametrize("decay", COURSES)
-def test_the_course_after_the_warm_up(decay, warmup):
+@pytest.mark.parametrize("decay", DECAYS)
+def test_decay_after_the_warmup(decay, warmup):
     schedule = make(warmup=warmup, decay=decay, total_steps=10)
-    rates = go(schedule, 10)
-    course = [COURSES[decay](step / (10 - warmup)) for step in range(10 - warmup)]
-    assert rates[warmup:] == pytest.approx(course)
+    rates = learning_rates(schedule, 10)
+    expected = [DECAYS[decay](update / (10 - warmup)) for update in range(10 - warmup)]
+    assert rates[warmup:] == pytest.approx(expected)
     assert min(rates) > 0  # every update moves the weights
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
-def test_a_decay_ends_at_zero_and_stays_there(decay):
+def test_decay_reaches_zero_and_stays_there(decay):
     schedule = make(warmup=2, decay=decay, total_steps=10)
-    go(schedule, 10)
-    assert go(schedule, 3) == pytest.approx([0, 0, 0])
+    learning_rates(schedule, 10)
+    assert learning_rates(schedule, 3) == pytest.approx([0, 0, 0])
 
 
-def test_every_group_keeps_its_own_rate():
+def test_each_parameter_group_has_its_own_peak():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.3)]
     schedule = Warmup(torch.optim.SGD(groups), warmup=1, decay="linear", total_steps=3)
     for share in (0.5, 1, 0.5, 0):
@@ -76,13 +78,13 @@ def test_every_group_keeps_its_own_rate():
         schedule.step()
 
 
-def test_where_no_end_is_known_the_rate_stays():
+def test_no_decay_if_the_number_of_updates_is_unknown():
     schedule = make(warmup=2, decay="cosine")
     schedule.plan(0)
-    assert go(schedule, 5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+    assert learning_rates(schedule, 5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
 
 
-# The number of updates: given, or planned by the Trainer
+# The number of updates, given or from the Trainer
 
 
 def planned(total, **options) -> Warmup:
@@ -93,63 +95,63 @@ def planned(total, **options) -> Warmup:
 
 @pytest.mark.parametrize("warmup", [1, 0.3])
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_a_planned_number_is_as_good_as_a_given_one(decay, warmup):
+def test_total_steps_from_the_trainer_and_from_the_constructor_are_equivalent(decay, warmup):
     options = {"warmup": warmup, "decay": decay}
-    assert go(planned(10, **options), 12) == go(make(**options, total_steps=10), 12)
+    assert learning_rates(planned(10, **options), 12) == learning_rates(make(**options, total_steps=10), 12)
 
 
-def test_a_given_number_is_not_planned_anew():
+def test_total_steps_of_the_constructor_take_precedence():
     assert planned(50, decay="linear", total_steps=10).total_steps == 10
 
 
 @pytest.mark.parametrize("options", [{"warmup": 1, "decay": "linear"}, {"warmup": 0.5, "decay": "cosine"}], ids=str)
-def test_a_schedule_goes_on_by_the_plan_of_its_own_run(options):
+def test_a_resumed_schedule_uses_the_total_steps_of_its_own_run(options):
     stopped = planned(5, **options)
-    go(stopped, 5)
+    learning_rates(stopped, 5)
     resumed = planned(8, **options)
     resumed.load_state_dict(stopped.state_dict())
-    assert go(resumed, 3) == pytest.approx(go(make(**options, total_steps=8), 8)[5:])
+    assert learning_rates(resumed, 3) == pytest.approx(learning_rates(make(**options, total_steps=8), 8)[5:])
 
 
 @pytest.mark.parametrize("after", [1, 3, 6])
-def test_a_schedule_that_was_saved_goes_on_as_if_it_had_not_been(after):
-    straight = make(warmup=2, decay="cosine", total_steps=8)
-    go(straight, after)
+def test_a_resumed_schedule_continues_like_an_uninterrupted_one(after):
+    uninterrupted = make(warmup=2, decay="cosine", total_steps=8)
+    learning_rates(uninterrupted, after)
     resumed = make(warmup=2, decay="cosine", total_steps=8)
-    resumed.load_state_dict(straight.state_dict())
-    assert go(resumed, 8 - after) == go(straight, 8 - after)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    assert learning_rates(resumed, 8 - after) == learning_rates(uninterrupted, 8 - after)
 
 
-def test_a_given_number_stays_in_the_state_and_a_planned_one_does_not():
-    given, of_plan = make(total_steps=10), planned(10)
+def test_only_total_steps_of_the_constructor_are_in_the_state():
+    given, from_trainer = make(total_steps=10), planned(10)
     assert given.state_dict()["total_steps"] == 10
-    assert "total_steps" not in of_plan.state_dict()
+    assert "total_steps" not in from_trainer.state_dict()
     other = make(total_steps=7)
     other.load_state_dict(given.state_dict())
     assert other.total_steps == 10
 
 
-def test_what_the_schedule_tells_is_the_rate_of_the_optimizer():
+def test_get_last_lr_is_the_learning_rate_of_the_optimizer():
     schedule = planned(8, warmup=0.25, decay="linear")
-    assert schedule.get_last_lr() == [rate(schedule)]
-    go(schedule, 5)
-    assert schedule.get_last_lr() == [rate(schedule)]
+    assert schedule.get_last_lr() == [current_lr(schedule)]
+    learning_rates(schedule, 5)
+    assert schedule.get_last_lr() == [current_lr(schedule)]
     resumed = planned(20, warmup=0.25, decay="linear")
     resumed.load_state_dict(schedule.state_dict())
-    assert resumed.get_last_lr() == [rate(resumed)]
+    assert resumed.get_last_lr() == [current_lr(resumed)]
 
 
 # In a run
 
 
 class Rates(Callback):
-    """Keeps the rate of every update."""
+    """Records the learning rate of every update."""
 
     def __init__(self):
         self.used = {}
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.used[trainer.global_step] = optimizer.param_groups[0]["lr"] / RATE
+        self.used[trainer.global_step] = optimizer.param_groups[0]["lr"] / PEAK
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +168,7 @@ def fit(folder, root, steps, ckpt_path=None, name="SFT", schedule=None, **traine
     module = make_module(
         name,
         folder,
-        optimizer=lambda params: torch.optim.SGD(params, lr=RATE),
+        optimizer=lambda params: torch.optim.SGD(params, lr=PEAK),
         lr_scheduler=lambda optimizer: Warmup(optimizer, **(schedule or {"warmup": 1, "decay": "linear"})),
     )
     runner = make_trainer(root, max_steps=steps, callbacks=[rates], limit_val_batches=0, **trainer)
@@ -174,16 +176,16 @@ def fit(folder, root, steps, ckpt_path=None, name="SFT", schedule=None, **traine
     return runner, rates.used
 
 
-def test_a_run_that_is_allowed_more_updates_plans_anew(folder, tmp_path):
+def test_resuming_with_more_updates_extends_the_schedule(folder, tmp_path):
     stopped, first = fit(folder, tmp_path, 5)
-    assert first == pytest.approx(dict(enumerate(go(make(warmup=1, decay="linear", total_steps=5), 5))))
+    assert first == pytest.approx(dict(enumerate(learning_rates(make(warmup=1, decay="linear", total_steps=5), 5))))
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     _, then = fit(folder, tmp_path, 8, tmp_path / "stopped.ckpt")
-    straight = dict(enumerate(go(make(warmup=1, decay="linear", total_steps=8), 8)))
-    assert then == pytest.approx({update: straight[update] for update in (5, 6, 7)})
+    uninterrupted = dict(enumerate(learning_rates(make(warmup=1, decay="linear", total_steps=8), 8)))
+    assert then == pytest.approx({update: uninterrupted[update] for update in (5, 6, 7)})
 
 
-def test_a_number_that_was_given_holds_for_the_resumed_run_too(folder, tmp_path):
+def test_given_total_steps_also_hold_for_the_resumed_run(folder, tmp_path):
     schedule = {"warmup": 1, "decay": "linear", "total_steps": 6}
     stopped, _ = fit(folder, tmp_path, 3, schedule=schedule)
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
@@ -194,19 +196,19 @@ def test_a_number_that_was_given_holds_for_the_resumed_run_too(folder, tmp_path)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_schedule_counts_updates_and_not_steps(accumulate, folder, tmp_path):
     _, used = fit(folder, tmp_path, 4, accumulate_grad_batches=accumulate)
-    assert used == pytest.approx(dict(enumerate(go(make(warmup=1, decay="linear", total_steps=4), 4))))
+    assert used == pytest.approx(dict(enumerate(learning_rates(make(warmup=1, decay="linear", total_steps=4), 4))))
 
 
-def test_a_run_of_epochs_is_planned_by_their_updates(folder, tmp_path):
+def test_total_steps_of_a_run_with_max_epochs(folder, tmp_path):
     _, used = fit(folder, tmp_path, -1, max_epochs=2)
-    assert used == pytest.approx(dict(enumerate(go(make(warmup=1, decay="linear", total_steps=6), 6))))
+    assert used == pytest.approx(dict(enumerate(learning_rates(make(warmup=1, decay="linear", total_steps=6), 6))))
 
 
-# What can not be
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"decay": "cosin"}, r"decay='cosin' must be one of constant, linear, cosine"),
         ({"warmup": -1}, r"warmup=-1 must not be negative"),
@@ -216,7 +218,7 @@ def test_a_run_of_epochs_is_planned_by_their_updates(folder, tmp_path):
     ],
     ids=str,
 )
-def test_what_can_not_be_is_a_sentence(options, sentence, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, who have no type checker
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_options_raise(options, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    with pytest.raises(ValueError, match=message):
         make(**options)
