@@ -1,4 +1,4 @@
-"""Held-out rows whose references a judge has a known opinion of."""
+"""Held-out rows with references of known quality, and pairwise judges."""
 
 import lit_rlhf
 from runs import make_trainer
@@ -11,7 +11,7 @@ def rows_of(*opponents):
 
 
 def prefers(choose):
-    """A judge of pairs that is given each prompt's pair and answers with `choose(completion, opponent)`."""
+    """Return a pairwise judge that answers `choose(completion, opponent)` for each prompt."""
 
     def pairs(prompts, completions, opponents, **kwargs):
         return [choose(a, b) for a, b in zip(completions, opponents, strict=True)]

@@ -177,7 +177,7 @@ class TextData(lightning.LightningDataModule):
         assert self.train_set is not None
         if self.trainer is None:
             return BlockSampler(self.train_set, self.batch_size)
-        repeats = getattr(self.trainer.lightning_module, "repeats", 1)
+        repeats = getattr(self.trainer.lightning_module, "steps_per_rollout", 1)
         window = dict(repeats=repeats, accumulate=self.trainer.accumulate_grad_batches)
         return BlockSampler(self.train_set, self.batch_size, **self._ranks(), **window)
 
