@@ -21,14 +21,14 @@ MAX_LOG_RATIO = 20.0
 def masked_sum(
     values: Float[Tensor, "prompts samples tokens"], mask: Bool[Tensor, "prompts samples tokens"]
 ) -> Float[Tensor, "prompts samples"]:
-    """Sum over unmasked tokens. Masked values, NaN included, affect neither the result nor the gradient."""
+    """Sum over tokens where `mask` is True. Other values, even NaN, affect neither the result nor the gradient."""
     return values.masked_fill(~mask, 0.0).sum(-1)
 
 
 def masked_mean(
     values: Float[Tensor, "prompts samples tokens"], mask: Bool[Tensor, "prompts samples tokens"]
 ) -> Float[Tensor, "prompts samples"]:
-    """Mean over unmasked tokens; 0 where there are none. Masked values behave as in `masked_sum`."""
+    """Mean over tokens where `mask` is True; 0 without such tokens. Padding behaves as in `masked_sum`."""
     return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
 
 
@@ -144,7 +144,7 @@ def token_rewards_with_kl(
 ) -> Float[Tensor, "prompts samples tokens"]:
     """Per-token rewards: minus each token's penalty, plus the sequence reward at the last token.
 
-    A token's penalty is `beta * log(pi / ref)` minus its token-level reward, if any. Masked tokens get 0.
+    A token's penalty is `beta * log(pi / ref)` minus its token-level reward, if any. Padding gets 0.
     Ziegler et al., 2019, arXiv 1909.08593, section 2.
     """
     last = mask & ~torch.nn.functional.pad(mask[..., 1:], (0, 1))

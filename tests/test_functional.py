@@ -16,7 +16,7 @@ assert_close = torch.testing.assert_close
 # Sums over tokens
 
 
-def test_masked_mean_is_over_unmasked_tokens_and_0_without_any():
+def test_masked_mean_is_over_tokens_with_mask_true_and_0_without_any():
     mask = torch.tensor([[[True, True, False], [False, False, False]]])
     assert torch.equal(F.masked_mean(double([[1, 2, 99], [99, 99, 99]]), mask), double([1.5, 0]))
 

@@ -24,7 +24,7 @@ DEMONSTRATIONS = [{"prompt": f"{i}", "completion": "good"} for i in range(20)]
 class Reader(lightning.LightningModule):
     """Trains a dummy weight and records the batches of every stage."""
 
-    repeats, seed = 2, 3
+    steps_per_rollout, seed = 2, 3
 
     def __init__(self):
         super().__init__()

@@ -6,8 +6,8 @@ from lit_rlhf.data import FirstWords, LastAnswer
 
 
 def test_first_words_splits_the_text_into_prompt_and_reference():
-    row = FirstWords(words=2)({"text": " A fine,\nlong film. ", "stars": 4})
-    assert row == {"text": " A fine,\nlong film. ", "stars": 4, "prompt": "A fine,", "reference": "\nlong film."}
+    row = FirstWords(words=2)({"text": " A slow,\nlong film. ", "stars": 4})
+    assert row == {"text": " A slow,\nlong film. ", "stars": 4, "prompt": "A slow,", "reference": "\nlong film."}
 
 
 @pytest.mark.parametrize("text", ["", "  ", "one", "one two", " one  two\n"])

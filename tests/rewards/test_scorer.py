@@ -1,6 +1,5 @@
-"""`Scorer`: TRL's reward interface, weighted sums, shapes, and errors that name the reward."""
+"""`Scorer`: TRL's reward interface, weighted sums, shapes, and errors at construction."""
 
-import asyncio
 import functools
 import inspect
 import math
@@ -10,29 +9,7 @@ import torch
 from transformers import TrainerState
 
 from lit_rlhf.rewards import Scorer, Weighted
-
-IDS = [[5, 6, 2], [7, 2], [8, 9, 9, 9]]
-
-
-def score(rewards, state=None, **columns):
-    """Score three prompts with one completion each; the scores have shape [3, 1]."""
-    prompts, completions = ["p0", "p1", "p2"], [["c0"], ["c1"], ["c2"]]
-    ids = [[row] for row in IDS]
-    return Scorer(rewards)(prompts, completions, ids, [[True], [True], [False]], columns, state)
-
-
-def flat(scores):
-    """Weighted sums as a list with one entry per completion."""
-    return scores.rewards.flatten().tolist()
-
-
-def component(scores, name):
-    return scores.component_rewards[name].flatten()
-
-
-def ones(completions, **kwargs):
-    return [1.0] * len(completions)
-
+from scoring import IDS, TokenObject, asynchronous, by_name, component, flat, ones, score
 
 # Reward functions as written for TRL
 
@@ -42,15 +19,6 @@ def by_kwargs(prompts, completions, completion_ids, answer, **kwargs):
     assert kwargs["other"] == ["x", "y", "z"]
     assert prompts == ["p0", "p1", "p2"] and completion_ids == IDS
     return [float(a) for a in answer]
-
-
-def by_name(completions, answer):
-    return answer
-
-
-async def asynchronous(completions, **kwargs):
-    await asyncio.sleep(0)
-    return [None, 2, 3.0]
 
 
 def logging_reward(completions, log_extra=None, log_metric=None, **kwargs):
@@ -67,13 +35,6 @@ def needs_finished(finished):
 class AsyncObject:
     async def __call__(self, completions, **kwargs):
         return [0.5] * len(completions)
-
-
-class TokenObject:
-    token_level = True
-
-    def __call__(self, completion_ids, **kwargs):
-        return [[0.5] * len(completion_ids[0]), None, torch.arange(4)]
 
 
 def test_trl_reward_functions_run_unchanged():
@@ -228,37 +189,7 @@ def test_ragged_groups_raise():
         Scorer([ones])(**{**GROUPS, "finished": [[True] * 3, [True] * 2]})
 
 
-# Async rewards
-
-
-def test_async_rewards_run_concurrently():
-    both = asyncio.Barrier(2)  # released only when two rewards wait at the same time
-
-    async def first(completions):
-        await asyncio.wait_for(both.wait(), 10)
-        return [1, 1, 1]
-
-    async def second(completions):
-        await asyncio.wait_for(both.wait(), 10)
-        return [2, 2, 2]
-
-    assert flat(score([first, ones, second])) == [4, 4, 4]
-
-
-def test_async_rewards_run_in_their_own_loop_inside_a_running_one():
-    loops = []
-
-    async def reward(completions):
-        loops.append(asyncio.get_running_loop())
-        return [1, 1, 1]
-
-    async def notebook():
-        loops.append(asyncio.get_running_loop())
-        return score([reward])
-
-    assert flat(asyncio.run(notebook())) == [1, 1, 1]
-    assert flat(score([reward])) == [1, 1, 1]
-    assert loops[0] is not loops[1] and loops[1] is loops[2]
+# Setup, columns, errors at construction
 
 
 def test_setup_is_forwarded_to_the_wrapped_reward():
@@ -273,117 +204,6 @@ def test_setup_is_forwarded_to_the_wrapped_reward():
 
     Scorer([Weighted(Holder(), 2), ones, Holder()]).setup("cpu")
     assert devices == ["cpu", "cpu"]
-
-
-class Returns:
-    def __init__(self, output):
-        self.output = output
-
-    def __call__(self, completions):
-        return self.output
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        [True, 2, 0.5],
-        (1, 2, 0.5),
-        torch.tensor([1, 2, 0.5], requires_grad=True),
-        torch.tensor([1, 2, 0.5], dtype=torch.bfloat16),
-        torch.tensor([1, 2, 0.5]).numpy(),
-        list(torch.tensor([1, 2, 0.5], requires_grad=True)),
-        list(torch.tensor([1, 2, 0.5]).numpy()),
-    ],
-)
-def test_numeric_types_that_a_reward_may_return(output):
-    rewards = score([Returns(output)]).rewards.flatten()
-    assert rewards.tolist() == [1, 2, 0.5]
-    assert rewards.dtype == torch.float32 and not rewards.requires_grad
-
-
-def test_scores_are_float32_with_any_default_dtype():
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        scores = score([Returns([0.1, 0.2, 0.3]), Weighted(TokenObject(), 0.1)])
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert scores.rewards.dtype == scores.token_rewards.dtype == torch.float32
-    assert torch.equal(scores.rewards.flatten(), torch.tensor([0.1, 0.2, 0.3]))
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ([1, 2], "'returns' returned 2 values for 3 completions"),
-        (1.0, "returned float, not 3 numbers"),
-        (None, "returned NoneType, not 3 numbers"),
-        ("abc", "returned str, not 3 numbers"),
-        (torch.tensor(1.0), "returned Tensor, not 3 numbers"),
-        ([1, math.nan, 2], "returned nan at index 1: return a finite number, or None for no opinion"),
-        (torch.tensor([1, 2, math.inf]), "returned inf at index 2"),
-        ([None, 1e300, None], r"returned 1e\+300 at index 1"),
-        ([1, "2", 3], r"returned \['int', 'str'\]: it must return plain numbers"),
-        (torch.ones(3, 1), r"returned the shape \(3, 1\)"),
-        ([torch.ones(2)] * 3, "must return plain numbers"),
-    ],
-)
-def test_invalid_rewards_raise(output, message):
-    with pytest.raises(ValueError, match=message) as failure:
-        score([ones, Returns(output)])
-    assert "'returns'" in str(failure.value)
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ([[0.0] * 3, [0.0] * 2, [0.0] * 3], "'tokens' returned 3 values for 4 tokens of completion 2"),
-        ([1.0, 2.0, 3.0], "returned float, not 3 numbers: one for each of the tokens of completion 0"),
-        ([[0.0] * 3, [0.0] * 2], "returned 2 values for 3 completions"),
-        ([[0.0, None, 0.0], None, None], "returned None for a token"),
-        ([[0.0, math.inf, 0.0], None, None], "returned inf at index 1"),
-    ],
-)
-def test_invalid_token_rewards_raise(output, message):
-    reward = Returns(output)
-    reward.token_level = True
-    with pytest.raises(ValueError, match=message):
-        score([Weighted(reward, name="tokens")])
-
-
-async def async_raises(completions, **kwargs):
-    raise KeyError("judge")
-
-
-async def exits(completions, **kwargs):
-    raise SystemExit(1)
-
-
-def raises(completions, **kwargs):
-    raise KeyError("judge")
-
-
-@pytest.mark.parametrize("reward", [raises, async_raises, exits])
-def test_exceptions_of_a_reward_name_it_and_are_chained(reward):
-    with pytest.raises(RuntimeError, match=f"the reward '{reward.__name__}' raised") as failure:
-        score([asynchronous, reward])  # the other coroutine must be closed: otherwise Python warns
-    assert isinstance(failure.value.__cause__, (KeyError, SystemExit))
-
-
-def test_out_of_memory_errors_are_not_wrapped():
-    def hungry(completions):
-        raise torch.OutOfMemoryError("more")
-
-    with pytest.raises(torch.OutOfMemoryError, match="more"):
-        score([hungry])
-
-
-def test_log_extra_needs_one_entry_per_completion():
-    def reward(completions, log_extra):
-        log_extra("short", [1])
-        return [0, 0, 0]
-
-    with pytest.raises(RuntimeError, match=r"'reward' raised .*log_extra\('short'\) got 1 values for 3 completions"):
-        score([reward])
 
 
 def test_a_missing_column_raises_before_the_first_call():
