@@ -133,4 +133,5 @@ def make_rollout(tokenizer, kl=1.0) -> Rollout:
         component_rewards={"style": number, "length": torch.full((N, K), float("nan"))},
         valid=torch.tensor([[True, True], [True, True], [True, False]]),
         returns=number / 10,
+        texts=[[ByteTokenizer().decode(tokens[i, j][mask[i, j]].tolist()) for j in range(K)] for i in range(N)],
     )  # fmt: skip

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from tensors import double, rewards_of
 
 from lit_rlhf import functional as F
 from tensors import double, rewards_of

@@ -72,7 +72,7 @@ def test_the_reference_is_asked_once_for_each_pair(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(lit_rlhf.models.policy.Reference, "logprobs", counting)
     module = make_module("DPO", tiny)
     fit(module, tmp_path, max_epochs=3)
-    held_out = module.held_out_reference
+    held_out = module.held_out_reference_logprobs
     assert sorted(asked) == sorted(set(asked)) == sorted([*module.reference_logprobs, *held_out])
     assert len(held_out) == 3
 

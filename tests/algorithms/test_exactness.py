@@ -30,6 +30,7 @@ from enumeration import (
     true_gradient,
 )
 from lit_rlhf import functional as F
+from lit_rlhf.algorithms.reinforce import MovingAverage
 from lit_rlhf.testbed.tokenizer import vocabulary
 from lit_rlhf.types import Rollout
 from runs import make_trainer
@@ -85,7 +86,7 @@ def test_reinforce_is_unbiased(baseline, rewards):
     module = make_module(lit_rlhf.Reinforce, rewards, num_samples=1, baseline=baseline)
     for earlier in (ALL[3:4], ALL[5:6]):
         step_gradient(module, earlier)
-    assert (module.baseline_value() != 0) == (baseline != "none")
+    assert (module.baseline_average.value != 0) == (baseline != "none")
     assert_same(expected_gradient(module), true_gradient(module, totals(rewards)))
 
 
@@ -108,7 +109,7 @@ def test_slices_along_the_samples_are_unbiased_together():
         torch.testing.assert_close(two_steps(group), step_gradient(whole, group), atol=1e-12, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:no completion of this update counts", "ignore:a prompt none of whose")
+@pytest.mark.filterwarnings("ignore:no completion of this update counts", "ignore:a prompt without a reward")
 @pytest.mark.parametrize(
     "options", [{"mask_truncated_completions": True}, {"rewards": (finished_only,)}], ids=["left out", "no opinion"]
 )
@@ -222,8 +223,8 @@ def variance_of_converged_moving_average(levels: list[float]) -> float:
     for level in levels:
         module = make_module(lit_rlhf.Reinforce, num_samples=1)
         probabilities = sequence_logprobs(module.policy.causal_lm).exp().detach()
-        module.baseline_weight.fill_(1.0)
-        module.baseline_total.copy_((probabilities * totals((delayed,)) / 16).sum() + sum(levels) / len(levels))
+        total = float((probabilities * totals((delayed,)) / 16).sum()) + sum(levels) / len(levels)
+        module.baseline_average = MovingAverage(total, weight=1.0)
         result += float(total_variance(module, level))
     return result
 

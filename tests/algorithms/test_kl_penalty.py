@@ -76,11 +76,7 @@ def test_two_places_of_the_kl_are_exact(kl_penalty, name):
     assert_same(*penalised(kl_penalty, name))
 
 
-@pytest.mark.parametrize("kl_penalty", ["k1_loss", "k2_reward", "k3_reward", "k3_loss"])
-def test_the_other_places_warn_and_give_another_gradient(kl_penalty):
-    effect, truth = penalised(kl_penalty)
+def test_k3_in_the_loss_warns_and_has_the_gradient_of_the_reverse_kl():
+    effect, truth = penalised("k3_loss")
     assert (effect - truth).abs().max() > 1e-2 * truth.abs().max()
-    if kl_penalty == "k1_loss":
-        assert effect.abs().max() < 1e-9
-    if kl_penalty == "k3_loss":
-        assert_same(effect, reversed_kl_a_token(make_module(num_samples=2)))
+    assert_same(effect, reversed_kl_a_token(make_module(num_samples=2)))

@@ -13,7 +13,7 @@ def length(completions, **kwargs):
 
 def test_only_what_is_kept_is_computed_also_where_prompts_are_shorter_than_groups(tmp_path, monkeypatch):
     policy, computed = lit_rlhf.Policy(make_llama(len(make_tokenizer())), make_tokenizer()), []
-    module = lit_rlhf.RAFT(policy, rewards=[length], num_samples=5, max_new_tokens=4)
+    module = lit_rlhf.RAFT(policy, rewards=[length], num_samples=5, sampling=lit_rlhf.Sampling(max_new_tokens=4))
     features = lit_rlhf.Policy.features
 
     def recording(self, prompts, completions):

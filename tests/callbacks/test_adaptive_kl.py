@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 import lit_rlhf
 from lit_rlhf import functional as F
 from lit_rlhf.callbacks import AdaptiveKL
-from runs import make_data, make_module, make_trainer
+from runs import grouped, make_data, make_module, make_trainer
 
 
 class Recorder(Callback):
@@ -59,7 +59,9 @@ def test_coefficient_is_constant_within_a_rollout(tiny, tmp_path):
             return super().kl_terms(rollout, terms)
 
     options = dict(rewards=[lambda completions, **kwargs: [1.0 * len(c) for c in completions]], max_new_tokens=4)
-    module = RecordCoefficients(str(tiny), kl_coef=0.5, kl_penalty="k2_loss", num_minibatches=2, **options)
+    module = RecordCoefficients(
+        str(tiny), kl_coef=0.5, kl_penalty="k2_loss", **grouped({"num_minibatches": 2, **options})
+    )
     trainer = make_trainer(tmp_path, max_steps=6, callbacks=[AdaptiveKL(target=5.0, gain=2.0)])
     trainer.fit(module, make_data("RLOO"))
     assert coefs[::2] == coefs[1::2] and coefs[0] > coefs[2] > coefs[4]

@@ -191,7 +191,7 @@ def test_noisy_gradient_grows_the_batch_up_to_the_maximum(tiny, tmp_path):
     [({}, 1, 6), ({"num_minibatches": 2}, 1, 12), ({}, 3, 2), ({"num_minibatches": 2, "update_epochs": 2}, 2, 6)],
     ids=["one update a rollout", "two updates", "three rollouts an update", "two passes"],
 )
-@pytest.mark.filterwarnings("ignore:.* updates a rollout")
+@pytest.mark.filterwarnings("ignore:.* updates per rollout")
 def test_prompts_per_update_follow_the_noise_scale(options, accumulate, prompts, tiny, tmp_path):
     class FixedNoiseScale(AdaptiveBatch):
         noise_scale = 6.0
@@ -214,7 +214,9 @@ def test_noiseless_gradient_does_not_grow_the_batch(tiny, tmp_path):
             return terms * 0 + 100 * weight.sum(), metrics
 
     recorder = Recorder()
-    module = NoiselessLoss(str(tiny), rewards=[checksum_reward], num_samples=2, max_new_tokens=4)
+    module = NoiselessLoss(
+        str(tiny), rewards=[checksum_reward], num_samples=2, sampling=lit_rlhf.Sampling(max_new_tokens=4)
+    )
     trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[AdaptiveBatch(8, 1, 2), recorder], limit_val_batches=0)
     trainer.fit(module, make_data("RLOO", rows=40, batch_size=2))
     assert set(recorder.sizes) == {2}
@@ -258,7 +260,7 @@ def test_variance_equals_the_variance_of_the_gradients_of_the_parts(tiny, tmp_pa
             gradients = []
             for rows in (slice(0, 2), slice(2, 4)):
                 with torch.enable_grad():
-                    terms, mask, _ = pl_module.loss_terms(pl_module.rollout.rows(rows))
+                    _, terms, mask, _ = pl_module.loss_terms(pl_module.rollout.rows(rows))
                 loss = terms[mask].mean()
                 gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
             seen["variance"] = float(torch.stack(gradients).var(0).sum()) / 2  # of the mean of two parts
@@ -392,7 +394,7 @@ def test_second_fit_grows_from_its_own_batch_size(tiny, tmp_path):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+@pytest.mark.filterwarnings("ignore:a prompt without a reward")
 def test_parts_without_valid_completions_are_excluded(tiny, tmp_path):
     """With fewer than two parts with a reward there is no estimate; other parts are excluded."""
 

@@ -7,9 +7,9 @@ import torch
 
 import lit_rlhf
 from judged import OPINIONS, prefers, rows_of, validate
-from runs import make_data, make_module, make_trainer
+from runs import grouped, make_data, make_module, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+pytestmark = pytest.mark.filterwarnings("ignore:a prompt without a reward")
 
 
 def judge(completions, **kwargs):
@@ -71,7 +71,7 @@ def test_a_module_from_a_checkpoint_knows_how_far_its_training_had_come(tiny, tm
     trainer, module = make_trainer(tmp_path, max_steps=2), make_module("RLOO", tiny, rewards=[counting])
     trainer.fit(module, make_data("RLOO"))
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    options = dict(policy=str(tiny), rewards=[counting], max_new_tokens=4)
+    options = dict(policy=str(tiny), rewards=[counting], sampling=lit_rlhf.Sampling(max_new_tokens=4))
     loaded = lit_rlhf.RLOO.load_from_checkpoint(tmp_path / "two.ckpt", **options, weights_only=False)
     for _ in range(2):
         assert validate(loaded, rows_of("a", "b"), tmp_path)["val/reward"] == 2
@@ -100,7 +100,7 @@ def test_equal_completions_tie_however_the_judge_rounds(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("compare_to", ["policy", "reference"])
-def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
+def test_the_opponent_is_judged_once_per_fit(compare_to, tiny, tmp_path):
     calls = []
 
     def count(completions, **kwargs):
@@ -112,11 +112,11 @@ def test_the_opponent_is_judged_once_a_fit(opponent, tiny, tmp_path):
         data = lit_rlhf.PromptData(train=rows_of(*"abcdefghi"), val=rows_of("worse", "better", "same"), batch_size=3)
         make_trainer(tmp_path, max_steps=3, val_check_interval=1).fit(module, data)
 
-    module = make_module("RLOO", tiny, judge=count, compare_to=opponent, lr=0.5)
+    module = make_module("RLOO", tiny, judge=count, compare_to=compare_to, lr=0.5)
     fit()
     first = list(calls)
     assert len(first) == 5  # four validations and one opponent
-    if opponent == "reference":
+    if compare_to == "reference":
         assert first.count(["worse", "better", "same"]) == 1
     assert first[0] != first[-1]  # the policy itself was judged anew
     fit()
@@ -139,7 +139,7 @@ def test_the_opponent_of_a_fit_is_where_the_policy_started(tiny, tmp_path):
 
 def greedy(folder, policy=None, **options):
     options = {"rewards": [worth], "num_samples": 2, "max_new_tokens": 6, "greedy": True, **options}
-    return lit_rlhf.RLOO(policy or str(folder), **options)
+    return lit_rlhf.RLOO(policy or str(folder), **grouped(options))
 
 
 def test_other_data_have_opponents_of_their_own(tiny, tmp_path):

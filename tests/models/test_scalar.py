@@ -11,7 +11,7 @@ from enumerable import make_prompts
 from lit_rlhf.algorithms.vanilla_pg import new_head
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Demonstrations
-from runs import make_data, make_module, make_trainer
+from runs import grouped, make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
 SIZE = len(make_tokenizer())
@@ -99,7 +99,7 @@ def test_what_is_trained_on_a_frozen_bfloat16_trunk_is_float32(tiny):
     assert critic.values(batch.prompts, batch).dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:2 updates a rollout")
+@pytest.mark.filterwarnings("ignore:2 updates per rollout")
 def test_a_head_on_a_bfloat16_policy_trains(tiny, tmp_path):
     module = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"}, num_minibatches=2)
     trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0)
@@ -226,7 +226,7 @@ def test_the_first_update_of_several_is_on_policy_to_the_last_bit(tiny, tmp_path
 
     options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
     sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
-    module = Ratios(str(tiny), num_minibatches=4, **options, **sgd)
+    module = Ratios(str(tiny), **grouped({"num_minibatches": 4, **options}), **sgd)
     trainer = make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
     trainer.fit(module, make_data("PPO"))
     assert ratios[:2] == [0.0, 0.0] and min(ratios[2:]) > 1e-3
@@ -248,7 +248,9 @@ def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, 
 
         options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
         sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
-        module = Ratios(str(tiny), critic="head", update_epochs=2, num_minibatches=minibatches, **options, **sgd)
+        module = Ratios(
+            str(tiny), critic="head", **grouped({"update_epochs": 2, "num_minibatches": minibatches, **options}), **sgd
+        )
         make_trainer(tmp_path, max_steps=2 * minibatches).fit(module, make_data("PPO"))
     assert ratios[1][0] < 1e-4 and ratios[1][1] > 1e-3
     assert ratios[2][0] < 1e-4 and min(ratios[2][1:]) > 1e-3

@@ -35,7 +35,7 @@ def result(name: str, root: Path, ended: subprocess.CompletedProcess) -> dict:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+@pytest.mark.filterwarnings("ignore:a prompt without a reward")
 @pytest.mark.parametrize("case", processes.CASES)
 def test_two_processes_are_one_with_twice_the_prompts(case, ended, root, ending, tmp_path):
     expected, actual = processes.run_case(case, ending, tmp_path, devices=1), result(case, root, ended)

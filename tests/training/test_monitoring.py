@@ -14,7 +14,7 @@ from lit_rlhf.comparison.report import trained
 from lit_rlhf.comparison.runs import read_csv
 from runs import make_data, make_module, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:a prompt none of whose completions")
+pytestmark = pytest.mark.filterwarnings("ignore:a prompt without a reward")
 
 
 def worth(completion_ids, **kwargs):
@@ -175,7 +175,7 @@ def test_the_clock_of_a_resumed_run_goes_on(after, tiny, tmp_path):
     checkpoint = lit_rlhf.callbacks.PolicyCheckpoint(every_n_updates=1, save_last=False)  # while a step ends
     with pytest.raises(RuntimeError, match="enough"):
         fit(False, [checkpoint, Fails(after)])
-    saved = torch.load(checkpoint.last_path, weights_only=True)["seconds"]
+    saved = torch.load(checkpoint.last_path, weights_only=True)["training_seconds"]
     assert saved > 0.3  # the step it was saved in counts
     fit(
         CSVLogger(tmp_path, name="log", version=""),
@@ -220,6 +220,6 @@ class Counting(lit_rlhf.RLOO):
 
 def test_a_loss_may_tell_numbers_and_tensors(tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
-    trainer.fit(Counting(str(tiny), rewards=[worth], max_new_tokens=4), make_data("RLOO"))
+    trainer.fit(Counting(str(tiny), rewards=[worth], sampling=lit_rlhf.Sampling(max_new_tokens=4)), make_data("RLOO"))
     told = trainer.callback_metrics
     assert told["train/half"] == 0.5 and told["train/third"] == pytest.approx(1 / 3)

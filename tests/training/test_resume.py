@@ -67,7 +67,7 @@ def check_resumes(name, case, tiny, root, places) -> None:
         assert not differing(straight, run(name, tiny, root, ckpt_path=path, **options)), path.name
 
 
-@pytest.mark.filterwarnings("ignore:(4|12) updates a rollout")
+@pytest.mark.filterwarnings("ignore:(4|12) updates per rollout")
 @pytest.mark.parametrize(
     ("name", "case"),
     [(n, c) for n in METHODS for c in CASES if n in ("RLOO", "PPO", "DPO") or c == "two updates a rollout"],
@@ -89,7 +89,7 @@ def test_a_module_that_has_trained_goes_back_to_a_rollout_of_before(tiny, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:(4|12) updates a rollout")
+@pytest.mark.filterwarnings("ignore:(4|12) updates per rollout")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_can_be_resumed_from_every_step(name, case, tiny, tmp_path):
@@ -237,7 +237,7 @@ class More(lit_rlhf.RLOO):
         return super().loss(part)
 
 
-@pytest.mark.filterwarnings("ignore:4 updates a rollout")
+@pytest.mark.filterwarnings("ignore:4 updates per rollout")
 def test_what_a_method_adds_to_a_rollout_is_cut_and_resumed_with_it(tiny, tmp_path):
     def train(ckpt_path=None, callbacks=()):
         options = dict(num_samples=4, max_new_tokens=6, num_minibatches=2, sample_minibatches=2)
