@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import re
-import subprocess
 import tomllib
 import typing
 from pathlib import Path
@@ -82,12 +81,6 @@ def test_every_relative_link_and_its_anchor_exist(path):
         linked = (path.parent / file).resolve() if file else path
         assert linked.exists(), f"{name_of(path)} links to {target}, which does not exist"
         assert not anchor or anchor in anchors(linked), f"{name_of(path)} links to {target}: there is no such heading"
-
-
-@functools.cache
-def tracked() -> frozenset[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    return frozenset(listed.splitlines())
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name_of)
