@@ -1,1 +1,1 @@
-"""Methods side by side: runs in processes of their own, then tables and plots."""
+"""Comparison of methods: each arm trains and tests in separate processes; tables and figures follow."""

@@ -1,4 +1,4 @@
-"""`lit-rlhf` in processes of its own, whose output goes to files, and which end with the one that started them."""
+"""Child processes of `lit-rlhf`: output goes to log files, and all of them end with their parent."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 LAST_LINES = 15
-"""Lines of a failed process to show."""
+"""Number of log lines to show of a failed process."""
 
 RUNNING: set[int] = set()
-"""Processes under way, each the head of a group."""
+"""Ids of the running processes, each the leader of a process group."""
 
 
 @contextlib.contextmanager
-def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
-    """When told to end, drop what waits in the pool, and kill the processes under way with all their children.
+def kill_on_interrupt(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """On an interrupt, cancel the pool's pending work and kill the running processes with all their children.
 
-    That is on Ctrl-C, SIGTERM, and where a terminal closes (SIGHUP, unless it is ignored, as under `nohup`).
+    Ctrl-C, SIGTERM and a closed terminal (SIGHUP, unless ignored, as under `nohup`) are interrupts.
     """
-    before: dict[int, Any] = {}
+    previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-        told = {signal.SIGTERM, *([hangup] if signal.getsignal(hangup) == signal.SIG_DFL else [])}
-        before = {number: signal.signal(number, signal.default_int_handler) for number in told}
+        interrupts = {signal.SIGTERM, *([hangup] if signal.getsignal(hangup) == signal.SIG_DFL else [])}
+        previous = {number: signal.signal(number, signal.default_int_handler) for number in interrupts}
     try:
         yield
     except KeyboardInterrupt:
@@ -40,23 +40,23 @@ def ended_with(pool: ThreadPoolExecutor) -> Iterator[None]:
                 os.killpg(process, signal.SIGKILL)
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float | None:
-    """Run `lit-rlhf` in a process of its own, its output at the end of a file.
+    """Run `lit-rlhf` in a child process and append its output to a file.
 
     Returns:
-        The peak of its resident memory in MiB, or None where it failed.
+        Its peak resident memory in MiB, or None if it failed.
     """
     with log.open("a", encoding="utf-8") as file:
         file.write(f"lit-rlhf {' '.join(args)}\n")
         file.flush()
         command = [sys.executable, "-m", "lit_rlhf", *args]
-        given = {**os.environ, **environment}
+        variables = {**os.environ, **environment}
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=given, start_new_session=True
+            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=variables, start_new_session=True
         )
         RUNNING.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
@@ -70,5 +70,5 @@ def run_logged(args: list[str], log: Path, environment: dict[str, str]) -> float
 
 
 def last_lines(log: Path) -> str:
-    """The end of a log."""
+    """Return the end of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])

@@ -10,8 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import lit_rlhf
-from lit_rlhf.comparison.report import trained
-from lit_rlhf.comparison.runs import read_csv
+from lit_rlhf.comparison.results import read_csv, update_times
 from runs import make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt without a reward")
@@ -142,7 +141,7 @@ def test_the_seconds_so_far_are_those_of_all_rollouts_so_far(options, accumulate
         tmp_path, logger=logger, max_steps=len(pauses), accumulate_grad_batches=accumulate, limit_val_batches=0
     )
     trainer.fit(make_module("RLOO", tiny, rewards=[slow], **options), make_data("RLOO"))
-    told = trained(read_csv(tmp_path / "metrics.csv"))
+    told = update_times(read_csv(tmp_path / "metrics.csv"))
     assert [step for step, _ in told] == [i + 1 for i in range(len(pauses))]
     seconds = [0.0, *(total for _, total in told)]
     assert all(after > before for before, after in pairwise(seconds))
@@ -183,7 +182,7 @@ def test_the_clock_of_a_resumed_run_goes_on(after, tiny, tmp_path):
         ckpt_path=checkpoint.last_path,
     )
     rows = read_csv(tmp_path / "log" / "metrics.csv")
-    (_, first), *_ = trained(rows)
+    (_, first), *_ = update_times(rows)
     assert saved < first and first - saved > (0 if after == 1 else 0.3)
     told = next(row for row in rows if "time/score" in row)
     assert told["time/score"] > 0.3 and told["time/sample"] > 0

@@ -1,0 +1,150 @@
+"""`lit-rlhf compare`: several methods on one task, each trained and tested with several seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lit_rlhf.comparison import report
+from lit_rlhf.comparison.results import Results
+from lit_rlhf.comparison.runs import (
+    Arm,
+    Cost,
+    Run,
+    arm_runs,
+    cost_runs,
+    measure_cost,
+    read_results,
+    run_all,
+    run_arm,
+    run_folder,
+    thread_limit,
+)
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a comparison failed; all others are done."""
+
+
+def compare(
+    arms: dict[str, Arm],
+    fit_args: list[str],
+    test_args: list[str],
+    out: str = "runs/compare",
+    seeds: Sequence[int] = (1, 2, 3, 4, 5),
+    only: Sequence[str] = (),
+    learning_rates: Sequence[float] = (),
+    pairs: Sequence[tuple[str, str]] = (),
+    completions: int = 1,
+    cost: Cost | None = None,
+    jobs: int = 1,
+    parse_error: Callable[[Sequence[str]], str | None] | None = None,
+) -> Path:
+    """Train and test every arm, and write `table.md`, `table.csv` and the figures.
+
+    Args:
+        arms: Methods by name: the arguments of each, added to `fit_args` and `test_args`.
+        fit_args: Arguments of every `lit-rlhf fit`, such as `["--config", "quickstart"]`.
+        test_args: Arguments of every `lit-rlhf test`, which runs on the trained weights of each arm.
+        out: Output folder. Finished runs in it aren't repeated.
+        seeds: Seeds of each arm. May be empty to measure only costs.
+        only: Names of the arms to run; empty: all. The table shows all finished runs with these seeds.
+        learning_rates: Sweep: learning rates to try with every trained arm. The table shows which has the best return.
+        pairs: Pairs of arms whose difference to show, with its interval over the seeds.
+        completions: Completions sampled per update, for the axis of a figure.
+        cost: If given, measure seconds and memory of an update after all runs.
+        jobs: Number of runs at a time. They share the processor's cores.
+        parse_error: Returns the error of a `lit-rlhf` command line, or None, without running it; None: no check.
+
+    Returns:
+        Path of the Markdown table.
+
+    Raises:
+        ValueError: If a name in `only` or `pairs` is unknown, two arms share a folder, a number is out of range, the
+            command line rejects an arm's arguments, or a finished result was made with other arguments.
+        RunsFailed: At the end, if runs failed.
+        KeyboardInterrupt: If interrupted; the running runs are lost.
+    """
+    check_names(arms, {*only, *(name for pair in pairs for name in pair)})
+    chosen = {name: arm for name, arm in arms.items() if not only or name in only}
+    if learning_rates:
+        chosen, arms, pairs, cost = sweep(chosen, learning_rates), sweep(arms, learning_rates), (), None
+    check_numbers(seeds, jobs, len(chosen), bool(cost))
+    folder, environment = Path(out), thread_limit(jobs)
+    all_runs = list(arm_runs(folder, arms, seeds, fit_args, test_args))
+    all_measurements = list(cost_runs(folder / "cost", arms, fit_args, cost))
+    runs, measurements = unfinished(all_runs, chosen), unfinished(all_measurements, chosen)
+    if parse_error is not None:
+        check_arguments([*runs, *measurements], parse_error)
+    failed = run_all(runs, lambda run: run_arm(run, environment), jobs) + run_all(measurements, measure_cost, 1)
+    costs: Results = {run.arm: [] for run in all_measurements} | read_results(all_measurements)
+    results = shown_results(arms, chosen, read_results(all_runs), costs)
+    table = report.write(folder, results, costs, len(seeds), pairs, completions, cost.rounds if cost else 0)
+    if learning_rates:
+        report.add_best_rates(table, results)
+    print(table.read_text(encoding="utf-8"))
+    if failed:
+        total = len(runs) + len(measurements)
+        raise RunsFailed(f"{len(failed)} of {total} runs failed ({'; '.join(failed)}): see log.txt in their folders")
+    return table
+
+
+def unfinished(runs: Iterable[Run], chosen: Iterable[str]) -> list[Run]:
+    """Return the runs of the chosen arms without a result.
+
+    Raises:
+        ValueError: If a result of any arm was made with other arguments: all share one table.
+    """
+    return [run for run in runs if run.result() is None and run.arm in chosen]
+
+
+def shown_results(arms: Iterable[str], chosen: Iterable[str], results: Results, costs: Results) -> Results:
+    """Return the results for the table: of the chosen arms, and of all others that have results or costs."""
+    return {name: results.get(name, []) for name in arms if name in results or name in chosen or costs.get(name)}
+
+
+def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Arm]:
+    """Return every trained arm with every learning rate.
+
+    Raises:
+        ValueError: If a learning rate isn't positive and finite.
+    """
+    if wrong := [rate for rate in learning_rates if not (rate > 0 and math.isfinite(rate))]:
+        raise ValueError(f"learning_rates={wrong} must be above 0")
+    return {
+        f"{name}, lr {rate:g}": replace(arm, fit=[*arm.fit, "--model.optimizer.lr", f"{rate:g}"])
+        for name, arm in arms.items()
+        if arm.fit is not None
+        for rate in learning_rates
+    }
+
+
+def check_names(arms: Iterable[str], names: set[str]) -> None:
+    """Raise a ValueError if a name isn't an arm, or two arms would write into one folder."""
+    if unknown := names - set(arms):
+        raise ValueError(f"{sorted(unknown)}: there is no such arm; the arms are {', '.join(arms)}")
+    owners: dict[Path, str] = {}
+    for name in arms:
+        other = owners.setdefault(run_folder(Path(), name, 0), name)
+        if other != name:
+            raise ValueError(f"the arms {other!r} and {name!r} would write into one folder: rename one")
+
+
+def check_numbers(seeds: Sequence[int], jobs: int, num_arms: int, has_cost: bool) -> None:
+    """Raise a ValueError if there is nothing to run, or a seed occurs twice."""
+    if jobs < 1 or not (seeds or has_cost) or num_arms < 1:
+        raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {num_arms} arms: give at least one of each")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: a seed occurs twice")
+
+
+def check_arguments(runs: Iterable[Run], parse_error: Callable[[Sequence[str]], str | None]) -> None:
+    """Raise a ValueError if the command line rejects the arguments of a run, before any run starts."""
+    commands = {
+        (command, *args): run.arm for run in runs for command, args in run.arguments.items() if args is not None
+    }
+    for command, arm in commands.items():
+        if error := parse_error(command):
+            raise ValueError(f"the arm {arm!r}: lit-rlhf {command[0]} rejects its arguments: {error}")

@@ -1,0 +1,27 @@
+"""Errors in what a user gave: options, data, models. The command line prints their message without a traceback."""
+
+__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "input_error"]
+
+
+class InputError(ValueError):
+    """Invalid input: an option, a data set, a model, or what a user's function returned."""
+
+
+class InputTypeError(InputError, TypeError):
+    """Input of a wrong type."""
+
+
+class InputFileNotFoundError(InputError, FileNotFoundError):
+    """A file, folder, model or data set that doesn't exist."""
+
+
+def input_error(error: BaseException) -> InputError | None:
+    """Return the input error that led to an error: itself, one of its causes, or None."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, InputError):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None

@@ -1,0 +1,184 @@
+"""Mistakes on the command line: one sentence, a non-zero exit code, and no traceback."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from commands import fit
+from lit_rlhf.cli import main
+from lit_rlhf.cli.errors import Rejection, nearest_option, read_message
+from lit_rlhf.errors import InputError, input_error
+
+REJECTED = {
+    "a misspelt method": (["--model=RLO"], r"--model 'RLO' is not one of DPO, .*: did you mean RLOO\?"),
+    "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
+    "a class that does not exist": (["--model=mine.OPP"], r"the module 'mine' has no 'OPP': did you mean OPO\?"),
+    "a module that does not exist": (["--model=mini.OPO"], "--model 'mini.OPO': there is no module 'mini'"),
+    "another class": (["--model=lit_rlhf.PromptData"], r"--model lit_rlhf\.PromptData: .*subclass of Algorithm"),
+    "a misspelt option": (["--model.num_sample=4"], r"RLOO has no such option: did you mean --model\.num_samples\?"),
+    "an option of another method": (
+        ["--model.gae_lambda=1"],
+        "--model.gae_lambda: RLOO has no such option: it is one of PPO",
+    ),
+    "an option of the optimizer": (["--model.lr=1"], r"did you mean --model\.optimizer\.lr\?"),
+    "a misspelt option of the optimizer": (
+        ["--model.optimizer.lrr=1"],
+        r"AdamW .* did you mean .*optimizer\.lr\?",
+    ),
+    "an option without its group": (["--num_samples=4"], r"did you mean --model\.num_samples\?"),
+    "a misspelt group": (["--trainr.max_steps=4"], r"did you mean --trainer\.max_steps\?"),
+    "a misspelt option in a configuration": (
+        ['--config={"model": {"init_args": {"num_sampels": 4}}}'],
+        r"--model\.num_sampels: RLOO has no such option: did you mean --model\.num_samples\?",
+    ),
+    "an unknown option of the Trainer in a configuration": (
+        ['--config={"trainer": {"max_stps": 4}}'],
+        r"--trainer\.max_stps: did you mean --trainer\.max_steps\?",
+    ),
+    "a misspelt reward": (["--model.rewards=[mine.wordz]"], r"the module 'mine' has no 'wordz': did you mean words\?"),
+    "a reward without its module": (["--model.rewards+=words"], r"--model\.rewards 'words' is not an import path"),
+    "a misspelt callback": (["--trainer.callbacks+=lit_rlhf.callbacks.GradientNois"], r"did you mean GradientNoise\?"),
+    "a number that is none": (["--model.kl_coef=abc"], "--model.kl_coef 'abc': expected float$"),
+    "a value of several types": (["--trainer.limit_val_batches=abc"], "'abc': expected int or float$"),
+    "an unknown choice": (["--data.truncation=cut"], "--data.truncation 'cut': expected 'drop', 'truncate'$"),
+    "a file in place of a class": (["--data=prompts.jsonl"], r"--data takes a class: did you mean --data\.train\?"),
+    "a comparison": (["--config=paper/testbed"], r"testbed\.yaml' is for `lit-rlhf compare`"),
+    "a configuration that is not YAML": (["--config=broken.yaml"], "'broken.yaml' is not valid YAML: .* in line 2$"),
+    "an argument without an option": (["4"], "unexpected argument '4': options start with --"),
+    "a missing value": (["--config"], "expected one argument"),
+}
+"""Arguments that the parser rejects, and the sentence."""
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
+    args, sentence = REJECTED[case]
+    Path("broken.yaml").write_text("model: [a, {b\n")
+    with pytest.raises(SystemExit) as stopped:
+        fit(*args)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 2
+    assert lines[0].startswith("lit-rlhf: ")
+    assert re.search(sentence, lines[0])
+    assert lines[1].startswith("`lit-rlhf fit --")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["compare", "--config", "quickstart"], "quickstart.yaml' is for fit, validate, test and predict"),
+        (["compare", "--config", "paper/testbed", "--sedes=[1]"], "did you mean --seeds?"),
+        (["compare", "--config", "paper/testbed", "--arms={a: {fitt: []}}"], "did you mean --arms.fit?"),
+        (["export", "--ckpt", "last.ckpt", "--output", "here"], "--output"),
+        (["export", "--out", "here"], "required: ckpt_path"),
+        (["fitt"], "there is no command 'fitt': did you mean fit?"),
+        (["fit", "--config", "quikstart"], "'quikstart' is neither a file nor a shipped configuration (dpo, "),
+    ],
+    ids=str,
+)
+def test_every_command_explains_rejected_arguments(args, sentence, workspace, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+INVALID = {
+    "one sample": (["--model.num_samples=1"], "num_samples=1 must be at least 2"),
+    "no rewards": (["--model.rewards=[]"], "rewards is empty"),
+    "a policy that does not exist": (["--model.policy=./nowhere"], "there is no such folder"),
+    "a file that does not exist": (["--data.train=nothing.jsonl"], "nothing.jsonl"),
+    "more minibatches than prompts": (["--model.minibatches=8"], "minibatches=8 is more than the 4 prompts"),
+    "an accumulation that does not fit": (
+        ["--model.minibatches=4", "--trainer.accumulate_grad_batches=3"],
+        "accumulate_grad_batches=3 does not fit a rollout of 4 slices",
+    ),
+    "an accumulation over several epochs": (
+        ["--model=PPO", "--model.num_samples=1", "--model.epochs=2", "--trainer.accumulate_grad_batches=2"],
+        "accumulate_grad_batches=2 does not fit a rollout of 1 slices",
+    ),
+    "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
+    "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is no folder here that holds a model"),
+    "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
+    "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
+    "a column that does not exist": (["--data.prompt_column=question"], "question"),
+    "an opponent that is not a column": (["--model.opponent=gpt"], "opponent='gpt' is no column"),
+    "the data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
+    "too few prompts": (["--data.batch_size=64"], "64"),
+    "a learning rate below the precision": (
+        ["--model.load.dtype=bfloat16", "--model.lora=null", "--model.optimizer.lr=1e-7"],
+        "too small to move",
+    ),
+}
+"""Arguments that a run rejects before its first step, and the sentence."""
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_input_gets_a_sentence(case, workspace, capsys):
+    args, sentence = INVALID[case]
+    with pytest.raises(SystemExit) as stopped:
+        fit(*args)
+    assert stopped.value.code == 1 and sentence in capsys.readouterr().err
+    assert not Path("here/policy").exists()
+
+
+def test_a_failing_reward_keeps_its_traceback(workspace):
+    (workspace / "broken.py").write_text("def broken(completions, **kwargs):\n    return completions[0] / 2\n")
+    with pytest.raises(RuntimeError, match="the reward 'broken' raised TypeError"):
+        fit("--model.rewards+=broken.broken")
+
+
+def test_an_error_in_a_users_method_keeps_its_traceback(workspace):
+    with pytest.raises(ValueError, match=r"(too many|not enough) values to unpack"):
+        fit("--model=mine.Faulty")
+
+
+@pytest.mark.parametrize("option", ["--model=", "--model.rewards+="])
+def test_an_error_in_a_users_module_keeps_its_traceback(option, workspace):
+    (workspace / "failing.py").write_text("import a_package_that_is_not_installed\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        fit(f"{option}failing.Name")
+
+
+def test_an_input_error_is_found_among_the_causes():
+    wrapped = ValueError("wrapped")
+    wrapped.__cause__ = cause = InputError("what is wrong")
+    assert input_error(cause) is cause and input_error(wrapped) is cause
+    assert input_error(ValueError("from elsewhere")) is None
+
+
+def test_a_cycle_of_exceptions_ends():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert input_error(first) is None
+
+
+MESSAGE = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lit_rlhf.algorithms.base.Algorithm'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lit_rlhf.RLOO':
+        Parser key "judge":
+          Does not validate against any of the Union subtypes
+          Subtypes: [collections.abc.Callable[..., typing.Any], <class 'NoneType'>]
+          Errors:
+            - Expected a function
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: 7
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='judge', val='7')
+"""
+
+
+def test_the_mistake_is_read_from_a_nested_message():
+    assert read_message(MESSAGE) == [Rejection("model.judge", "lit_rlhf.RLOO", "Expected a function", "7")]
+    assert read_message("anything else") == [Rejection("", "", "anything else")]
+
+
+def test_the_nearest_option_has_the_same_last_part():
+    known = ["max_steps", "sampling.max_new_tokens", "sampling.temperature", "data.max_prompt_tokens"]
+    assert nearest_option("max_new_tokens", known, 0.6) == "sampling.max_new_tokens"
+    assert nearest_option("sampling.temprature", known, 0.6) == "sampling.temperature"
+    assert nearest_option("colour", known, 0.6) == ""

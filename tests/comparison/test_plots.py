@@ -1,0 +1,32 @@
+"""Figures of a comparison."""
+
+from lit_rlhf.comparison.plots import draw
+
+
+def test_figures_show_mean_curves_and_final_points(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    def result(*curves, **metrics):
+        return {"seed": 1, "metrics": metrics, "curves": list(curves)}
+
+    def validated(step, reward):
+        return {"step": step, "val/reward": reward, "val/kl": step / 2, "val/judge": reward - 1}
+
+    update = {"step": 4.0, "time/total": 5.0}  # Lightning's step 4 is the fifth update
+    results = {
+        "online": [result(validated(0, r), update, validated(4, r + 2), reward=9.0) for r in (0.0, 1.0)],
+        "offline": [result(update, reward=0.5, judge=0.25, kl=3.0)],
+        "start": [result(reward=-1.0, judge=-2.0, kl=0.0)],
+        "failed": [],
+    }
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    costs = {"start": [], "offline": [{"metrics": {"seconds": s}} for s in (0.5, 0.75, 9.0)]}
+    draw(tmp_path / "curves.png", results, completions=10, costs=costs)
+    panels = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in plt.gcf().axes]
+    monkeypatch.undo()
+    plt.close("all")
+    assert panels == [
+        {"online": [[0, 0.5], [50, 2.5]], "offline": [[50, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, 0.5], [5, 2.5]], "offline": [[3.75, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, -0.5], [2, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
+    ]
