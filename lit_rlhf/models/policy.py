@@ -189,7 +189,9 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "prompts samples tokens"]:
         """The same, from what `features` returned for these completions."""
         mask = completions.mask
-        scores = self._chunked_logprobs(features[mask], completions.tokens[mask], temperature)
+        counted = mask.flatten().nonzero().squeeze(-1)
+        features = features.flatten(0, 2).index_select(0, counted)
+        scores = self._chunked_logprobs(features, completions.tokens[mask], temperature)
         return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
 
     def features(self, prompts: Prompts, completions: Given) -> Float[Tensor, "prompts samples tokens features"]:

@@ -133,29 +133,35 @@ def shared_features(
     length = tokens.shape[1]
     lengths = [length] * len(tokens) if lengths is None else lengths
     owner, cache = owner.to(tokens.device), DynamicCache(config=config)
-    first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1)[owner]
+    first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1).index_select(0, owner)
     groups, parts = groups_of_like_length(lengths), []
     for group in groups:
         rows = torch.tensor(group, device=tokens.device)
         longest = max(1, *(lengths[i] for i in group))
-        fed, part = tokens[rows, : longest - 1], first[rows]
+        fed, part = tokens[rows, : longest - 1], first.index_select(0, rows)
         if longest > 1:
             prompt_mask = prompts.mask[owner[rows]]
             mask = torch.cat([prompt_mask, torch.ones_like(fed, dtype=torch.bool)], 1)
             positions = prompt_mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=fed.device)
-            part = torch.cat([part, forward(fed, mask, positions, selected(cache, owner[rows]), longest - 1)], 1)
+            part = torch.cat([part, forward(fed, mask, positions, select_cache_rows(cache, owner[rows]), longest - 1)], 1)
         parts.append(part if longest == length else nn.functional.pad(part, (0, 0, 0, length - longest)))
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor([i for group in groups for i in group], device=tokens.device)
-    return torch.cat(parts)[order.argsort()]
+    return torch.cat(parts).index_select(0, order.argsort())
 
 
-def selected(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
-    """A cache of some rows of another one, which stays as it is."""
+def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
+    """Return a cache of some rows of another one, which stays as it is.
+
+    `reorder_cache` is used for it, and not `batch_select_indices`: that one indexes, and on a CPU the gradient of
+    indexing is added up by atomic operations, in another order each time. The gradient of `index_select` is not.
+    """
+    if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        raise NotImplementedError("a recurrent state can't be shared by several completions")
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
+    chosen.reorder_cache(rows)
     return chosen
 
 
