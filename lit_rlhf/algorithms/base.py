@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.models.allocator import keep_freed_memory
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
@@ -97,8 +96,6 @@ class Algorithm(LightningModule, ABC):
         """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_record(self)
-        if self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Load the policy, once the data have been found fit for use.
