@@ -158,6 +158,9 @@ class ScalarModel(nn.Module):
         device, length = self.model_forward.device, max(map(len, rows))
         ends = {row[-1] for row in rows}
         pad = next(i for i in range(len(ends) + 1) if i not in ends)
+        if pad >= self.model_forward.vocabulary:  # every id ends a row, so none is left for the padding
+            half = len(rows) // 2
+            return torch.cat([self.plain_scores(rows[:half]), self.plain_scores(rows[half:])])
         tokens = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
         lengths = torch.tensor([[len(row)] for row in rows], device=device)
         mask = (torch.arange(length, device=device) < lengths).long()

@@ -130,15 +130,14 @@ class RewardModel:
             self._encode(prompt, starts[id(prompt)], completion, ended)
             for prompt, completion, ended in zip(prompts, completions, finished, strict=True)
         ]
-        size = min(self.batch_size, self._scorer.config.get_text_config().vocab_size - 1)  # leaves an id to pad with
         scores = torch.empty(len(rows), dtype=torch.float32)
         with torch.autocast(self._scorer.model_forward.device.type, enabled=False):
-            if (shared := self._shared_batches(rows, size)) is not None:
+            if (shared := self._shared_batches(rows, self.batch_size)) is not None:
                 for batch in shared:
                     scores[batch] = self._shared_scores([rows[i] for i in batch]).float().cpu()
                 return scores
             joined = [start + end for start, end in rows]
-            for batch in _batches(size, len(rows), lambda i: -len(joined[i])):  # the largest first
+            for batch in _batches(self.batch_size, len(rows), lambda i: -len(joined[i])):  # the largest first
                 for group in groups_of_similar_length([len(joined[i]) for i in batch]):
                     chosen = [batch[i] for i in group]
                     scores[chosen] = self._scorer.plain_scores([joined[i] for i in chosen]).float().cpu()

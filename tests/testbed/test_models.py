@@ -48,7 +48,7 @@ def test_the_models_are_small_and_loaded_in_float32(policy):
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     reward = ReviewReward()
     reward.setup("cpu")
-    assert {p.dtype for p in reward._model.parameters()} == {torch.float32}
+    assert {p.dtype for p in reward._scorer.parameters()} == {torch.float32}
 
 
 def test_the_models_know_the_words_of_this_code(policy):
