@@ -77,7 +77,7 @@ def test_a_policy_in_memory_is_not_loaded_again(name, options):
 @pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
 def test_an_adapter_that_would_change_the_reference_is_refused(option):
     tokenizer = make_tokenizer()
-    with pytest.raises(ValueError, match="changes the model under the adapter, and that is the reference"):
+    with pytest.raises(ValueError, match="changes the model under the adapter, which is the reference"):
         lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer, lora={"r": 2, **option})
 
 

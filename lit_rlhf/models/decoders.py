@@ -1,31 +1,35 @@
-"""How a policy computes one token after another: with a cache that its samples share, or without one."""
+"""Decoding one token after another: with a cache that the samples of a prompt share, or without a cache."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lit_rlhf.models.cpu import Product, compute_dtype, packed_product
+from lit_rlhf.models.forward import ModelForward
 from lit_rlhf.models.shared_prompt import prompt_positions
 from lit_rlhf.types import Prompts
 
-if TYPE_CHECKING:
-    from lit_rlhf.models.policy import Policy
+CAPACITY_STEP = 64
+"""Tokens by which the capacity of a cache grows."""
 
-ROOM = 64
-"""Tokens that a layer makes room for at a time."""
+MIN_WEIGHT_SIZE = 2**16
+"""Elements of a weight below which preparing it saves nothing."""
 
 
 class PreallocatedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values with room behind them: a token is written there, and not all before it copied."""
+    """KV cache with preallocated capacity: new tokens are written in place instead of concatenated."""
 
     store: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write what a step adds behind what is held, without gradient; return all of it."""
+        """Append keys and values, without gradient, and return all that are held."""
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
@@ -34,13 +38,13 @@ class PreallocatedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         end = start + key_states.shape[-2]
         store = self.store
         if store is None or store[0].shape[-2] < end:
-            store = with_room(self.keys, end + ROOM), with_room(self.values, end + ROOM)
-        for place, states in zip(store, (key_states, value_states), strict=True):
-            place[..., start:end, :] = states
+            store = with_capacity(self.keys, end + CAPACITY_STEP), with_capacity(self.values, end + CAPACITY_STEP)
+        for held, states in zip(store, (key_states, value_states), strict=True):
+            held[..., start:end, :] = states
         return self._hold(store, end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, and their room; those that stay where they are, are not copied."""
+        """Keep some rows with their capacity; rows whose place does not change are not copied."""
         if self.store is None:
             super().batch_select_indices(indices)
             return
@@ -56,19 +60,19 @@ class PreallocatedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
 
-def with_room(states: Tensor, length: int) -> Tensor:
-    """A copy with space for `length` tokens; what stands in the space means nothing."""
+def with_capacity(states: Tensor, length: int) -> Tensor:
+    """Return a copy with capacity for `length` tokens; the unused capacity is undefined."""
     store = states.new_empty(*states.shape[:-2], length, states.shape[-1])
     store[..., : states.shape[-2], :] = states
     return store
 
 
 class CachedDecoder:
-    """Rows that keep their keys and values; the prompt's are computed once for its k rows."""
+    """Decodes with a cache; the keys and values of a prompt are computed once for its k rows."""
 
-    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
-        self.policy, self.prompts, self.k = policy, prompts, k
-        self.cache = DynamicCache(config=policy.causal_lm.config)
+    def __init__(self, forward: ModelForward, prompts: Prompts, k: int) -> None:
+        self.forward, self.prompts, self.k = forward, prompts, k
+        self.cache = DynamicCache(config=forward.config)
         layers = self.cache.layers
         self.cache.layers = [PreallocatedCacheLayer() if type(x) is DynamicLayer else x for x in layers]  # type: ignore[no-untyped-call]
         self.mask = prompts.mask.repeat_interleave(k, 0)
@@ -77,18 +81,17 @@ class CachedDecoder:
     def start(self) -> Tensor:
         """Return the logits of the first token of every row."""
         prompts = self.prompts
-        positions = prompt_positions(prompts.mask)
-        features = self.policy.forward_features(prompts.tokens, prompts.mask, positions, self.cache, keep=1)
+        features = self.forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), self.cache, keep=1)
         if self.k > 1:
             self.cache.batch_repeat_interleave(self.k)
-        return self.policy.project(features[:, -1]).repeat_interleave(self.k, 0)
+        return self.forward.project(features[:, -1]).repeat_interleave(self.k, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row and return the logits of the next."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-        features = self.policy.forward_features(tokens.unsqueeze(1), self.mask, self.positions, self.cache, keep=1)
+        features = self.forward(tokens.unsqueeze(1), self.mask, self.positions, self.cache, keep=1)
         self.positions = self.positions + 1
-        return self.policy.project(features[:, -1])
+        return self.forward.project(features[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -97,18 +100,17 @@ class CachedDecoder:
 
 
 class PlainDecoder:
-    """Rows computed anew at every token, for a model without a cache."""
+    """Decodes without a cache: each row is computed again for every token."""
 
-    def __init__(self, policy: Policy, prompts: Prompts, k: int) -> None:
-        self.policy = policy
+    def __init__(self, forward: ModelForward, prompts: Prompts, k: int) -> None:
+        self.forward = forward
         self.ids = prompts.tokens.repeat_interleave(k, 0)
         self.mask = prompts.mask.repeat_interleave(k, 0)
 
     def start(self) -> Tensor:
         """Return the logits of the first token of every row."""
-        positions = prompt_positions(self.mask)
-        features = self.policy.forward_features(self.ids, self.mask, positions, None, keep=1)
-        return self.policy.project(features[:, -1])
+        features = self.forward(self.ids, self.mask, prompt_positions(self.mask), None, keep=1)
+        return self.forward.project(features[:, -1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row and return the logits of the next."""
@@ -119,3 +121,53 @@ class PlainDecoder:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+
+# Weights that do not change while a batch is decoded
+
+
+@contextlib.contextmanager
+def prepared_linears(model: nn.Module) -> Iterator[None]:
+    """Let the model's linear layers compute, within this context, with a prepared copy of their weights.
+
+    On a CPU the copy has the layout of the kernel (see `lit_rlhf.models.cpu`). Elsewhere, under autocast, it has the
+    dtype of the product: autocast reads a weight in float32, and writes and reads it in bfloat16, which is four times
+    the reading that a token of few rows waits for. The copies carry no gradient and are dropped afterwards. Layers that
+    are not a plain `torch.nn.Linear`, or gain nothing, stay as they are.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_plain(layer)]
+    products = {layer: product for layer in layers if (product := prepared_product(layer.weight.detach(), layer.bias))}
+    for layer, product in products.items():
+        layer.forward = product  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        for layer in products:
+            del layer.forward
+
+
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer computes what its class says, with a whole weight that is large enough to gain."""
+    weight = layer.weight
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)  # replaced by somebody else
+        and type(weight.data) is Tensor
+        and weight.shape == (layer.out_features, layer.in_features)
+        and weight.numel() >= MIN_WEIGHT_SIZE
+    )
+
+
+def prepared_product(weight: Tensor, bias: Tensor | None) -> Product | None:
+    """Return the product with a prepared copy of this weight; None if nothing would be gained."""
+    if (packed := packed_product(weight, bias)) is not None:
+        return packed
+    return None if compute_dtype(weight) == weight.dtype else cast_once(weight, bias)
+
+
+def cast_once(weight: Tensor, bias: Tensor | None) -> Product:
+    """Return the product with a copy of the weight in the dtype of the product."""
+    dtype = compute_dtype(weight)
+    copy = weight.to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    return lambda rows: nn.functional.linear(rows.to(dtype), copy, bias)

@@ -1,31 +1,31 @@
-"""Rows of like length, put together so that little padding is computed."""
+"""Group rows of similar length, so that little padding is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
-GROUPS = 4
-"""Groups at the most. Where lengths are spread evenly, quarters of the rows leave a quarter of the padding."""
+MAX_GROUPS = 4
+"""Maximum number of groups. With evenly distributed lengths, four groups leave a quarter of the padding."""
 
-LEAST_ROWS = 8
-"""Rows of a group at the least: smaller ones keep no processor busy."""
+MIN_ROWS = 8
+"""Minimum number of rows of a group: smaller batches do not use a processor fully."""
 
 WORTHWHILE = 0.9
-"""Rows are only grouped where what is then computed is at most this share of what it would be."""
+"""Rows are grouped only if that reduces the computed tokens at least to this fraction."""
 
 
-def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Split rows into groups, each to be padded to its longest row, the longest first.
+def groups_of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Split rows into groups, each to be padded to its longest row; the longest rows come first.
 
     Args:
-        lengths: Tokens of each row.
+        lengths: Number of tokens of each row.
 
     Returns:
-        Indices of the rows: all in their order where groups would save little.
+        Indices of the rows; one group in the given order if grouping would save little.
     """
     rows = range(len(lengths))
-    count = min(GROUPS, len(lengths) // LEAST_ROWS)
+    count = min(MAX_GROUPS, len(lengths) // MIN_ROWS)
     if count > 1:
         order = sorted(rows, key=lambda i: lengths[i], reverse=True)
         cuts = [i * len(order) // count for i in range(count + 1)]
@@ -36,5 +36,5 @@ def groups_of_like_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def padded_size(lengths: Sequence[int]) -> int:
-    """Tokens that are computed of rows of these lengths, padding included, in groups of like length."""
-    return sum(len(group) * max(lengths[i] for i in group) for group in groups_of_like_length(lengths))
+    """Return the number of computed tokens, padding included, for rows of these lengths in groups."""
+    return sum(len(group) * max(lengths[i] for i in group) for group in groups_of_similar_length(lengths))

@@ -1,4 +1,4 @@
-"""Loading causal language models and their tokenizers, and checking that the two belong together."""
+"""Load causal language models and their tokenizers, and check that the two fit together."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.tokenization import end_of_turn
 
+SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
+"""Folders of the models that come with the package, by name."""
+
 
 def resolve(source: str | Path) -> str:
-    """Return the folder or hub id that `source` names; `testbed` is the policy shipped with the package.
+    """Return the folder or hub id that `source` names; `testbed` is the policy that comes with the package.
 
     Raises:
         FileNotFoundError: If `source` can only be a folder, and there is none.
     """
-    from lit_rlhf import testbed
-
-    shipped = testbed.resolve(str(source))
-    if shipped is not None:
-        return str(shipped)
     text = str(source)
+    if text in SHIPPED:
+        return str(SHIPPED[text])
     looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
     if looks_like_a_path and not Path(text).expanduser().is_dir():
         raise FileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
@@ -38,7 +38,7 @@ def is_adapter(name: str) -> bool:
 
 
 def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; of the options only those about where and which revision are used.
+    """Load the tokenizer of a model; of the options only `revision`, `token` and `trust_remote_code` are used.
 
     Raises:
         ValueError: If there is none.
@@ -47,17 +47,16 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
     try:
         return AutoTokenizer.from_pretrained(name, **hub_options(options))
     except (OSError, ValueError) as error:
-        if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer beside one
+        if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer with an adapter
             options = {key: value for key, value in options.items() if key != "revision"}
             return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
         raise ValueError(
-            f"{str(source)!r} is no folder here that holds a model with its tokenizer, nor could it be had from the "
-            f"hub: {error}"
+            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: {error}"
         ) from error
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of `from_pretrained`, return those that a tokenizer or a configuration takes too."""
+    """Return those options of `from_pretrained` that tokenizers and configurations accept, too."""
     return {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
 
 
@@ -86,14 +85,14 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
     """Build a `peft.LoraConfig`.
 
     Raises:
-        ValueError: If it does not have an option, or one would change the model under the adapter: the reference.
+        ValueError: If there is no such option, or if one changes the model under the adapter, which is the reference.
     """
     known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
-    for name, fine in known.items():
-        if (value := options.get(name, fine[0])) not in fine:
+    for name, allowed in known.items():
+        if (value := options.get(name, allowed[0])) not in allowed:
             raise ValueError(
-                f"lora: {name}={value!r} changes the model under the adapter, and that is the reference when the "
-                f"adapter is off: use one of {', '.join(map(repr, fine))}"
+                f"lora: {name}={value!r} changes the model under the adapter, which is the reference when the adapter "
+                f"is off: use one of {', '.join(map(repr, allowed))}"
             )
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
@@ -113,7 +112,7 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
     """Check that every id of the tokenizer has a row in the model's embedding.
 
     Raises:
-        ValueError: If the tokenizer has ids that the model does not know.
+        ValueError: If the tokenizer has ids that the model does not embed.
     """
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
@@ -124,10 +123,10 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
 
 
 def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-    """Check that a model that reads what the policy writes knows its ids, where it comes with a tokenizer.
+    """Check that the tokenizer of a model that reads completions, if it has one, has the policy's token ids.
 
     Raises:
-        ValueError: If its tokenizer gives another id to a token.
+        ValueError: If the ids of a token differ.
     """
     try:
         known = load_tokenizer(source, **options).get_vocab()
@@ -136,19 +135,35 @@ def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokeni
     for token, i in tokenizer.get_vocab().items():
         if known.get(token, i) != i:
             raise ValueError(
-                f"the {role} {str(source)!r} knows {token!r} as {known[token]}, and the policy writes it as {i}: give "
-                "one with the same tokenizer, such as one that started from the same model"
+                f"the {role} {str(source)!r} has id {known[token]} for {token!r}, and the policy has {i}: give a model "
+                "with the same tokenizer, such as one that started from the same model"
             )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that training and sampling see the same policy. The config stays."""
+    """Set every dropout probability to 0, so that training and sampling use the same policy. The config stays."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def add_stop_id(config: Any, token: int) -> None:
+    """Add an id to the end-of-sequence ids of a generation config."""
+    known = config.eos_token_id
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if token not in ids:
+        config.eos_token_id = [*ids, token]
+
+
+def make_savable(config: Any) -> None:
+    """Set `do_sample` in a generation config with sampling options: `transformers` refuses to save it otherwise."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

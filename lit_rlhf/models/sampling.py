@@ -1,4 +1,4 @@
-"""Drawing completions: options, addressed noise, and the loop that decodes until the last row has ended."""
+"""Sampling: its options, counter-based noise, and the decoding loop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 from transformers import StoppingCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf import functional as F
+from lit_rlhf.types import Completions
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Options of sampling.
 
     Attributes:
-        max_new_tokens: A completion is cut here.
-        min_new_tokens: No end-of-sequence token before this many tokens.
+        max_new_tokens: Maximum number of new tokens; longer completions are truncated.
+        min_new_tokens: No end-of-sequence token before this number of tokens.
         temperature: Divides the logits, in sampling and wherever log-probabilities are computed.
-        top_p: Draw from the smallest set of tokens with this much probability (1: from all).
-        top_k: Draw from the k most likely tokens (0: from all).
-        stop: Strings that end a completion, beside the end-of-sequence tokens.
+        top_p: Sample from the smallest set of tokens with at least this probability (1: from all).
+        top_k: Sample from the k most likely tokens (0: from all).
+        stop: Strings that end a completion, in addition to the end-of-sequence tokens.
         greedy: Take the most likely token.
-        batch_size: Prompts decoded at a time (None: all), to bound the memory of the cache.
+        batch_size: Number of prompts decoded at a time (None: all), to limit the memory of the cache.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -51,24 +52,24 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "batch_size": (self.batch_size is None or self.batch_size >= 1, "at least 1, or null for all at once"),
         }
-        for name, (fine, rule) in rules.items():
-            if not fine:
+        for name, (valid, rule) in rules.items():
+            if not valid:
                 raise ValueError(f"sampling: {name}={getattr(self, name)} must be {rule}")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens are drawn from less than the full distribution, which biases a policy gradient."""
+        """Whether sampling leaves tokens out, which biases a policy gradient."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0)
 
 
 def counter_based_uniform(
     seed: int, epoch: int, index: Sequence[int], num_samples: int, length: int
 ) -> Float[Tensor, "rows length"]:
-    """Uniform numbers in [0, 1), one for each (seed, epoch, prompt, sample, token).
+    """Return uniform numbers in [0, 1), one for each (seed, epoch, prompt, sample, token).
 
-    A number depends on its address alone: not on the batch, the rank, the rows beside it or the length asked for.
+    A number depends on these five alone: not on the batch, the rank, other rows or the length.
 
     Returns:
         Float64 of shape `[len(index) * num_samples, length]`, prompt by prompt.
@@ -82,12 +83,12 @@ def counter_based_uniform(
 
 
 def inverse_cdf(probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token at which the cumulative probability passes the noise; one of probability zero is never returned."""
+    """Return the token at which the cumulative probability exceeds the noise; never one of probability zero."""
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1]
     level = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
-    return place.clamp(max=probabilities.shape[-1] - 1)  # beyond it only where a probability is NaN
+    token = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
+    return token.clamp(max=probabilities.shape[-1] - 1)  # larger only if a probability is NaN
 
 
 @runtime_checkable
@@ -107,36 +108,26 @@ class Decoder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What `decode` drew, a row a completion, with the fields of `lit_rlhf.types.Completions`."""
-
-    tokens: Int[Tensor, "rows tokens"]
-    mask: Bool[Tensor, "rows tokens"]
-    logprobs: Float[Tensor, "rows tokens"]
-    entropy: Float[Tensor, "rows tokens"]
-    sampled_mass: Float[Tensor, "rows tokens"]
-    finished: Bool[Tensor, " rows"]
-
-
 def decode(
     decoder: Decoder,
+    shape: tuple[int, int],
     noise: Float[Tensor, "rows length"] | None,
     sampling: Sampling,
     eos: Int[Tensor, " ids"],
     stops: StoppingCriteria | None = None,
-) -> Drawn:
-    """Draw tokens until every row has ended or is `max_new_tokens` long. A row that has ended is computed no further.
+) -> Completions:
+    """Sample until every row has ended or has `max_new_tokens` tokens. Rows that have ended leave the batch.
 
     Args:
         decoder: The rows.
-        noise: Uniform numbers, one a row and token; not needed when greedy.
+        shape: Number of prompts and of samples of each, `(n, k)`.
+        noise: Uniform numbers, one per row and token; not needed when greedy.
         sampling: The options.
         eos: Ids that end a completion.
-        stops: Tells from the token ids of completions which of them contain a stop string.
+        stops: Finds out from the token ids of completions which of them contain a stop string.
 
     Raises:
-        ValueError: If a token was drawn whose log-probability is not finite.
+        ValueError: If the log-probability of a sampled token is not finite.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
@@ -160,7 +151,7 @@ def decode(
             ended |= stops(tokens[alive, : t + 1], None)
         if bool(ended.any()):
             finished[alive[ended]] = True
-            stay = rows_that_stay(ended)
+            stay = remaining_rows(ended)
             alive, drawn = alive[stay], drawn[stay]
             if len(alive) == 0:
                 break
@@ -173,13 +164,21 @@ def decode(
     if not bool(of_drawn.isfinite().all()):
         raise ValueError(
             "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
-            "(--trainer.gradient_clip_val 1), or go on from an earlier checkpoint"
+            "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
         )
-    return Drawn(tokens[:, :end], mask[:, :end], of_drawn, entropy, mass, finished)
+    grid = (*shape, end)
+    return Completions(
+        tokens=tokens[:, :end].reshape(grid),
+        mask=mask[:, :end].reshape(grid),
+        logprobs=of_drawn.reshape(grid),
+        finished=finished.view(shape),
+        entropy=entropy.reshape(grid),
+        sampled_mass=mass.reshape(grid) if sampling.truncates else None,
+    )
 
 
-def rows_that_stay(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
-    """The rows that have not ended, in such an order that few change their place: the last fill the gaps."""
+def remaining_rows(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
+    """Return the rows that have not ended, in an order that moves few of them: the last rows fill the gaps."""
     stay = (~ended).nonzero().squeeze(-1)
     kept, gaps = len(stay), ended[: len(stay)].nonzero().squeeze(-1)
     order = torch.arange(kept, device=ended.device)
@@ -191,7 +190,7 @@ Chooser = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
-    """Return what picks a token of every row, and the probability mass that it picked from."""
+    """Return a function that picks a token of every row, and returns the probability mass that it sampled from."""
     warpers: list[TopKLogitsWarper | TopPLogitsWarper] = []
     if sampling.top_k and not sampling.greedy:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -199,7 +198,7 @@ def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
         warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def choose(logprobs: Tensor, probabilities: Tensor, t: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Pick token `t` of every row by the noise, or the most likely one without noise."""
+        """Pick token `t` of every row: by the noise, or the most likely one if there is none."""
         allowed = logprobs
         if t < sampling.min_new_tokens:
             allowed = allowed.index_fill(-1, eos, -torch.inf)

@@ -1,139 +1,284 @@
-"""What return to expect: a learned value for the state before each token of a completion."""
+"""Models that return one number: critics (a value before each token) and reward models (a score at the last token)."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_info
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lit_rlhf import functional as F
-from lit_rlhf.models.attention import use_cpu_attention
+from lit_rlhf.models.forward import ModelForward, as_sampled
 from lit_rlhf.models.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
+from lit_rlhf.models.probe import probe_scores
 from lit_rlhf.models.shared_prompt import (
-    Given,
-    as_sampled,
-    checkpoints_activations,
+    TokenSequences,
+    can_share,
     completion_features,
-    eval_mode,
-    hidden_states,
-    why_not_shared,
+    fill_padding,
+    filled_tokens,
+    last_features,
+    prompt_of_row,
 )
 from lit_rlhf.types import Prompts
 
+ScalarT = TypeVar("ScalarT", bound="ScalarModel")
 
-class Critic(nn.Module):
-    """A value model: a sequence-classification model of one label, read before every token instead of at the end.
 
-    The value of the first completion token comes from the last prompt position. Each prompt is computed once for all
-    its completions, as in `Policy`.
+class ScalarModel(nn.Module):
+    """A sequence-classification model with one label.
+
+    `values` reads its head before every token, `score` at the last token of a completion. Each prompt is computed once
+    for all its completions if a probe on first use finds that the model allows it.
 
     Args:
-        model: A `transformers` sequence-classification model with one label and a decoder-only trunk, such as a reward
-            model, or a PEFT model around one. Its dropout is switched off.
+        model: A `transformers` sequence-classification model with one label, or a PEFT model around one.
+        name: What messages call it.
+        trained: Whether it is trained: its dropout is then switched off.
 
     Raises:
-        ValueError: If the model has no such head.
+        ValueError: If it has more than one label.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, name: str, trained: bool = True) -> None:
         super().__init__()
-        self.model = model
-        if not hasattr(self._classifier, "score") or self._classifier.config.num_labels != 1:
-            name = type(self._classifier).__name__
-            raise ValueError(f"a {name} is no critic: give a decoder-only model, with one label if it has labels")
-        disable_dropout(model)
-        use_cpu_attention(model)
-        self.train()  # Lightning warns of what trains in evaluation mode
-        self.shares_prompt: bool | None = None
+        self.model, self.name = model, name
+        check_one_label(self.classifier.config, name)
+        self.model_forward = ModelForward(self.classifier, head="score")
+        head = getattr(self.classifier, "score", None)
+        self.model_forward.head_apart = isinstance(head, nn.Linear) or isinstance(self.model, PeftModel)
+        if trained:
+            disable_dropout(model)
+        self.train(trained)  # Lightning warns of modules in evaluation mode
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Critic:
-        """Load a critic from a hub id or a folder: a reward model with its head, or a policy, valuing all at 0.
+    def from_pretrained(
+        cls: type[ScalarT],
+        source: str | Path,
+        lora: dict[str, Any] | None = None,
+        *,
+        name: str = "model",
+        trained: bool = True,
+        zero_head: bool = False,
+        **options: Any,
+    ) -> ScalarT:
+        """Load a model from a hub id or a folder.
+
+        A model without such a head, such as a policy, gets a new one if it is to be trained.
 
         Args:
             source: The hub id or folder; `testbed` for the shipped policy.
             lora: Options of `peft.LoraConfig` to train an adapter and the head instead of all weights.
-            **options: Handed to `from_pretrained` of `transformers`. Weights are float32 unless `dtype` says otherwise.
+            name: What messages call the model, such as `critic`.
+            trained: See the class.
+            zero_head: Whether a new head starts at zero, or near zero as `transformers` initializes it.
+            **options: Options of `from_pretrained` of `transformers`. Weights load in float32 by default (`dtype`).
 
         Raises:
-            ValueError: If it is an adapter, or has more than one label.
+            ValueError: If it is an adapter, has more than one label, or lacks its head and is not to be trained.
         """
-        name = resolve(source)
-        if is_adapter(name):
-            raise ValueError(
-                f"the critic {name!r} is an adapter, and a critic starts from a whole model: merge it first, with "
-                "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true, or use critic='head'"
-            )
-        config = AutoConfig.from_pretrained(name, **hub_options(options))
-        labelled = any("SequenceClassification" in architecture for architecture in config.architectures or ())
-        if labelled and config.num_labels != 1:
-            raise ValueError(f"the critic {name!r} has {config.num_labels} labels, and a value is one number")
+        name = f"the {name} {str(source)!r}"
+        read_config(source, name, **hub_options(options))
         options = {"dtype": torch.float32, **options, "num_labels": 1, "output_loading_info": True}
-        model, told = AutoModelForSequenceClassification.from_pretrained(name, **options)
-        if any("score" in name for name in told["missing_keys"]):
+        model, report = AutoModelForSequenceClassification.from_pretrained(resolve(source), **options)
+        missing = sorted(report["missing_keys"])
+        if missing and not trained:
+            raise ValueError(f"{name} lacks the weights {missing}, which would be random: train it as a reward model")
+        if zero_head and any("score" in key for key in missing):
             nn.init.zeros_(model.score.weight)
-        critic = cls(model if lora is None else add_lora(model, {**lora, "task_type": "SEQ_CLS"}))
         if lora is not None:  # the head is trained: bfloat16, in which the frozen trunk may be, is too coarse for it
-            critic._classifier.score.float()
-        return critic
+            model.score.float().register_forward_pre_hook(cast_input)
+            model = add_lora(model, {**lora, "task_type": "SEQ_CLS"})
+        return cls(model, name, trained)
 
     @property
-    def _classifier(self) -> Any:
+    def classifier(self) -> Any:
+        """The `transformers` model itself, inside the PEFT model if there is one."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def config(self) -> Any:
         """The model's configuration."""
-        return self._classifier.config
+        return self.classifier.config
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether each prompt is computed once for all its completions; False before `probe`."""
+        return bool(self.model_forward.shares_prompt)
+
+    def probe(self) -> None:
+        """Find out, once, whether the completions of a prompt can share it; log the reason if not."""
+        probe_scores(self.model_forward, self.plain_scores, self.shared_scores, self.name)
+
+    def values(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples tokens"]:
+        """Return a value before each token, at least float32, 0 where masked. Differentiable."""
+        self.probe()
+        features = completion_features(self.model_forward, prompts, completions)
+        return value_head(self.model_forward.head, features, completions)
+
+    def score(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples"]:
+        """Return a score of each completion, read at its last token, at least float32. Differentiable."""
+        self.probe()
+        n, k, _ = completions.tokens.shape
+        mask = completions.mask.flatten(0, 1)
+        with as_sampled(self.model):
+            if can_share(self.model_forward):
+                tokens, lengths = filled_tokens(prompts, completions), mask.sum(1).tolist()
+                return self.shared_scores(fill_padding(prompts), tokens, prompt_of_row(n, k), lengths).view(n, k)
+            starts = [ids[kept].tolist() for ids, kept in zip(prompts.tokens, prompts.mask, strict=True)]
+            ends = [ids[kept].tolist() for ids, kept in zip(completions.tokens.flatten(0, 1), mask, strict=True)]
+            return self.plain_scores([starts[i // k] + end for i, end in enumerate(ends)]).view(n, k)
+
+    def shared_scores(
+        self,
+        prompts: Prompts,
+        tokens: Int[Tensor, "rows tokens"],
+        owner: Int[Tensor, " rows"],
+        lengths: Sequence[int],
+    ) -> Float[Tensor, " rows"]:
+        """Score completions with each prompt computed once. Differentiable.
+
+        Args:
+            prompts: The prompts.
+            tokens: Completions; their padding is any token.
+            owner: The prompt of each completion.
+            lengths: Number of tokens of each completion.
+        """
+        return apply_head(self.model_forward.head, last_features(self.model_forward, prompts, tokens, owner, lengths))
+
+    def plain_scores(self, rows: list[list[int]]) -> Float[Tensor, " rows"]:
+        """Score rows of token ids, prompt and completion in one, by the model's own forward. Differentiable."""
+        device, length = self.model_forward.device, max(map(len, rows))
+        ends = {row[-1] for row in rows}
+        pad = next(i for i in range(len(ends) + 1) if i not in ends)
+        if pad >= self.model_forward.vocabulary:  # every id ends a row, so none is left for the padding
+            half = len(rows) // 2
+            return torch.cat([self.plain_scores(rows[:half]), self.plain_scores(rows[half:])])
+        tokens = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([[len(row)] for row in rows], device=device)
+        mask = (torch.arange(length, device=device) < lengths).long()
+        with padding_id(self.config, pad), self.model_forward.fast_attention():
+            scores: Tensor = self.classifier(input_ids=tokens, attention_mask=mask).logits
+        return F.at_least_float32(scores.squeeze(-1))
+
+
+class Critic(ScalarModel):
+    """A value model: a `ScalarModel` with a decoder-only trunk that predicts the return before each token.
+
+    The value of the first completion token is read at the last prompt token.
+
+    Args:
+        model: A `transformers` sequence-classification model with one label, such as a reward model, or a PEFT model
+            around one.
+        name: What messages call it.
+        trained: Whether it is trained: its dropout is then switched off.
+
+    Raises:
+        ValueError: If the model has no such head.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, name: str = "the critic", trained: bool = True) -> None:
+        super().__init__(model, name, trained)
+        if not hasattr(self.classifier, "score"):
+            raise ValueError(f"{name} is a {type(self.classifier).__name__}: give a decoder-only model")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Critic:
+        """Load a critic: a reward model with its head, or a policy with a new head whose values start at 0.
+
+        See `ScalarModel`.
+        """
+        return super().from_pretrained(source, lora, name="critic", zero_head=True, **options)
 
     def check_vocabulary(self, policy: Any) -> None:
-        """Check that the critic knows every token id that a causal language model can write.
+        """Check that the critic embeds every token id that a causal language model can write.
 
         Raises:
             ValueError: If it embeds fewer.
         """
-        known, written = embedding_rows(self._classifier), embedding_rows(policy)
+        known, written = embedding_rows(self.classifier), embedding_rows(policy)
         if known < written:
             raise ValueError(
                 f"the critic embeds {known} token ids and the policy {written}: give a critic with the same tokenizer, "
                 "such as one that started from the same model"
             )
 
-    def values(self, prompts: Prompts, completions: Given) -> Float[Tensor, "prompts samples tokens"]:
-        """The return expected before each token, at least float32, 0 where masked. Differentiable."""
-        self.probe()
-        model = self._classifier
-        forward = functools.partial(hidden_states, model.base_model)
-        shared = bool(self.shares_prompt) and not checkpoints_activations(self.model)
-        with as_sampled(self.model):
-            features = completion_features(forward, model.config, prompts, completions, shared)
-        return value_head(model.score, features, completions)
 
-    @torch.no_grad()
-    def probe(self) -> None:
-        """Find out, once, whether this model allows a shared prompt; say so where it does not."""
-        if self.shares_prompt is not None:
-            return
-        model = self._classifier
-        forward = functools.partial(hidden_states, model.base_model)
-        with eval_mode(self.model):
-            reason = why_not_shared(forward, model.config, embedding_rows(model), next(self.parameters()).device)
-        self.shares_prompt = reason is None
-        if reason is not None:
-            rank_zero_info(f"the critic computes each prompt once a completion: {reason}")
+def apply_head(head: nn.Module, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+    """Apply a head of one output in its own precision, under autocast too; at least float32."""
+    with torch.autocast(features.device.type, enabled=False):
+        outputs: Tensor = head(features.to(next(head.parameters()).dtype)).squeeze(-1)
+    return F.at_least_float32(outputs)
 
 
 def value_head(
-    head: nn.Module, features: Float[Tensor, "prompts samples tokens features"], completions: Given
+    head: nn.Module, features: Float[Tensor, "prompts samples tokens features"], completions: TokenSequences
 ) -> Float[Tensor, "prompts samples tokens"]:
-    """Turn features into values, 0 where masked; under autocast too in the precision of the head."""
-    with torch.autocast(features.device.type, enabled=False):
-        values: Tensor = head(features.to(next(head.parameters()).dtype)).squeeze(-1)
-    return F.at_least_float32(values).masked_fill(~completions.mask, 0.0)
+    """Turn features into values, 0 where masked."""
+    return apply_head(head, features).masked_fill(~completions.mask, 0.0)
+
+
+def cast_input(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Cast a layer's input to the dtype of its weight."""
+    return (args[0].to(next(layer.parameters()).dtype),)
+
+
+@contextlib.contextmanager
+def padding_id(config: PreTrainedConfig, pad: int) -> Iterator[None]:
+    """Set the padding id to one that no row of the batch ends with, and switch the cache off, within this context.
+
+    The model reads its score at the last token that is not `pad_token_id`. With a fixed id, such as EOS, a row that
+    ends with that id would be read too early.
+    """
+    changes = {"pad_token_id": pad, "use_cache": False}
+    configs = [config, config.get_text_config()]
+    before = [{name: getattr(c, name, None) for name in changes} for c in configs]
+    try:
+        for c in configs:
+            vars(c).update(changes)
+        yield
+    finally:
+        for c, values in zip(configs, before, strict=True):
+            vars(c).update(values)
+
+
+def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConfig:
+    """Read the configuration of a model to load.
+
+    Args:
+        source: The hub id or folder.
+        name: What messages call the model.
+        **options: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: If it is an adapter, or a sequence-classification model with more than one label.
+    """
+    folder = resolve(source)
+    if is_adapter(folder) and not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{name} is an adapter: merge it first, with "
+            "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
+        )
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **options)
+    if is_classifier(config):
+        check_one_label(config, name)
+    return config
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a configuration belongs to a sequence-classification model."""
+    return any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
+
+
+def check_one_label(config: PreTrainedConfig, name: str) -> None:
+    """Raise a ValueError if a model has more than one label."""
+    if config.num_labels != 1:
+        raise ValueError(
+            f"{name} has {config.num_labels} labels: give a model with one label, whose output is one number"
+        )

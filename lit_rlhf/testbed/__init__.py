@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.data import PreferenceData, PromptData
+from lit_rlhf.models.loading import SHIPPED
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
@@ -36,19 +37,13 @@ __all__ = [
     "grammatical",
     "make_tokenizer",
     "prompts",
-    "resolve",
 ]
 
-POLICY = Path(__file__).parent / "assets" / "policy"
+POLICY = SHIPPED["testbed"]
 """Folder of the shipped policy: a causal language model after SFT."""
 
 REWARD_MODEL = Path(__file__).parent / "assets" / "reward_model"
 """Folder of the shipped reward model: a sequence-classification model with one label."""
-
-
-def resolve(name: str) -> Path | None:
-    """Return the folder of the shipped policy for the name "testbed"; None for any other name."""
-    return POLICY if name == "testbed" else None
 
 
 class ReviewPrompts(PromptData):

@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from enumerable import make_prompts
-from lit_rlhf.models.decoders import ROOM, CachedDecoder
+from lit_rlhf.models.decoders import CAPACITY_STEP, CachedDecoder
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.sampling import rows_that_stay
+from lit_rlhf.models.sampling import remaining_rows
 from tiny import make_llama, make_tokenizer
 
 
@@ -15,7 +15,7 @@ def make_decoder(plain: bool = False) -> CachedDecoder:
     policy = Policy(make_llama(263), make_tokenizer())
     policy.model.eval()
     policy.probe()
-    decoder = CachedDecoder(policy, make_prompts([9, 8], [7], [6, 5, 4]), 2)
+    decoder = CachedDecoder(policy.model_forward, make_prompts([9, 8], [7], [6, 5, 4]), 2)
     if plain:
         decoder.cache = DynamicCache(config=policy.causal_lm.config)
     return decoder
@@ -26,8 +26,8 @@ def test_room_changes_nothing_while_rows_leave_and_room_is_made_again():
     roomy, plain = make_decoder(), make_decoder(plain=True)
     logits = roomy.start()
     assert torch.equal(logits, plain.start())
-    for step in range(2 * ROOM + 10):
-        if step in (1, 20, ROOM + 30):  # before there is room, and after
+    for step in range(2 * CAPACITY_STEP + 10):
+        if step in (1, 20, CAPACITY_STEP + 30):  # before there is room, and after
             rows = torch.arange(1, len(logits))
             roomy.keep(rows), plain.keep(rows)
             logits = logits[rows]
@@ -40,13 +40,13 @@ def test_room_changes_nothing_while_rows_leave_and_room_is_made_again():
 @pytest.mark.parametrize("ended", [[0], [5], [0, 1, 2], [1, 4], [2, 3, 4, 5], [0, 2, 4]])
 def test_the_last_rows_fill_the_gaps_of_those_that_ended(ended):
     gone = torch.tensor([i in ended for i in range(6)])
-    stay = rows_that_stay(gone).tolist()
+    stay = remaining_rows(gone).tolist()
     assert sorted(stay) == [i for i in range(6) if i not in ended]
     assert all(row == place for place, row in enumerate(stay) if place not in ended)  # few are moved
 
 
 @torch.no_grad()
-def test_rows_that_stay_where_they_are_are_not_copied(monkeypatch):
+def test_remaining_rows_where_they_are_are_not_copied(monkeypatch):
     decoder, others = make_decoder(), make_decoder()
     for one in (decoder, others):
         one.step(one.start().argmax(-1))
@@ -67,4 +67,4 @@ def test_a_step_writes_behind_what_is_held():
         decoder.step(tokens)
         return [layer.keys.data_ptr() for layer in decoder.cache.layers]
 
-    assert len({tuple(places()) for _ in range(ROOM)}) == 1
+    assert len({tuple(places()) for _ in range(CAPACITY_STEP)}) == 1

@@ -93,7 +93,7 @@ def test_under_lora_the_head_of_a_reward_model_is_float32(base, tmp_path):
     module, _ = trained("RewardModeling", base, tmp_path, lr=1e-5, lora={"r": 2}, load={"dtype": "bfloat16"})
     learned = [p for p in module.parameters() if p.requires_grad]
     assert {p.dtype for p in learned} == {torch.float32} and {p.dtype for p in module.parameters()} > {torch.float32}
-    score = module.reward_model.get_base_model().score
+    score = module.reward_model.classifier.score
     moved = score.modules_to_save["default"].weight - score.original_module.weight
     assert 0 < moved.abs().max() < 2e-5
 

@@ -68,7 +68,7 @@ def test_rows_of_like_length_go_together_to_the_same_values_and_gradients(family
     grouped = value_and_gradient(policy, prompts, completions)
     assert len(seen) == 5 and sum(rows for rows, _ in seen[1:]) == 36
     assert sum(rows * columns for rows, columns in seen[1:]) < 0.8 * 36 * 19
-    policy.shares_prompt = False
+    policy.model_forward.shares_prompt = False
     assert_alike(grouped, value_and_gradient(policy, prompts, completions))
 
 
@@ -350,7 +350,7 @@ def test_a_model_without_a_cache_of_keys_takes_the_plain_path_and_says_so(caplog
     with caplog.at_level(logging.INFO):
         actual = value_and_gradient(policy, prompts, completions)
     assert policy.shares_prompt is False
-    assert "MambaForCausalLM computes each prompt once a completion" in caplog.text
+    assert "MambaForCausalLM computes each prompt once per completion" in caplog.text
     assert_alike(actual, plain_value_and_gradient(policy, prompts, completions))
     drawn = policy.sample(prompts, 3, Sampling(max_new_tokens=5))
     torch.testing.assert_close(drawn.logprobs, policy.logprobs(prompts, drawn).detach(), atol=2e-5, rtol=0)
@@ -363,7 +363,7 @@ def test_the_plain_path_samples_what_the_fast_one_does(monkeypatch, caplog):
         raise NotImplementedError("no cache here")
 
     fast.probe()
-    monkeypatch.setattr("lit_rlhf.models.policy.shared_features", no_cache)
+    monkeypatch.setattr("lit_rlhf.models.probe.shared_features", no_cache)
     prompts, _ = make_input()
     sampling = Sampling(max_new_tokens=9, temperature=1.3)
     expected = fast.sample(prompts, 4, sampling)

@@ -328,6 +328,6 @@ def test_a_policy_that_has_diverged_gets_a_sentence(greedy):
     policy = make_policy(8)
     with torch.no_grad():
         policy.causal_lm.lm_head.weight.fill_(torch.nan)
-    policy.shares_prompt = policy.chunks_logits = True  # found out when it was still well
+    policy.model_forward.shares_prompt = policy.model_forward.head_apart = True  # probed before it diverged
     with pytest.raises(ValueError, match=r"not finite .* lower the learning rate"):
         policy.sample(make_prompts([5, 6]), 2, Sampling(max_new_tokens=3, greedy=greedy))

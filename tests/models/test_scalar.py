@@ -60,7 +60,7 @@ def test_the_fast_path_has_the_gradient_of_the_plain_one():
     batch, gradients = make_input(), []
     for shares in (True, False):
         critic = make_critic()
-        critic.shares_prompt = shares
+        critic.model_forward.shares_prompt = shares
         (critic.values(batch.prompts, batch) ** 2).sum().backward()
         gradients.append({n: p.grad for n, p in critic.named_parameters() if p.grad is not None})
     for name, gradient in gradients[1].items():
@@ -126,12 +126,12 @@ def test_a_critic_that_reads_other_tokens_is_refused(tiny, tmp_path):
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     tokenizer.save_pretrained(tmp_path / "other")
     module = make_module("PPO", tiny, critic=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"the critic .*other' knows .* and the policy writes it as"):
+    with pytest.raises(ValueError, match=r"the critic .*other' has id .* and the policy has"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
 
 
 def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="no critic"):
+    with pytest.raises(ValueError, match="has 2 labels"):
         make_critic(num_labels=2)
     make_critic(vocab_size=50).model.save_pretrained(tmp_path / "small")
     module = make_module("PPO", tiny, critic=str(tmp_path / "small"))

@@ -103,7 +103,7 @@ def test_the_completions_of_a_prompt_share_it(kind, rows):
     torch.testing.assert_close(reward(*given), expected, atol=1e-4, rtol=1e-4)
     shared = sum(seen)
     seen.clear()
-    reward._shares_prompt = False
+    reward._scorer.model_forward.shares_prompt = False
     torch.testing.assert_close(reward(*given), expected, atol=1e-4, rtol=1e-4)
     assert shared < 0.8 * sum(seen)
 
@@ -122,14 +122,14 @@ def test_a_model_that_changes_its_score_afterwards_is_asked_itself(tokenizer, ca
         scores = reward(["why?"] * 4, ["a", "b", "a", "b"])
     alone = torch.cat([reward(["why?"], [text]) for text in ("a", "b", "a", "b")])
     torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
-    assert "Larger' computes each prompt once a completion: its output would differ" in caplog.text
+    assert "Larger' computes each prompt once per completion: its output would differ" in caplog.text
 
 
 def test_a_prompt_is_not_shared_where_that_saves_nothing(tokenizer):
     reward = RewardModel(make_model(), tokenizer)
     reward.setup("cpu")
     alike = [([1], [5] * length) for length in (1, 9, 30) * 9]  # padding would cost more than the prompts
-    assert reward._shares_prompt and reward._shared_batches(alike, size=7) is None
+    assert reward._scorer.shares_prompt and reward._shared_batches(alike, size=7) is None
     assert reward._shared_batches([([1] * 20, [5]), ([1] * 20, [6])], size=7) == [[0, 1]]
 
 
@@ -228,11 +228,11 @@ def test_a_wrong_model_is_refused_before_weights_are_loaded(tmp_path, monkeypatc
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", no_weights)
-    with pytest.raises(ValueError, match="two' has 2 labels, but a reward is one number"):
+    with pytest.raises(ValueError, match="two' has 2 labels: give a model with one label"):
         RewardModel(two)
     with pytest.raises(ValueError, match="causal' is a LlamaForCausalLM, not a sequence-classification model"):
         RewardModel(causal)
-    with pytest.raises(ValueError, match="is a PEFT adapter: merge it"):
+    with pytest.raises(ValueError, match="is an adapter: merge it first"):
         RewardModel(tmp_path / "adapter")
     with pytest.raises(ValueError, match="nowhere' has no readable config"):
         RewardModel(str(tmp_path / "nowhere"))
@@ -259,5 +259,5 @@ def test_wrong_arguments_are_sentences(tokenizer):
     with pytest.raises(ValueError, match=r"max_length=17 does not fit .* it has 16 positions"):
         RewardModel(model, tokenizer, max_length=17)
     tokenizer.add_tokens(["more"])
-    with pytest.raises(ValueError, match=r"has \d+ tokens, the model only \d+: they do not belong together"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but the model embeds \d+"):
         RewardModel(model, tokenizer).setup("cpu")

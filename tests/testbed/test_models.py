@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_rlhf.models.loading import resolve as resolve_policy
+from lit_rlhf.models.loading import resolve
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.testbed import (
@@ -14,7 +14,6 @@ from lit_rlhf.testbed import (
     gold,
     make_tokenizer,
     prompts,
-    resolve,
 )
 from lit_rlhf.testbed.build import accuracy, build, sampled_pairs
 
@@ -39,9 +38,8 @@ def completions(policy, reviews, **sampling):
 
 
 def test_policy_name_testbed_resolves_to_the_shipped_policy():
-    assert resolve("testbed") == POLICY and POLICY.is_dir()
-    assert resolve("gpt2") is None
-    assert resolve_policy("testbed") == str(POLICY)
+    assert resolve("testbed") == str(POLICY) and POLICY.is_dir()
+    assert resolve("gpt2") == "gpt2"
 
 
 def test_shipped_models_are_small_and_load_in_float32(policy):
@@ -50,7 +48,7 @@ def test_shipped_models_are_small_and_load_in_float32(policy):
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     reward = ReviewReward()
     reward.setup("cpu")
-    assert {p.dtype for p in reward._model.parameters()} == {torch.float32}
+    assert {p.dtype for p in reward._scorer.parameters()} == {torch.float32}
 
 
 def test_shipped_tokenizer_matches_the_code(policy):

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lit_rlhf.models import attention as subject
-from lit_rlhf.models.attention import NAME, attention, use_cpu_attention
+from enumerable import make_prompts
+from lit_rlhf.models import cpu as subject
+from lit_rlhf.models.cpu import attention, cpu_attention
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sampling import Sampling
 from tiny import make_llama, make_tokenizer
 
 ROWS, PAST, FEATURES = 3, 4, 8
@@ -131,22 +134,35 @@ def test_elsewhere_it_is_transformers(monkeypatch):
 
 
 class TestModels:
-    @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": "all-linear"}])
-    def test_a_policy_attends_so_and_is_saved_without_a_word_of_it(self, lora, tmp_path):
-        tokenizer = make_tokenizer()
-        policy = Policy(make_llama(len(tokenizer)), tokenizer, lora)
-        assert policy.causal_lm.config._attn_implementation == NAME
-        policy.causal_lm.save_pretrained(tmp_path)
-        assert NAME not in (tmp_path / "config.json").read_text()
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """The calls of our attention."""
+        watched = Mock(side_effect=attention)
+        monkeypatch.setattr(subject, "attention", watched)
+        return watched
 
-    def test_the_choice_of_an_attention_stays(self):
-        model = make_llama(64)
-        model.set_attn_implementation("eager")
-        use_cpu_attention(model)
-        assert model.config._attn_implementation == "eager"
+    def test_a_policy_uses_it_and_the_configuration_stays(self, calls):
+        policy = Policy(make_llama(263), make_tokenizer(), {"r": 2, "target_modules": "all-linear"})
+        before = policy.causal_lm.config.to_dict()
+        policy.sample(make_prompts([9, 8], [7]), 2, Sampling(max_new_tokens=3))
+        assert calls.called and policy.causal_lm.config.to_dict() == before
+        calls.reset_mock()
+        policy.causal_lm(torch.tensor([[7, 8]]))
+        assert not calls.called  # the user's own calls
+
+    def test_the_choice_of_another_attention_stays(self, calls):
+        policy = Policy(make_llama(263), make_tokenizer())
+        policy.causal_lm.set_attn_implementation("eager")
+        policy.sample(make_prompts([9, 8], [7]), 2, Sampling(max_new_tokens=3))
+        assert not calls.called
+
+    def test_a_registered_function_of_the_same_name_stays(self, calls, monkeypatch):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own := Mock(side_effect=sdpa_attention_forward))
+        Policy(make_llama(263), make_tokenizer()).sample(make_prompts([9, 8]), 2, Sampling(max_new_tokens=3))
+        assert own.called and not calls.called
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "gemma3_text", "mistral", "opt"])
-    def test_logits_stay_the_same(self, family):
+    def test_logits_stay_the_same(self, family, calls):
         torch.manual_seed(0)
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
         if family in ("qwen3", "gemma3_text", "mistral"):
@@ -158,6 +174,7 @@ class TestModels:
         ids, mask = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
         mask[0, :3] = 0
         before = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-        use_cpu_attention(model)
-        assert model.config._attn_implementation == NAME
-        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], before)
+        with cpu_attention():
+            logits = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        assert calls.called
+        torch.testing.assert_close(logits, before)

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from enumerable import make_prompts
-from lit_rlhf.models import packing
-from lit_rlhf.models.packing import packed_linears
+from lit_rlhf.models import cpu
+from lit_rlhf.models.decoders import prepared_linears
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from tiny import make_tokenizer
@@ -27,14 +27,14 @@ def make_policy(lora=None, **options) -> Policy:
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of the weights that were laid out."""
-    shapes, original = [], packing.packed
+    shapes, original = [], cpu.pack
 
     def watched(weight, bias):
         shapes.append(tuple(weight.shape))
         return original(weight, bias)
 
-    assert packing.works(torch.float32)
-    monkeypatch.setattr(packing, "packed", watched)
+    assert cpu.packing_works(torch.float32)
+    monkeypatch.setattr(cpu, "pack", watched)
     return shapes
 
 
@@ -56,10 +56,10 @@ def test_a_policy_samples_the_same_with_and_without(lora, calls, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 256), (2, 1, 256), (1, 5, 256)])
 def test_a_layer_computes_the_same(dtype, shape):
-    if not packing.available(dtype):
+    if not cpu.packing_works(dtype):
         pytest.skip(f"oneDNN has no {dtype} on this processor")
     layer, rows = nn.Linear(256, 300).to(dtype), torch.randn(shape).to(dtype)
-    with torch.no_grad(), packed_linears(nn.Sequential(layer)):
+    with torch.no_grad(), prepared_linears(nn.Sequential(layer)):
         assert "forward" in vars(layer)
         found = layer(rows)
     assert "forward" not in vars(layer) and found.dtype == dtype
@@ -72,7 +72,7 @@ def test_under_autocast_the_product_is_in_its_type_and_the_weight_cast_once(oned
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         expected = layer(rows)
-        with packed_linears(layer):
+        with prepared_linears(layer):
             found = layer(rows)
             assert "forward" in vars(layer) and casts(lambda: layer(rows)) < casts(lambda: Other.forward(layer, rows))
     assert found.dtype == expected.dtype == torch.bfloat16
@@ -100,11 +100,11 @@ class Casts(TorchDispatchMode):
 def test_weights_are_those_of_the_moment_and_come_back_after_an_error():
     layer, rows = nn.Linear(256, 300), torch.randn(3, 256)
     for _ in range(2):
-        with torch.no_grad(), packed_linears(layer):
+        with torch.no_grad(), prepared_linears(layer):
             torch.testing.assert_close(layer(rows), nn.functional.linear(rows, layer.weight, layer.bias))
         with torch.no_grad():
             layer.weight.mul_(-2)
-    with pytest.raises(KeyError), packed_linears(layer):
+    with pytest.raises(KeyError), prepared_linears(layer):
         raise KeyError
     assert "forward" not in vars(layer)
 
@@ -133,7 +133,7 @@ def put_elsewhere() -> nn.Linear:
 )
 def test_other_layers_are_left_alone(layer):
     before = vars(layer).get("forward")
-    with packed_linears(layer):
+    with prepared_linears(layer):
         assert vars(layer).get("forward") is before
 
 
@@ -141,9 +141,9 @@ def test_without_the_operations_nothing_changes(monkeypatch):
     def missing(*args):
         raise AttributeError
 
-    monkeypatch.setattr(packing, "packed", missing)
-    packing.works.cache_clear()
+    monkeypatch.setattr(cpu, "pack", missing)
+    cpu.packing_works.cache_clear()
     layer = nn.Linear(256, 300)
-    with packed_linears(layer):
+    with prepared_linears(layer):
         assert "forward" not in vars(layer)
-    packing.works.cache_clear()
+    cpu.packing_works.cache_clear()

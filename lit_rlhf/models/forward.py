@@ -1,0 +1,137 @@
+"""The forward pass that policies, decoders, critics and reward models use: features of the last columns of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lit_rlhf.models.cpu import cpu_attention
+
+
+class ModelForward:
+    """The forward pass of a `transformers` model.
+
+    Its features are the last hidden states if the head is applied apart from the rest (`project` then applies it), or
+    else the model's own logits. `lit_rlhf.models.probe` finds out which of the two a model allows, and whether the
+    completions of a prompt can share it.
+
+    Args:
+        model: The model with its head, not wrapped by PEFT.
+        head: Name of the attribute that holds the head; by default the output embeddings.
+
+    Attributes:
+        head_apart: Whether features are hidden states; None until it is known.
+        shares_prompt: Whether a prompt is computed once for all its completions; None until it is known.
+    """
+
+    def __init__(self, model: Any, head: str | None = None) -> None:
+        self.model = model
+        self.head_name = head
+        self.head_apart: bool | None = None
+        self.shares_prompt: bool | None = None
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its head."""
+        return cast(nn.Module, self.model.base_model)
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that turns hidden states into logits or scores."""
+        head = self.model.get_output_embeddings() if self.head_name is None else getattr(self.model, self.head_name)
+        return cast(nn.Module, head)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return cast(torch.device, next(self.model.parameters()).device)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model embeds."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def __call__(
+        self,
+        ids: Int[Tensor, "rows columns"],
+        mask: Bool[Tensor, "rows past_and_columns"],
+        positions: Int[Tensor, "rows columns"],
+        cache: DynamicCache | None,
+        keep: int,
+    ) -> Float[Tensor, "rows keep features"]:
+        """Return the features of the last `keep` columns; with a cache, `ids` follow what it holds."""
+        arguments = self._arguments(ids, mask, positions, cache)
+        with self.fast_attention():
+            if self.head_apart:
+                hidden: Tensor = self.trunk(**arguments).last_hidden_state
+                return hidden[:, -keep:]
+            if forward_accepts(type(self.model).forward, "logits_to_keep"):
+                arguments["logits_to_keep"] = keep
+            logits: Tensor = self.model(**arguments).logits
+            return logits[:, -keep:]
+
+    def project(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch outputs"]:
+        """Turn features into the head's outputs."""
+        return cast(Tensor, self.head(features)) if self.head_apart else features
+
+    def fast_attention(self) -> AbstractContextManager[None]:
+        """Return a context in which attention is fast on a CPU.
+
+        Not under gradient checkpointing, since the second forward pass happens outside it.
+        """
+        if self.device.type != "cpu" or checkpoints_activations(self.model):
+            return contextlib.nullcontext()
+        return cpu_attention()
+
+    def _arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
+        forward = type(self.trunk).forward
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": cache is not None}
+        if cache is not None:  # transformers 5.24 has renamed the argument
+            arguments["cache" if forward_accepts(forward, "cache") else "past_key_values"] = cache
+        if forward_accepts(forward, "position_ids"):
+            arguments["position_ids"] = positions
+        return arguments
+
+
+@functools.cache
+def forward_accepts(forward: Any, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name."""
+    return argument in inspect.signature(forward).parameters
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is active; `transformers` then keeps no cache."""
+    return model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def as_sampled(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute as in sampling: in training mode some models do more than dropout, such as noise in expert routing.
+
+    With gradient checkpointing the mode stays, since `transformers` checkpoints in training mode only.
+    """
+    return contextlib.nullcontext() if checkpoints_activations(model) else eval_mode(model)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode within this context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,68 @@
+"""The same input and seed give the same bits, on several threads too and without a flag."""
+
+import pytest
+import torch
+
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.scalar import Critic
+from lit_rlhf.types import Demonstrations, Prompts
+from runs import METHODS, make_data, make_module, make_trainer
+from tiny import make_llama, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_runs_of_one_seed_end_with_the_same_weights(name, ending, tmp_path):
+    def train():
+        torch.manual_seed(0)  # the reward model's head
+        module = make_module(name, ending)
+        make_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(module, make_data(name))
+        return {n: weight.clone() for n, weight in module.state_dict().items()}
+
+    first, again = train(), train()
+    assert not [n for n, weight in first.items() if not torch.equal(weight, again[n])]
+
+
+PROMPTS, SAMPLES, LENGTH = 33, 16, 24
+"""Enough numbers for PyTorch to divide the gradient of an indexed cache between threads (2**15 and more)."""
+
+
+def make_batch() -> Demonstrations:
+    """Completions of very different lengths, which are computed in groups that hold the prompts in no order."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, 263, (PROMPTS, 20), generator=generator)
+    prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(PROMPTS))
+    mask = torch.arange(LENGTH) < torch.randint(1, LENGTH + 1, (PROMPTS, SAMPLES, 1), generator=generator)
+    return Demonstrations(prompts, torch.randint(7, 263, mask.shape, generator=generator), mask)
+
+
+def policy_and_output(batch):
+    policy = Policy(make_llama(263, hidden=64), make_tokenizer())
+    return policy, lambda: policy.logprobs(batch.prompts, batch)
+
+
+def critic_and_output(batch, tmp_path):
+    make_llama(263, hidden=64).save_pretrained(tmp_path)
+    critic = Critic.from_pretrained(tmp_path)
+    torch.nn.init.ones_(critic.model.score.weight)
+    return critic, lambda: critic.values(batch.prompts, batch).square()
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic"])
+def test_a_gradient_that_threads_share_is_added_up_in_one_order(kind, tmp_path):
+    batch = make_batch()
+    model, compute = policy_and_output(batch) if kind == "policy" else critic_and_output(batch, tmp_path)
+    gradients = []
+    for _ in range(4):
+        model.zero_grad()
+        compute().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for again in gradients[1:]:
+        assert not [n for n, gradient in gradients[0].items() if not torch.equal(gradient, again[n])]
