@@ -234,7 +234,7 @@ def _subtract_group_max(
 def best_of_group_mask(
     returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"]
 ) -> Bool[Tensor, "prompts samples"]:
-    """True at each prompt's valid completion with the highest return (first of ties); all False if none is valid."""
+    """Mark each prompt's valid completion with the highest return (first of ties); none if no completion is valid."""
     best = returns.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
     return torch.zeros_like(valid).scatter(1, best, True) & valid
 
@@ -289,7 +289,7 @@ def gae(
 def importance_ratio(
     logprobs: Float[Tensor, "*batch"], old_logprobs: Float[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
-    """Importance ratio `w = pi / pi_old`, from log-probabilities of tokens or of whole completions.
+    """Compute the importance ratio `w = pi / pi_old`, of tokens or of whole completions.
 
     The log-ratio is clamped to +-`MAX_LOG_RATIO`, so the result is always finite. Beyond the bound the gradient is 0;
     within it, value and gradient are those of `exp(logprobs - old_logprobs)`.

@@ -64,6 +64,20 @@ def test_an_option_that_can_not_be(name, options, sentence):
         make_module(name, "nowhere", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_new_tokens": 4}, r"max_new_tokens is an option of sampling: give sampling=lit_rlhf.Sampling\(max_new"),
+        ({"update_epochs": 4}, r"update_epochs is an option of updates: give updates=lit_rlhf.Updates"),
+        ({"evaluation": {"best_of": 4}}, r"evaluation=\{'best_of': 4\} must be a lit_rlhf.EvaluationOptions"),
+    ],
+    ids=str,
+)
+def test_grouped_options_go_into_their_group(options, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        lit_rlhf.RLOO("nowhere", rewards=[vowels], **options)
+
+
 @pytest.mark.parametrize("name", ["RLOO", "Reinforce", "SFT"])
 @pytest.mark.parametrize("options", [{"lora": {"r": 2}}, {"lora": {}}, {"load": {"dtype": "bfloat16"}}], ids=str)
 def test_a_policy_in_memory_is_not_loaded_again(name, options):

@@ -91,6 +91,9 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         evaluation: EvaluationOptions = EvaluationOptions(),
         **options: Any,
     ) -> None:
+        groups = {"sampling": (sampling, Sampling), "updates": (updates, Updates)}
+        groups |= {"shaping": (shaping, RewardShaping), "evaluation": (evaluation, EvaluationOptions)}
+        checks.check_groups(groups, options)
         super().__init__(policy, **options)
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)

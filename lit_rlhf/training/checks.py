@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -117,6 +118,26 @@ def check_columns(
         check_completion_column("evaluation.preferred", options.preferred, val)
 
 
+def check_groups(groups: Mapping[str, tuple[Any, type]], others: Iterable[str]) -> None:
+    """Check the type of grouped options, and that no option of a group was given outside it.
+
+    Args:
+        groups: Value and class of each group, by the argument's name.
+        others: Names of the other arguments.
+
+    Raises:
+        TypeError: If one is wrong.
+    """
+    for name, (value, kind) in groups.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r} must be a lit_rlhf.{kind.__name__}, such as {kind.__name__}()")
+        for field in dataclasses.fields(kind):
+            if field.name in others:
+                raise TypeError(
+                    f"{field.name} is an option of {name}: give {name}=lit_rlhf.{kind.__name__}({field.name}=...)"
+                )
+
+
 def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
     """Check the size of a group and the KL coefficient."""
     if num_samples < 1:
@@ -162,7 +183,7 @@ def check_updates(updates: Updates, accumulate: int, batch_size: int | None, cal
     if minibatches % accumulate and (accumulate % minibatches or updates.update_epochs > 1):
         raise ValueError(
             f"accumulate_grad_batches={accumulate} does not fit a rollout of {minibatches} minibatches "
-            f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a multiple of it"
+            f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a multiple"
         )
     if batch_size is not None:
         check_num_minibatches(updates.num_minibatches, batch_size)

@@ -255,7 +255,7 @@ def test_an_update_of_a_real_trainer_is_the_rate_times_the_gradient(name, tmp_pa
         policy,
         rewards=[delayed],
         num_samples=k,
-        max_new_tokens=LENGTH,
+        sampling=lit_rlhf.Sampling(max_new_tokens=LENGTH),
         kl_coef=BETA,
         optimizer=lambda params: torch.optim.SGD(params, lr=rate),
     )

@@ -9,7 +9,7 @@ import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf import functional as F
 from lit_rlhf.models.policy import Policy
-from runs import make_data, make_trainer
+from runs import grouped, make_data, make_trainer
 from runs import make_module as make_any_module
 from tiny import make_tokenizer
 
@@ -250,7 +250,7 @@ class Plainest(lit_rlhf.RLOO):
 def moved_module(method, folder, **options):
     """A method whose policy is no longer its reference."""
     options = {"rewards": [worth], "optimizer": sgd, **options}
-    module = method(str(folder), num_samples=3, max_new_tokens=6, **options)
+    module = method(str(folder), **grouped({"num_samples": 3, "max_new_tokens": 6, **options}))
     module.configure_model()
     torch.manual_seed(2)
     for parameter in module.policy.parameters():
@@ -323,7 +323,7 @@ def test_what_stands_behind_the_end_of_a_completion_counts_nowhere(ending, tmp_p
     )
     poisoned = poisoned.replace(advantages=module.advantages(poisoned))
     assert torch.equal(module.advantages(rollout), poisoned.advantages)
-    assert torch.equal(module.loss(rollout)[0], module.loss(poisoned)[0])
+    assert torch.equal(*(module.loss(module.evaluate(part))[0] for part in (rollout, poisoned)))
 
 
 def test_rewards_are_given_the_token_that_ends_a_completion_and_nothing_behind_it(ending, tmp_path):

@@ -214,13 +214,9 @@ def test_the_best_of_several_is_never_one_without_an_opinion(tiny, tmp_path):
     assert all(example["reward"] == example["reward"] for example in module.examples)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [({"best_of": 0}, "best_of=0"), ({"prefered": "x"}, "prefered.*EvaluationOptions")],
-)
-def test_options_of_evaluation_that_do_not_exist(options, sentence, tiny):
-    with pytest.raises(ValueError, match=sentence):
-        make_module("RLOO", tiny, evaluation=options)
+def test_best_of_must_be_at_least_one():
+    with pytest.raises(ValueError, match="best_of=0 must be at least 1"):
+        lit_rlhf.EvaluationOptions(best_of=0)
 
 
 # No opinion counts nowhere
@@ -265,7 +261,7 @@ def test_a_reward_without_an_opinion_is_no_zero_in_a_prediction(tiny, tmp_path):
         if row["index"] % 2:
             assert row["reward"] is None or math.isnan(row["reward"])
         else:
-            assert row["reward"] == row["parts"]["only_even"] == 5
+            assert row["reward"] == row["component_rewards"]["only_even"] == 5
 
 
 # Opponents from a column
@@ -333,17 +329,17 @@ def needs_answer(completions, answer):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"compare_to": "refrence"}, r"compare_to='refrence' is no column .*'reference'"),
+        ({"compare_to": "refrence"}, r"compare_to='refrence' is not a column .*'reference'"),
         ({"rewards": [needs_answer]}, r"'needs_answer' asks for \['answer'\].*'reference'"),
         ({"judge": needs_answer}, r"'needs_answer' asks for \['answer'\].*'reference'"),
-        ({"preferred": "chosen"}, r"evaluation.preferred='chosen' is no column .*'reference'"),
+        ({"preferred": "chosen"}, r"evaluation.preferred='chosen' is not a column .*'reference'"),
     ],
     ids=["compare_to", "reward", "judge", "preferred"],
 )
 def test_a_column_that_is_not_there_is_told_before_a_model_is_loaded(stage, options, sentence, tiny, tmp_path):
     rows = rows_of(*"abcdefgh")
     data = lit_rlhf.PromptData(train=rows, val=rows, batch_size=2)
-    module = Unloaded(str(tiny), **{"rewards": [worth], **options})
+    module = Unloaded(str(tiny), **grouped({"rewards": [worth], **options}))
     with pytest.raises(ValueError, match=sentence):
         getattr(make_trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
 

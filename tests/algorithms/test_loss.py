@@ -1,0 +1,65 @@
+"""`loss` is a pure function of a record: it can be called on one made by hand."""
+
+import pytest
+import torch
+
+import lit_rlhf
+from enumerable import make_prompts
+from lit_rlhf.types import Completions, Rollout
+from runs import ONLINE, make_module
+
+
+def hand_made_rollout(rollout_type: type[Rollout], **changes) -> Rollout:
+    """Two prompts, three completions of up to four tokens; log-probabilities are leaves that require gradient."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random():
+        return torch.randn(2, 3, 4, generator=generator)
+
+    mask = torch.arange(4) < torch.tensor([[4, 2, 1], [3, 4, 4]]).unsqueeze(-1)
+    completions = Completions(torch.ones(2, 3, 4, dtype=torch.long), mask, random(), mask[..., -1])
+    fields = {"logprobs": random().requires_grad_(), "old_logprobs": random(), "old_values": random()}
+    fields |= {"values": random().requires_grad_(), "value_targets": random()}
+    known = {name: value for name, value in fields.items() if name in rollout_type.__dataclass_fields__}
+    return rollout_type(
+        prompts=make_prompts([5, 6], [7]),
+        completions=completions,
+        reference_logprobs=random(),
+        rewards=torch.zeros(2, 3),
+        component_rewards={},
+        valid=torch.ones(2, 3, dtype=torch.bool),
+        returns=torch.zeros(2, 3),
+        **{**known, **changes},
+    )
+
+
+def make_advantages(algorithm: lit_rlhf.OnlineAlgorithm) -> torch.Tensor:
+    per_token = isinstance(algorithm, lit_rlhf.VanillaPG)
+    return torch.linspace(-1, 1, 24).view(2, 3, 4) if per_token else torch.linspace(-1, 1, 6).view(2, 3)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_loss_is_a_function_of_the_record(name):
+    """It needs no model and no Trainer, returns the same twice, and changes nothing."""
+    algorithm = make_module(name, "nowhere")
+    part = hand_made_rollout(algorithm.rollout_type, advantages=make_advantages(algorithm))
+    state = dict(vars(algorithm))
+    first, second = algorithm.loss(part)[0], algorithm.loss(part)[0]
+    assert first.shape == (2, 3) and torch.equal(first, second) and first.isfinite().all()
+    assert vars(algorithm) == state
+    gradient = torch.autograd.grad(first.sum(), part.logprobs)[0]
+    assert gradient[part.completions.mask].any() and not gradient[~part.completions.mask].any()
+
+
+@pytest.mark.parametrize("name", ["PPO", "GRPO", "DrGRPO"])
+@pytest.mark.parametrize("clip_range", [0.2, None])
+@pytest.mark.parametrize("log_ratio", [90.0, -90.0, 3000.0])
+def test_a_large_log_ratio_has_a_finite_loss_and_gradient(name, clip_range, log_ratio):
+    algorithm = make_module(name, "nowhere", clip_range=clip_range)
+    logprobs = torch.full((2, 3, 4), -1.0, requires_grad=True)
+    changes = dict(logprobs=logprobs, old_logprobs=logprobs.detach() - log_ratio)
+    part = hand_made_rollout(algorithm.rollout_type, advantages=make_advantages(algorithm), **changes)
+    terms, metrics = algorithm.loss(part)
+    assert terms.isfinite().all()
+    assert torch.autograd.grad(terms.sum(), logprobs)[0].isfinite().all()
+    assert all(torch.as_tensor(value).isfinite().all() for value, _ in metrics.values())
