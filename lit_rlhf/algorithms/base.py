@@ -27,6 +27,7 @@ from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
 from lit_rlhf.training.optimization import (
     LossSums,
     check_step_size,
+    check_trainable,
     enable_fused_adam,
     gradient_norms,
     scale_gradients,
@@ -40,7 +41,7 @@ from lit_rlhf.training.resume import (
     save_progress,
 )
 from lit_rlhf.training.schedules import Warmup
-from lit_rlhf.training.timing import now, peak_memory
+from lit_rlhf.training.timing import TrainingTimer, peak_memory
 from lit_rlhf.types import Record
 
 
@@ -81,8 +82,8 @@ class Algorithm(LightningModule, ABC):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = 0
         self.strict_loading = False  # checkpoints do not hold the weights under an adapter
-        self.training_seconds = 0.0  # without the step in progress
-        self._step_started: float | None = None
+        self.training_timer = TrainingTimer()
+        self.running_statistics: dict[str, Any] = {}  # dataclasses of numbers that training updates, by name
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._snapshot: dict[str, Any] | None = None
         self._loss_sums = LossSums()
@@ -147,12 +148,7 @@ class Algorithm(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
         groups = self.parameter_groups()
-        for group in groups:
-            if not group["params"]:
-                hint = ": give `lora` to train a new adapter"
-                if isinstance(self.policy.model, PeftModel):
-                    hint = ": load its adapter with is_trainable=True"
-                raise ValueError(f"the {group['name']} has no trainable parameter{hint * (group['name'] == 'policy')}")
+        check_trainable(groups, loaded_adapter=isinstance(self.policy.model, PeftModel))
         optimizer = self.make_optimizer(groups)
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
@@ -185,7 +181,7 @@ class Algorithm(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start timing; free the gradients of the last update, which would add to the memory of the forward pass."""
-        self._step_started = now()
+        self.training_timer.start()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad(set_to_none=True)
 
@@ -207,15 +203,9 @@ class Algorithm(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log step time, total training time and peak memory."""
-        before, self.training_seconds = self.training_seconds, self._training_seconds_so_far
-        self._step_started = None
-        timings = self.phase_timings(self.training_seconds - before, batch_idx)
-        self.log_dict({**timings, "time/total": self.training_seconds, **peak_memory(self.device)}, batch_size=1)
-
-    @property
-    def _training_seconds_so_far(self) -> float:
-        in_progress = 0.0 if self._step_started is None else now() - self._step_started
-        return self.training_seconds + in_progress
+        timings = self.phase_timings(self.training_timer.stop(), batch_idx)
+        total = {"time/total": self.training_timer.seconds}
+        self.log_dict({**timings, **total, **peak_memory(self.device)}, batch_size=1)
 
     def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
         """Return the timings to log after a step of this many seconds."""
@@ -258,7 +248,7 @@ class Algorithm(LightningModule, ABC):
         if not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self._training_seconds_so_far
+        checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
         in_flight = gather_over_ranks(self.trainer, self.in_flight_state(self._steps_done).state_dict())
@@ -268,9 +258,9 @@ class Algorithm(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""
         self.seed = checkpoint.get("seed", self.seed)
-        self.training_seconds = checkpoint.get("training_seconds", 0.0)
+        self.training_timer = TrainingTimer(checkpoint.get("training_seconds", 0.0))
         self._updates_loaded = checkpoint.get("global_step")
-        self.load_running_state({**self.running_state(), **checkpoint.get("running_state", {})})
+        self.load_running_state(checkpoint.get("running_state", {}))
         check_weights(self.named_parameters(), checkpoint["state_dict"])
         if "loops" in checkpoint:
             fix_loop_progress(checkpoint["loops"]["fit_loop"])
@@ -279,11 +269,13 @@ class Algorithm(LightningModule, ABC):
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
 
     def running_state(self) -> dict[str, Any]:
-        """Return statistics that training updates besides the weights, as plain data for a checkpoint."""
-        return {}
+        """Return the running statistics as plain data for a checkpoint."""
+        return {name: dict(vars(record)) for name, record in self.running_statistics.items()}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Restore what `running_state` returned."""
+        for name, record in self.running_statistics.items():
+            vars(record).update(state.get(name, {}))
 
     def in_flight_state(self, steps_done: int) -> InFlight:
         """Return what this rank needs to resume after so many steps of the epoch."""

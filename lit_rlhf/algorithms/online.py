@@ -15,7 +15,7 @@ follows from `batch_idx` alone, so a resumed run continues with the same minibat
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards
 from lit_rlhf.training import checks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
+from lit_rlhf.training.hooks import OnlineHooks
 from lit_rlhf.training.logging import (
     add_loss_metrics,
     mean_loss_metrics,
@@ -44,11 +45,10 @@ from lit_rlhf.training.logging import (
 from lit_rlhf.training.resume import InFlight, restore_on_error
 from lit_rlhf.training.timing import PhaseTimer
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.training.validation import ValidationHooks
 from lit_rlhf.types import Completions, Metrics, Prompts, Rollout
 
 
-class OnlineAlgorithm(ValidationHooks, Algorithm):
+class OnlineAlgorithm(OnlineHooks, Algorithm):
     """An algorithm that learns from its own completions.
 
     Args:
@@ -91,8 +91,7 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         evaluation: EvaluationOptions = EvaluationOptions(),
         **options: Any,
     ) -> None:
-        groups = {"sampling": (sampling, Sampling), "updates": (updates, Updates)}
-        groups |= {"shaping": (shaping, RewardShaping), "evaluation": (evaluation, EvaluationOptions)}
+        groups = {"sampling": sampling, "updates": updates, "shaping": shaping, "evaluation": evaluation}
         checks.check_groups(groups, options)
         super().__init__(policy, **options)
         checks.check_samples(num_samples, kl_coef, updates)
@@ -104,7 +103,7 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
         self.rollout: Rollout | None = None  # the current one, collected at its first training step
-        self.reward_statistics = RewardStatistics()
+        self.running_statistics["rewards"] = RewardStatistics()
         self.timer = PhaseTimer()
         self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
 
@@ -160,7 +159,10 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         with self.timer("score"), raise_on_all_ranks(self.trainer):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, prompts, completions, texts, self.trainer_state())
-            reference_logprobs = self.score_reference(prompts, completions)
+            temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))
+            reference_logprobs = torch.cat(
+                [self.reference.logprobs(prompts.rows(i).trim(), completions.rows(i), temperature) for i in parts]
+            )
         self.log_dict(mean_reward_metrics(gather_over_ranks(self.trainer, scores.metrics)), batch_size=1)
 
         valid = scores.valid
@@ -170,7 +172,7 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
             scores.rewards,
             valid & scores.has_sequence_reward,
             self.shaping,
-            self.reward_statistics,
+            self.running_statistics["rewards"],
             self.sum_over_ranks,
             noise_counter=(self.seed, self.current_epoch, prompts.index.tolist()),
         )
@@ -192,14 +194,6 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
             texts=texts,
             reward_extras=scores.reward_extras,
         )
-
-    def score_reference(self, prompts: Prompts, completions: Completions) -> Float[Tensor, "prompts samples tokens"]:
-        """Return log-probabilities under the reference, computed for the prompts of one minibatch at a time."""
-        parts = [
-            self.reference.logprobs(prompts.rows(rows).trim(), completions.rows(rows), self.sampling.temperature)
-            for rows in self.updates.prompt_slices(len(prompts))
-        ]
-        return torch.cat(parts)
 
     @torch.no_grad()
     def new_rollout(self, prompts: Prompts) -> Rollout:
@@ -225,13 +219,8 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
 
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
         """Collect a rollout at its first step, and return the loss of the step's minibatch."""
-        running_state = self.running_state()
-        try:
-            with restore_on_error(list(self.buffers(recurse=False))):
-                return self._training_step(batch, batch_idx % self.steps_per_rollout)
-        except BaseException:
-            self.load_running_state(running_state)
-            raise
+        with restore_on_error(list(self.buffers(recurse=False)), self.running_statistics):
+            return self._training_step(batch, batch_idx % self.steps_per_rollout)
 
     def _training_step(self, batch: Prompts, step: int) -> Tensor:
         self.timer.seconds = self._in_flight.phase_seconds or self.timer.seconds
@@ -280,13 +269,9 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         return self.policy.logprobs(part.prompts, part.completions, self.sampling.temperature)
 
     def kl_terms(self, part: Rollout, terms: Tensor) -> Float[Tensor, "prompts samples"]:
-        """Return the KL of each completion with gradient, for a KL in the loss.
-
-        Raises:
-            ValueError: If the loss terms are per token.
-        """
-        if terms.ndim != 2 or part.logprobs is None:
-            raise ValueError(f"{type(self).__name__} can't take the KL into its loss: use kl_penalty='k1_reward'")
+        """Return the KL of each completion with gradient, for a KL in the loss."""
+        checks.check_kl_in_loss(type(self).__name__, terms, part)
+        assert part.logprobs is not None
         kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, part.completions.mask)
         return kl / self.token_divisor(part)
 
@@ -304,57 +289,9 @@ class OnlineAlgorithm(ValidationHooks, Algorithm):
         tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
         return self.timer.metrics(int(tokens))
 
-    # Setup and resume
-
-    def setup(self, stage: str) -> None:
-        """Check the configuration before a model is loaded."""
-        super().setup(stage)
-        self._evaluator = None
-        data, accumulate = self.data_module, self.trainer.accumulate_grad_batches
-        if callable(columns := getattr(data, "columns", None)):
-            checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
-        if stage == "fit":
-            callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
-            checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
-            checks.check_sampling(self.sampling)
-            checks.report_updates(self.updates, accumulate, self.uses_importance_ratio)
-
-    def configure_model(self) -> None:
-        """Load the policy and keep its initial state as the reference."""
-        super().configure_model()
-        if not hasattr(self, "reference"):
-            self.reference = self.policy.reference()
-
-    def setup_models(self) -> None:
-        """Move models outside the module tree to the device, and check what needs the loaded models."""
-        self.policy.probe()
-        self.reference.to(self.device, next(self.policy.parameters()).dtype)
-        self.scorer.setup(self.device)
-        self.judge.setup(self.device)
-
-    def on_fit_start(self) -> None:
-        """Set up the models."""
-        self.setup_models()
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
-
-    def on_train_start(self) -> None:
-        """Check the loader, and validate the initial policy."""
-        super().on_train_start()
-        checks.check_loader(self.trainer, self.steps_per_rollout)
-        self.validate_before_training()
-
     def in_flight_state(self, steps_done: int) -> InFlight:
         """Return what this rank needs to resume: inside a rollout, the rollout too."""
         state = super().in_flight_state(steps_done)
         if steps_done % self.steps_per_rollout and self.rollout is not None:
             state.add_rollout(self.rollout, self.metric_sums, self.timer.so_far())
         return state
-
-    def running_state(self) -> dict[str, Any]:
-        """Return statistics that change with every rollout, as plain data; a method adds its own."""
-        return {"reward_statistics": vars(self.reward_statistics).copy()}
-
-    def load_running_state(self, state: dict[str, Any]) -> None:
-        """Restore what `running_state` returned."""
-        self.reward_statistics = RewardStatistics(**state["reward_statistics"])

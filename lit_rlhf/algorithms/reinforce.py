@@ -6,7 +6,7 @@ can be an exponential moving average or none.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,12 @@ class MovingAverage:
 
     total: float = 0.0
     weight: float = 0.0
+
+    def add(self, total: float, weight: float, decay: float | None = None) -> None:
+        """Add returns by their sum and number, or with a decay their mean with the weight `1 - decay`."""
+        past, fresh = (1.0, 1.0) if decay is None else (decay, 1 - decay)
+        self.total = past * self.total + fresh * total
+        self.weight = past * self.weight + fresh * weight
 
     @property
     def value(self) -> float:
@@ -59,7 +65,7 @@ class Reinforce(OnlineAlgorithm):
         if not 0 <= baseline_decay < 1:
             raise ValueError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
         self.baseline, self.baseline_decay = baseline, baseline_decay
-        self.baseline_average = MovingAverage()
+        self.baseline_average = self.running_statistics["baseline"] = MovingAverage()
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return minus the baseline of earlier rollouts; with token-level rewards, per token with reward-to-go."""
@@ -84,19 +90,7 @@ class Reinforce(OnlineAlgorithm):
         total, count = self.sum_over_ranks(sums).tolist()
         if count == 0:
             return
-        average = self.baseline_average
         if self.baseline == "mean":
-            self.baseline_average = MovingAverage(average.total + total, average.weight + count)
+            self.baseline_average.add(total, count)
         else:
-            decay = self.baseline_decay
-            mean = decay * average.total + (1 - decay) * total / count
-            self.baseline_average = MovingAverage(mean, decay * average.weight + (1 - decay))
-
-    def running_state(self) -> dict[str, Any]:
-        """Add the moving average."""
-        return {**super().running_state(), "baseline_average": asdict(self.baseline_average)}
-
-    def load_running_state(self, state: dict[str, Any]) -> None:
-        """Restore the moving average."""
-        super().load_running_state(state)
-        self.baseline_average = MovingAverage(**state["baseline_average"])
+            self.baseline_average.add(total / count, 1.0, self.baseline_decay)

@@ -17,7 +17,7 @@ from lit_rlhf.evaluation.completions import check_completion_column
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.rewards import Scorer
+from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record, Rollout
 
@@ -27,6 +27,14 @@ DATA_MODULES: dict[type[Record], str] = {
     Preferences: "PreferenceData",
 }
 """The data module that yields each type of batch."""
+
+OPTION_GROUPS: dict[str, type] = {
+    "sampling": Sampling,
+    "updates": Updates,
+    "shaping": RewardShaping,
+    "evaluation": EvaluationOptions,
+}
+"""Groups of options of algorithms that sample, by argument."""
 
 KL_PENALTIES = {
     "k1_reward": None,
@@ -118,24 +126,23 @@ def check_columns(
         check_completion_column("evaluation.preferred", options.preferred, val)
 
 
-def check_groups(groups: Mapping[str, tuple[Any, type]], others: Iterable[str]) -> None:
+def check_groups(groups: Mapping[str, Any], others: Iterable[str]) -> None:
     """Check the type of grouped options, and that no option of a group was given outside it.
 
     Args:
-        groups: Value and class of each group, by the argument's name.
+        groups: Each group, by the argument's name.
         others: Names of the other arguments.
 
     Raises:
         TypeError: If one is wrong.
     """
-    for name, (value, kind) in groups.items():
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}={value!r} must be a lit_rlhf.{kind.__name__}, such as {kind.__name__}()")
-        for field in dataclasses.fields(kind):
+    for name, value in groups.items():
+        kind = f"lit_rlhf.{OPTION_GROUPS[name].__name__}"
+        if not isinstance(value, OPTION_GROUPS[name]):
+            raise TypeError(f"{name}={value!r} must be a {kind}, such as {kind}()")
+        for field in dataclasses.fields(OPTION_GROUPS[name]):
             if field.name in others:
-                raise TypeError(
-                    f"{field.name} is an option of {name}: give {name}=lit_rlhf.{kind.__name__}({field.name}=...)"
-                )
+                raise TypeError(f"{field.name} is an option of {name}: give {name}={kind}({field.name}=...)")
 
 
 def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
@@ -231,3 +238,9 @@ def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
             f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
             f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
         )
+
+
+def check_kl_in_loss(algorithm: str, terms: Tensor, part: Rollout) -> None:
+    """Check that a KL per completion can be added to the loss terms."""
+    if terms.ndim != 2 or part.logprobs is None:
+        raise ValueError(f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward'")

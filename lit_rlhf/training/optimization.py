@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,6 +71,23 @@ def enable_fused_adam(optimizer: Optimizer) -> None:
         plain = all(type(p.data) is Tensor and p.device.type in ("cpu", "cuda") for p in group["params"])
         if plain and group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
             group["fused"] = True
+
+
+def check_trainable(groups: list[dict[str, Any]], loaded_adapter: bool) -> None:
+    """Check that every parameter group has a parameter to train.
+
+    Args:
+        groups: The groups, with their names.
+        loaded_adapter: Whether the policy is an adapter, for the message.
+
+    Raises:
+        ValueError: If one has none.
+    """
+    hint = "load its adapter with is_trainable=True" if loaded_adapter else "give `lora` to train a new adapter"
+    for group in groups:
+        if not group["params"]:
+            name = group["name"]
+            raise ValueError(f"the {name} has no trainable parameter{f': {hint}' * (name == 'policy')}")
 
 
 def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:

@@ -189,12 +189,20 @@ def rescale_progress(fit_loop: dict[str, Any], before: int, now: int) -> None:
 
 
 @contextlib.contextmanager
-def restore_on_error(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """Restore buffers if the body raises, so that a checkpoint saved then holds nothing of the failed step."""
+def restore_on_error(buffers: Sequence[Tensor], statistics: Mapping[str, Any]) -> Iterator[None]:
+    """Restore the state if the body raises, so that a checkpoint saved then holds nothing of the failed step.
+
+    Args:
+        buffers: Tensors that the body may change in place.
+        statistics: Dataclasses of numbers that the body may change in place.
+    """
     before = [buffer.clone() for buffer in buffers]
+    numbers = {name: dict(vars(record)) for name, record in statistics.items()}
     try:
         yield
     except BaseException:
         for buffer, kept in zip(buffers, before, strict=True):
             buffer.copy_(kept)
+        for name, record in statistics.items():
+            vars(record).update(numbers[name])
         raise

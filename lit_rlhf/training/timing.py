@@ -51,6 +51,32 @@ class PhaseTimer:
         return {**seconds, "throughput/completion_tokens": tokens / total}
 
 
+class TrainingTimer:
+    """Adds up the seconds of all training steps.
+
+    Args:
+        seconds: Seconds of the steps before, of a resumed run.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._started: float | None = None  # set while a step runs
+
+    def start(self) -> None:
+        """Start timing a step."""
+        self._started = now()
+
+    def stop(self) -> float:
+        """Add a step to the total, and return its seconds."""
+        before, self.seconds = self.seconds, self.so_far()
+        self._started = None
+        return self.seconds - before
+
+    def so_far(self) -> float:
+        """Return the total including the step in progress."""
+        return self.seconds if self._started is None else self.seconds + now() - self._started
+
+
 def now() -> float:
     """Return a monotonic time in seconds, after waiting for the GPU if this process uses one."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

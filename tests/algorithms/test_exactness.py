@@ -30,7 +30,6 @@ from enumeration import (
     true_gradient,
 )
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.reinforce import MovingAverage
 from lit_rlhf.testbed.tokenizer import vocabulary
 from lit_rlhf.types import Rollout
 from runs import make_trainer
@@ -224,7 +223,7 @@ def variance_of_converged_moving_average(levels: list[float]) -> float:
         module = make_module(lit_rlhf.Reinforce, num_samples=1)
         probabilities = sequence_logprobs(module.policy.causal_lm).exp().detach()
         total = float((probabilities * totals((delayed,)) / 16).sum()) + sum(levels) / len(levels)
-        module.baseline_average = MovingAverage(total, weight=1.0)
+        vars(module.baseline_average).update(total=total, weight=1.0)
         result += float(total_variance(module, level))
     return result
 

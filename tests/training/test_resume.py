@@ -192,7 +192,7 @@ def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_
 
     def failing(rollout):
         if len(kept) == 2:
-            assert statistics()["baseline_average"] != kept[-1]["baseline_average"]
+            assert statistics()["baseline"] != kept[-1]["baseline"]
             raise MemoryError
         kept.append(statistics())
         return loss(rollout)
@@ -203,7 +203,7 @@ def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_
     module.loss = failing
     with pytest.raises(MemoryError):
         make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, make_data("Reinforce"))
-    assert kept[1] == statistics() and kept[1]["reward_statistics"]["count"] > 0
+    assert kept[1] == statistics() and kept[1]["rewards"]["count"] > 0
 
 
 @pytest.mark.parametrize("change", [{"rows": 16}, {"batch_size": 6}], ids=str)

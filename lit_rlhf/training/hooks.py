@@ -1,8 +1,9 @@
-"""Validation, test and prediction of algorithms that sample completions."""
+"""Lightning hooks of algorithms that sample: checks, setup of the models, validation, test and prediction."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -17,12 +18,14 @@ from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
+from lit_rlhf.training import checks
 from lit_rlhf.training.distributed import raise_on_all_ranks
+from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Prompts
 
 
-class ValidationHooks(LightningModule):
-    """Lightning's hooks of validation, test and prediction: a mixin of `lit_rlhf.OnlineAlgorithm`.
+class OnlineHooks(LightningModule):
+    """Mixin of `lit_rlhf.OnlineAlgorithm` with the hooks around its training loop.
 
     Attributes:
         examples: Greedy completions of the first held-out prompts, from the last evaluation.
@@ -35,10 +38,14 @@ class ValidationHooks(LightningModule):
     judge: Scorer | SymmetricJudge
     evaluation: EvaluationOptions
     sampling: Sampling
+    updates: Updates
     num_samples: int
     kl_coef: float
     seed: int
     updates_done: int
+    steps_per_rollout: int
+    uses_importance_ratio: bool
+    data_module: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,9 +65,43 @@ class ValidationHooks(LightningModule):
         max_steps = int(planned) if math.isfinite(planned) else -1
         return TrainerState(global_step=self.updates_done, max_steps=max_steps, epoch=trainer.current_epoch)
 
-    def validate_before_training(self) -> None:
-        """Validate once before the first update, so that every curve starts at the initial policy."""
+    def setup(self, stage: str) -> None:
+        """Check the configuration before a model is loaded."""
+        super().setup(stage)
+        self._evaluator = None
+        data, accumulate = self.data_module, self.trainer.accumulate_grad_batches
+        if callable(columns := getattr(data, "columns", None)):
+            checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
+        if stage == "fit":
+            callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
+            checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
+            checks.check_sampling(self.sampling)
+            checks.report_updates(self.updates, accumulate, self.uses_importance_ratio)
+
+    def configure_model(self) -> None:
+        """Load the policy and keep its initial state as the reference."""
+        super().configure_model()
+        if not hasattr(self, "reference"):
+            self.reference = self.policy.reference()
+
+    def setup_models(self) -> None:
+        """Move models outside the module tree to the device, and check what needs the loaded models."""
+        self.policy.probe()
+        self.reference.to(self.device, next(self.policy.parameters()).dtype)
+        self.scorer.setup(self.device)
+        self.judge.setup(self.device)
+
+    def on_fit_start(self) -> None:
+        """Set up the models."""
+        self.setup_models()
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    def on_train_start(self) -> None:
+        """Check the loader, and validate the initial policy, so that every curve starts there."""
+        super().on_train_start()
         trainer = self.trainer
+        checks.check_loader(trainer, self.steps_per_rollout)
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         at_start = trainer.global_step == 0 and progress.processed == 0
         if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
