@@ -13,7 +13,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.tokenization import end_of_turn
 
-
 SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
 """Folders of the models that come with the package, by name."""
 
@@ -52,7 +51,8 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
             options = {key: value for key, value in options.items() if key != "revision"}
             return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
         raise ValueError(
-            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: {error}"
+            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: "
+            f"{error}"
         ) from error
 
 

@@ -158,7 +158,10 @@ class Policy(nn.Module):
         return self.logprobs_from(self.features(prompts, completions), completions, temperature)
 
     def logprobs_from(
-        self, features: Float[Tensor, "prompts samples tokens features"], completions: TokenSequences, temperature: float = 1.0
+        self,
+        features: Float[Tensor, "prompts samples tokens features"],
+        completions: TokenSequences,
+        temperature: float = 1.0,
     ) -> Float[Tensor, "prompts samples tokens"]:
         """Return the same from the features of these completions."""
         mask = completions.mask
