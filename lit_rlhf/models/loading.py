@@ -51,7 +51,8 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
             options = {key: value for key, value in options.items() if key != "revision"}
             return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
         raise ValueError(
-            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: {error}"
+            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: "
+            f"{error}"
         ) from error
 
 

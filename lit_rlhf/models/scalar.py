@@ -279,6 +279,4 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 def check_one_label(config: PreTrainedConfig, name: str) -> None:
     """Raise a ValueError if a model has more than one label."""
     if config.num_labels != 1:
-        raise ValueError(
-            f"{name} has {config.num_labels} labels: give a model with one label, whose output is one number"
-        )
+        raise ValueError(f"{name} has {config.num_labels} labels: give a model with one label, since it is one number")

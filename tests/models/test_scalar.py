@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, OPTConf
 
 import lit_rlhf
 from enumerable import make_prompts
-from lit_rlhf.algorithms.vanilla_pg import new_head
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.vanilla_pg import new_value_head
 from lit_rlhf.models.scalar import Critic, value_head
-from lit_rlhf.types import Demonstrations
+from lit_rlhf.types import Preferences
 from runs import grouped, make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
@@ -35,11 +36,11 @@ def make_critic(kind: str = "llama", **config) -> Critic:
     return Critic(AutoModelForSequenceClassification.from_config(settings))
 
 
-def make_input() -> Demonstrations:
+def make_input() -> Preferences:
     generator = torch.Generator().manual_seed(0)
     prompts = make_prompts([5, 6, 7], [8, 9, 10, 11, 12, 13], [14])
     mask = torch.arange(5) < torch.tensor([[5, 1], [3, 2], [4, 5]]).unsqueeze(-1)
-    return Demonstrations(prompts, torch.randint(7, SIZE, (3, 2, 5), generator=generator).where(mask, 0), mask)
+    return Preferences(prompts, torch.randint(7, SIZE, (3, 2, 5), generator=generator).where(mask, 0), mask)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -65,6 +66,65 @@ def test_the_fast_path_has_the_gradient_of_the_plain_one():
         gradients.append({n: p.grad for n, p in critic.named_parameters() if p.grad is not None})
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-7, rtol=0)
+
+
+class TestRewardModelTraining:
+    """Bradley-Terry loss of pairs that share their prompt, against one plain `transformers` forward per completion."""
+
+    @pytest.fixture(params=[None, {"r": 2, "init_lora_weights": False}], ids=["all weights", "lora"])
+    def module(self, request, tiny):
+        module = make_module("RewardModeling", tiny, lora=request.param)
+        torch.manual_seed(0)
+        module.configure_model()
+        return module
+
+    @staticmethod
+    def gradients(module, scores):
+        module.zero_grad()
+        loss = F.bradley_terry_loss(*scores.unbind(1)).sum()
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+    @staticmethod
+    def plain_scores(module, batch):
+        def score(i, j):
+            prompt, completion = batch.prompts.tokens[i], batch.tokens[i, j]
+            ids = torch.cat([prompt[batch.prompts.mask[i]], completion[batch.mask[i, j]]]).unsqueeze(0)
+            return module.reward_model.model(input_ids=ids).logits[0, 0]
+
+        return torch.stack([torch.stack([score(i, j) for j in range(2)]) for i in range(3)])
+
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["shared", "checkpointing"])
+    def test_loss_and_gradient_are_those_of_a_plain_forward(self, module, checkpointing):
+        batch = make_input()
+        loss, expected = self.gradients(module, self.plain_scores(module, batch))
+        if checkpointing:
+            module.reward_model.classifier.activation_checkpointing_enable()
+        actual_loss, actual = self.gradients(module, module.scores(batch))
+        assert actual.keys() == expected.keys()
+        torch.testing.assert_close(actual_loss, loss)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-7, rtol=0)
+
+    def test_a_prompt_is_computed_once_for_both_completions(self, module):
+        batch, seen = make_input(), []
+        module.reward_model.probe()
+        embeddings = module.reward_model.classifier.get_input_embeddings()
+        embeddings.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].numel()))
+        self.gradients(module, module.scores(batch))
+        assert seen == [batch.prompts.tokens.numel(), batch.tokens.numel()]
+
+    def test_a_completion_that_ends_with_the_padding_id_is_read_at_its_end(self, module):
+        batch = make_input()
+        batch = batch.replace(tokens=batch.tokens.masked_fill(batch.tokens == batch.tokens[0, 0, 4], 0))
+        module.reward_model.config.pad_token_id = None
+        with torch.no_grad():
+            expected = self.plain_scores(module, batch)
+            for pad in (0, 2):
+                module.reward_model.config.pad_token_id = pad
+                for shares in (True, False):
+                    module.reward_model.model_forward.shares_prompt = shares
+                    torch.testing.assert_close(module.scores(batch), expected, atol=1e-5, rtol=0)
 
 
 def test_a_critic_from_a_policy_starts_at_zero_and_one_from_a_reward_model_with_its_head(tiny, tmp_path):
@@ -111,7 +171,7 @@ def test_a_head_reads_what_the_output_layer_does(tiny):
     """Which is narrower than the hidden states in some models, such as OPT-350m."""
     shape = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
     model = OPTForCausalLM(OPTConfig(vocab_size=len(make_tokenizer()), do_layer_norm_before=False, **shape))
-    policy, head, batch = lit_rlhf.Policy(model, make_tokenizer()), new_head(model), make_input()
+    policy, head, batch = lit_rlhf.Policy(model, make_tokenizer()), new_value_head(model), make_input()
     values = value_head(head, policy.features(batch.prompts, batch), batch)
     assert policy.chunks_logits and values.shape == batch.mask.shape
 
