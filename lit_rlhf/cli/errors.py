@@ -6,9 +6,10 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -190,7 +191,8 @@ def wrong_option(found: Rejection, options: Sequence[str]) -> str:
         problem = f"--{prefix}{name}: {found.owner.rpartition('.')[2]} has no such option"
     owners: dict[str, list[str]] = {option: [] for option in options}
     for root, base in BASES.items():
-        for kind in sorted(subclasses(base), key=lambda kind: kind.__name__):
+        shipped = (kind for kind in subclasses(base) if kind.__module__.startswith("lit_rlhf."))
+        for kind in sorted(shipped, key=lambda kind: kind.__name__):
             for option in class_options(kind):
                 owners.setdefault(f"{root}.{option}", []).append(kind.__name__)
     if others := owners.get(f"{prefix}{name}"):
@@ -224,10 +226,11 @@ def option_names(parser: ArgumentParser) -> list[str]:
     return list(dict.fromkeys(without_init_args(name) for name in names))
 
 
-def class_options(kind: type) -> list[str]:
-    """Return the names of the options of a class."""
+def class_options(kind: Callable[..., Any]) -> list[str]:
+    """Return the names of the options of a class or function."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, fail_untyped=False)
+    add_arguments = parser.add_class_arguments if inspect.isclass(kind) else parser.add_function_arguments
+    add_arguments(kind, fail_untyped=False)
     return option_names(parser)
 
 
@@ -241,11 +244,10 @@ def is_import_path(text: str) -> bool:
     return "." in text and all(part.isidentifier() for part in text.split("."))
 
 
-def import_object(path: str) -> type:
+def import_object(path: str) -> Any:
     """Import `module.name`."""
     module, _, name = path.rpartition(".")
-    kind: type = getattr(importlib.import_module(module), name)
-    return kind
+    return getattr(importlib.import_module(module), name)
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:

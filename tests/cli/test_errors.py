@@ -11,7 +11,7 @@ from lit_rlhf.cli.errors import Rejection, nearest_option, read_message
 from lit_rlhf.errors import InputError, input_error
 
 REJECTED = {
-    "a misspelt method": (["--model=RLO"], r"--model 'RLO' is not one of DPO, .*: did you mean RLOO\?"),
+    "a misspelt method": (["--model=RLO"], r"--model 'RLO' is not one of .*, PPO, .*: did you mean RLOO\?"),
     "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
     "a class that does not exist": (["--model=mine.OPP"], r"the module 'mine' has no 'OPP': did you mean OPO\?"),
     "a module that does not exist": (["--model=mini.OPO"], "--model 'mini.OPO': there is no module 'mini'"),
@@ -38,6 +38,10 @@ REJECTED = {
     ),
     "a misspelt reward": (["--model.rewards=[mine.wordz]"], r"the module 'mine' has no 'wordz': did you mean words\?"),
     "a reward without its module": (["--model.rewards+=words"], r"--model\.rewards 'words' is not an import path"),
+    "an option of a reward function": (
+        ["--model.rewards=[{class_path: mine.words, init_args: {scale: 1}}]"],
+        "--model.rewards.scale: words has no such option",
+    ),
     "a misspelt callback": (["--trainer.callbacks+=lit_rlhf.callbacks.GradientNois"], r"did you mean GradientNoise\?"),
     "a number that is none": (["--model.kl_coef=abc"], "--model.kl_coef 'abc': expected float$"),
     "a value of several types": (["--trainer.limit_val_batches=abc"], "'abc': expected int or float$"),
