@@ -24,7 +24,7 @@ def words(completions, **kwargs):
 """
 
 FAST = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-SHORT = ["--model.max_new_tokens=4", "--data.batch_size=4"]
+SHORT = ["--model.sampling.max_new_tokens=4", "--data.batch_size=4"]
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

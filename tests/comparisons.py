@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 TINY = ["--config", "quickstart", "--data.train_size", "16", "--data.val_size", "4", "--data.batch_size", "4"]
-SHORT = ["--model.max_new_tokens", "4", "--trainer.max_steps", "1"]
+SHORT = ["--model.sampling.max_new_tokens", "4", "--trainer.max_steps", "1"]
 
 SECONDS = [9.0, 9.0, 1.0, 3.0, 2.0]
 """Of each update of a fake run."""

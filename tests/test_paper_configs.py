@@ -83,7 +83,7 @@ REWARDS = "[{class_path: lit_rlhf.RewardModel, init_args: {model: judge}}]"
 
 
 def check_online(setting, *args):
-    small = ["--data.batch_size=16", "--model.max_new_tokens=4", "--model.rewards", REWARDS]
+    small = ["--data.batch_size=16", "--model.sampling.max_new_tokens=4", "--model.rewards", REWARDS]
     rows = run(f"paper/{setting}", SETTINGS[setting]["prompts"], *args, *small)
     updates = [row for row in rows if row["train/loss"]]
     assert len(updates) == 2

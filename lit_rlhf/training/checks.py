@@ -190,7 +190,8 @@ def check_updates(updates: Updates, accumulate: int, batch_size: int | None, cal
     if minibatches % accumulate and (accumulate % minibatches or updates.update_epochs > 1):
         raise ValueError(
             f"accumulate_grad_batches={accumulate} does not fit a rollout of {minibatches} minibatches "
-            f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a multiple"
+            f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a "
+            "multiple of it"
         )
     if batch_size is not None:
         check_num_minibatches(updates.num_minibatches, batch_size)

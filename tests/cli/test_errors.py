@@ -26,6 +26,10 @@ REJECTED = {
         ["--model.optimizer.lrr=1"],
         r"AdamW .* did you mean .*optimizer\.lr\?",
     ),
+    "an option outside its group": (
+        ["--model.max_new_tokens=4"],
+        r"did you mean --model\.sampling\.max_new_tokens\?",
+    ),
     "an option without its group": (["--num_samples=4"], r"did you mean --model\.num_samples\?"),
     "a misspelt group": (["--trainr.max_steps=4"], r"did you mean --trainer\.max_steps\?"),
     "a misspelt option in a configuration": (
@@ -92,26 +96,26 @@ INVALID = {
     "no rewards": (["--model.rewards=[]"], "rewards is empty"),
     "a policy that does not exist": (["--model.policy=./nowhere"], "there is no such folder"),
     "a file that does not exist": (["--data.train=nothing.jsonl"], "nothing.jsonl"),
-    "more minibatches than prompts": (["--model.minibatches=8"], "minibatches=8 is more than the 4 prompts"),
+    "more minibatches than prompts": (["--model.updates.num_minibatches=8"], "minibatches=8 is more than the 4 prompts"),
     "an accumulation that does not fit": (
-        ["--model.minibatches=4", "--trainer.accumulate_grad_batches=3"],
-        "accumulate_grad_batches=3 does not fit a rollout of 4 slices",
+        ["--model.updates.num_minibatches=4", "--trainer.accumulate_grad_batches=3"],
+        "accumulate_grad_batches=3 does not fit a rollout of 4 minibatches",
     ),
     "an accumulation over several epochs": (
-        ["--model=PPO", "--model.num_samples=1", "--model.epochs=2", "--trainer.accumulate_grad_batches=2"],
-        "accumulate_grad_batches=2 does not fit a rollout of 1 slices",
+        ["--model=PPO", "--model.num_samples=1", "--model.updates.update_epochs=2", "--trainer.accumulate_grad_batches=2"],
+        "accumulate_grad_batches=2 does not fit a rollout of 1 minibatches",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
     "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is no folder here that holds a model"),
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
-    "an opponent that is not a column": (["--model.opponent=gpt"], "opponent='gpt' is no column"),
+    "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
     "the data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
     "too few prompts": (["--data.batch_size=64"], "64"),
     "a learning rate below the precision": (
         ["--model.load.dtype=bfloat16", "--model.lora=null", "--model.optimizer.lr=1e-7"],
-        "too small to move",
+        "too small to change",
     ),
 }
 """Arguments that a run rejects before its first step, and the sentence."""

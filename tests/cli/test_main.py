@@ -15,8 +15,8 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.parser import CONFIGS
 
 STAND_INS = {
-    "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.max_new_tokens=4"],
-    "shaping": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.max_new_tokens=4"],
+    "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
+    "shaping": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
     "rloo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "reinforce": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "raft": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
@@ -52,13 +52,13 @@ def test_every_shipped_configuration_runs_and_its_checkpoint_exports(given, work
 
 EVERY_UPDATE = """
     train/loss train/reward train/reward/review_reward train/return train/kl train/kl_k3 train/kl_coef train/entropy
-    train/completion_length train/finished train/advantage_std train/zero_variance_groups train/skipped_groups
+    train/completion_length train/eos_rate train/advantage_std train/zero_variance_groups train/skipped_groups
     train/grad_norm train/logprob_mismatch train/lr train/kl_p05 train/kl_p50 train/kl_p95
     time/sample time/score time/train throughput/completion_tokens
 """.split()
 EVERY_VALIDATION = """
     val/reward val/reward_variance val/return val/judge val/win_rate val/win_rate_low val/win_rate_high val/undecided
-    val/kl val/length val/finished val/distinct_1 val/distinct_2 val/perplexity
+    val/kl val/length val/eos_rate val/distinct_1 val/distinct_2 val/perplexity
 """.split()
 
 
@@ -175,7 +175,7 @@ def test_the_pipeline_on_a_users_data(workspace):
     reward_model = "runs/reward_model/policy/last"
     assert AutoModelForSequenceClassification.from_pretrained(reward_model).config.num_labels == 1
     rewards = ["--model.rewards+=lit_rlhf.RewardModel", f"--model.rewards.model={reward_model}"]
-    prompts = ["--data.train=prompts.jsonl", "--data.val=4", "--model.max_new_tokens=4"]
+    prompts = ["--data.train=prompts.jsonl", "--data.val=4", "--model.sampling.max_new_tokens=4"]
     main(["fit", "--config=rloo", f"--model.policy={sft}", *rewards, *prompts, *small])
     ckpt = next(Path("runs/rloo").glob("version_0/checkpoints/last.ckpt"))
     main(["export", "--ckpt_path", str(ckpt), "--out", "my-model", "--merge=true"])
