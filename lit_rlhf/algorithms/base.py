@@ -117,8 +117,6 @@ class Algorithm(LightningModule, ABC):
         """The data module of the run; None without one or outside a run."""
         return getattr(self._trainer, "datamodule", None)
 
-    # Setup
-
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
@@ -251,7 +249,8 @@ class Algorithm(LightningModule, ABC):
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(self._steps_done).state_dict())
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
+        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         checkpoint["running_state"] = self.running_state()
 
@@ -299,8 +298,3 @@ class Algorithm(LightningModule, ABC):
     @property
     def _step_layout(self) -> StepLayout:
         return StepLayout(self.steps_per_rollout, self.trainer.accumulate_grad_batches)
-
-    @property
-    def _steps_done(self) -> int:
-        """Training steps of this epoch that are complete: the Trainer's count, which a resume restores."""
-        return int(cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress.current).processed)

@@ -65,7 +65,6 @@ def compare(
         ValueError: If a name in `only` or `pairs` is unknown, two arms share a folder, a number is out of range, the
             command line rejects an arm's arguments, or a finished result was made with other arguments.
         RunsFailed: At the end, if runs failed.
-        KeyboardInterrupt: If interrupted; the running runs are lost.
     """
     check_names(arms, {*only, *(name for pair in pairs for name in pair)})
     chosen = {name: arm for name, arm in arms.items() if not only or name in only}
@@ -86,8 +85,8 @@ def compare(
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
     if failed:
-        total = len(runs) + len(measurements)
-        raise RunsFailed(f"{len(failed)} of {total} runs failed ({'; '.join(failed)}): see log.txt in their folders")
+        count = f"{len(failed)} of {len(runs) + len(measurements)}"
+        raise RunsFailed(f"{count} runs failed ({'; '.join(failed)}): see log.txt in their folders")
     return table
 
 
