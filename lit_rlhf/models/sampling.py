@@ -125,9 +125,6 @@ def decode(
         sampling: The options.
         eos: Ids that end a completion.
         stops: Finds out from the token ids of completions which of them contain a stop string.
-
-    Raises:
-        ValueError: If the log-probability of a sampled token is not finite.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
@@ -161,11 +158,7 @@ def decode(
             logits = decoder.step(drawn)
     end = t + 1
     of_drawn, entropy, mass = numbers[:, :, :end]
-    if not bool(of_drawn.isfinite().all()):
-        raise ValueError(
-            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
-            "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
-        )
+    check_finite(of_drawn)
     grid = (*shape, end)
     return Completions(
         tokens=tokens[:, :end].reshape(grid),
@@ -175,6 +168,19 @@ def decode(
         entropy=entropy.reshape(grid),
         sampled_mass=mass.reshape(grid) if sampling.truncates else None,
     )
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """Check that all log-probabilities are finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if not bool(logprobs.isfinite().all()):
+        raise ValueError(
+            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
+            "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
+        )
 
 
 def remaining_rows(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
