@@ -146,7 +146,7 @@ class Algorithm(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
         groups = self.parameter_groups()
-        check_trainable(groups, loaded_adapter=isinstance(self.policy.model, PeftModel))
+        check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
         optimizer = self.make_optimizer(groups)
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
