@@ -14,7 +14,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
 from runs import make_data, make_trainer
-from tiny import make_llama, make_tokenizer
+from tiny import checkpoint_activations, make_llama, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
 
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_takes_the_plain_path_to_the_same_gradients():
     policy, (prompts, completions) = make_policy(), make_input()
     expected = value_and_gradient(policy, prompts, completions)
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=5))
-    policy.model.activation_checkpointing_enable()
+    checkpoint_activations(policy.model)
     policy.train()
     lengths = []
     policy.causal_lm.get_input_embeddings().register_forward_hook(lambda m, i, output: lengths.append(output.shape[1]))
@@ -144,7 +144,7 @@ def test_a_model_that_asks_for_the_name_of_its_attention_keeps_its_causality():
         **sizes,
     )
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
-    policy.model.activation_checkpointing_enable()
+    checkpoint_activations(policy.model)
     prompts = make_prompts(*torch.randint(7, SIZE, (3, 10)).tolist())
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=6, min_new_tokens=6))
     torch.testing.assert_close(policy.logprobs(prompts, drawn), drawn.logprobs, atol=1e-4, rtol=0)
@@ -233,7 +233,7 @@ def value_and_gradient_of_first(policy, prompts, completions, t: int):
 def test_an_undefined_embedding_of_padding_is_harmless(checkpointing):
     policy, (prompts, completions) = make_policy(), make_input()
     if checkpointing:
-        policy.model.activation_checkpointing_enable()
+        checkpoint_activations(policy.model)
     expected = value_and_gradient(policy, prompts, completions)
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=6))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from lit_rlhf.algorithms.vanilla_pg import new_head
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Preferences
 from runs import make_data, make_module, make_trainer
-from tiny import make_llama, make_tokenizer
+from tiny import checkpoint_activations, make_llama, make_tokenizer
 
 SIZE = len(make_tokenizer())
 COMMON = dict(vocab_size=SIZE, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -99,7 +99,7 @@ class TestRewardModelTraining:
         batch = make_input()
         loss, expected = self.gradients(module, self.plain_scores(module, batch))
         if checkpointing:
-            module.reward_model.classifier.activation_checkpointing_enable()
+            checkpoint_activations(module.reward_model.classifier)
         actual_loss, actual = self.gradients(module, module.scores(batch))
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual_loss, loss)
