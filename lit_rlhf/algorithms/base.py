@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
@@ -92,7 +93,7 @@ class Algorithm(LightningModule, ABC):
         self.pretrained = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
             if lora is not None or load:
-                raise ValueError("`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy")
+                raise InputError("`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy")
             self.policy = policy
             self._tokenizer = policy.tokenizer
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf import functional as F
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Completions
 
 
@@ -54,9 +55,9 @@ class Sampling:
         }
         for name, (valid, rule) in rules.items():
             if not valid:
-                raise ValueError(f"sampling: {name}={getattr(self, name)} must be {rule}")
+                raise InputError(f"sampling: {name}={getattr(self, name)} must be {rule}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
+            raise InputError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
 
     @property
     def truncates(self) -> bool:
@@ -177,7 +178,7 @@ def check_finite(logprobs: Tensor) -> None:
         ValueError: If one is not.
     """
     if not bool(logprobs.isfinite().all()):
-        raise ValueError(
+        raise InputError(
             "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
             "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
         )

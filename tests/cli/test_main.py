@@ -15,8 +15,18 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.parser import CONFIGS
 
 STAND_INS = {
-    "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
-    "shaping": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
+    "quickstart": [
+        "--data.train_size=32",
+        "--data.val_size=4",
+        "--data.batch_size=4",
+        "--model.sampling.max_new_tokens=4",
+    ],
+    "shaping": [
+        "--data.train_size=32",
+        "--data.val_size=4",
+        "--data.batch_size=4",
+        "--model.sampling.max_new_tokens=4",
+    ],
     "rloo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "grpo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "reinforce": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
