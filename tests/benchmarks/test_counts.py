@@ -141,13 +141,8 @@ def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["RLOO", "VanillaPG"])
-<<<<<<< HEAD
-def test_what_scores_a_rollout_takes_no_more_of_it_at_a_time_than_training(name, folder, tmp_path):
-    counts = count(name, folder, tmp_path, num_minibatches=2)
-=======
 def test_scoring_uses_batches_no_larger_than_those_of_training(name, folder, tmp_path):
-    counts = count(name, folder, tmp_path, minibatches=2)
->>>>>>> models
+    counts = count(name, folder, tmp_path, num_minibatches=2)
     prompts, k, t = counts.rollout.completions.tokens.shape
     assert prompts == N and max(counts.lookups["reference"]) == N // 2 * k * (t - 1)
     if name == "VanillaPG":

@@ -12,13 +12,8 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.vanilla_pg import new_value_head
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Preferences
-<<<<<<< HEAD
 from runs import grouped, make_data, make_module, make_trainer
-from tiny import make_llama, make_tokenizer
-=======
-from runs import make_data, make_module, make_trainer
 from tiny import checkpoint_activations, make_llama, make_tokenizer
->>>>>>> models
 
 SIZE = len(make_tokenizer())
 COMMON = dict(vocab_size=SIZE, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
