@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_package_is_listed():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [ROOT / "lit_rlhf", *(path for path in (ROOT / "lit_rlhf").rglob("*") if path.is_dir())]
-    found = {".".join(path.relative_to(ROOT).component_rewards) for path in folders if (path / "__init__.py").is_file()}
+    found = {".".join(path.relative_to(ROOT).parts) for path in folders if (path / "__init__.py").is_file()}
     assert found | {"lit_rlhf.callbacks", "lit_rlhf.configs"} == set(told)
 
 

@@ -104,7 +104,7 @@ def test_every_method_that_samples(setting, name, place):
 def test_llama_differs_where_it_should(place):
     check_online("hh", "--config", "paper/llama")
     config = yaml.safe_load((place / "here" / "version_0" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
+    assert config["model"]["init_args"]["updates"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
     assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
 
 
@@ -128,8 +128,8 @@ def test_every_command_has_as_many_completions_as_the_paper_says(name, completio
         batch_size, samples, devices, minibatches, accumulate, prompt, new = (
             int(given[key])
             for key in (
-                "data.batch_size", "model.num_samples", "trainer.devices", "model.minibatches",
-                "trainer.accumulate_grad_batches", "data.max_prompt_tokens", "model.max_new_tokens",
+                "data.batch_size", "model.num_samples", "trainer.devices", "model.updates.num_minibatches",
+                "trainer.accumulate_grad_batches", "data.max_prompt_tokens", "model.sampling.max_new_tokens",
             )
         )  # fmt: skip
         assert batch_size * samples * devices == completions

@@ -214,8 +214,6 @@ class Algorithm(LightningModule, ABC):
         """Return the sum of a tensor over all ranks."""
         return sum_over_ranks(self.trainer, values)
 
-    # Checkpoints and export
-
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""
         if self.trainer.is_global_zero:
@@ -269,7 +267,7 @@ class Algorithm(LightningModule, ABC):
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
 
     def running_state(self) -> dict[str, Any]:
-        """Return the running statistics as plain data for a checkpoint."""
+        """Return the running statistics as plain data."""
         return {name: dict(vars(record)) for name, record in self.running_statistics.items()}
 
     def load_running_state(self, state: dict[str, Any]) -> None:

@@ -167,8 +167,8 @@ class VanillaPG(OnlineAlgorithm):
             self._check_positions(self.critic.config, "critic")
         if isinstance(self.critic, nn.Linear) and not self.policy.chunks_logits:
             raise InputError(
-                "critic='head' needs the hidden states of the policy, and this one scales or caps its logits: give the "
-                "critic a model of its own, with critic='policy'"
+                "critic='head' needs the hidden states of the policy, and this one scales or caps its logits: use "
+                "a separate model, with critic='policy'"
             )
 
     def values(self, part: Rollout) -> Float[Tensor, "prompts samples tokens"]:

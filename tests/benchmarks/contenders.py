@@ -128,10 +128,12 @@ def run_lit_rlhf(settings: Settings, method: str) -> Result:
         settings.model,
         rewards=[worth],
         num_samples=settings.samples,
-        max_new_tokens=settings.completion_tokens,
         kl_coef=BETA,
         lora=LORA if settings.lora else None,
-        sampling={} if settings.natural else {"min_new_tokens": settings.completion_tokens},
+        sampling=lit_rlhf.Sampling(
+            max_new_tokens=settings.completion_tokens,
+            min_new_tokens=0 if settings.natural else settings.completion_tokens,
+        ),
         optimizer=lambda params: torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=0.0),
     )
     trainer = lightning.Trainer(

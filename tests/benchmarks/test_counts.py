@@ -40,13 +40,13 @@ class Counts(Callback):
     """Counts the first step of the second rollout; the first also probes the model."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == module.repeats:
+        if batch_idx == module.steps_per_rollout:
             self.flops, self.operations = FlopCounterMode(display=False), Operations()
             self.flops.__enter__()
             self.operations.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == module.repeats:
+        if batch_idx == module.steps_per_rollout:
             self.operations.__exit__(None, None, None)
             self.flops.__exit__(None, None, None)
             self.rollout, self.model = module.rollout, module.policy.causal_lm
@@ -70,9 +70,9 @@ def folder(tmp_path):
 
 def count(name, folder, root, ends_early=False, **options):
     """Count an update; every completion has all its tokens unless it may end early."""
-    counts, options["sampling"] = Counts(), {"min_new_tokens": 0 if ends_early else T}
+    counts, options["min_new_tokens"] = Counts(), 0 if ends_early else T
     module = make_module(name, folder, num_samples=K, max_new_tokens=T, **options)
-    trainer = make_trainer(root, max_steps=module.repeats + 1, callbacks=[counts], limit_val_batches=0)
+    trainer = make_trainer(root, max_steps=module.steps_per_rollout + 1, callbacks=[counts], limit_val_batches=0)
     trainer.fit(module, make_data(name, batch_size=N))
     return counts
 
