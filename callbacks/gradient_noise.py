@@ -101,7 +101,7 @@ class GradientNoise(Callback):
         size = len(rollout.prompts) // num_parts
         parameters = [p for p in algorithm.policy.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        measured, squares = torch.zeros(2, dtype=torch.float64, device=algorithm.device)
+        measured, squares = torch.zeros(2, dtype=torch.float64, device=F.float64_device(algorithm.device))
         for i in range(num_parts):
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 _, terms, mask, _ = algorithm.loss_terms(rollout.rows(slice(i * size, (i + 1) * size)).trim())
@@ -113,7 +113,7 @@ class GradientNoise(Callback):
             for summed, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     summed += gradient
-                    squares += (gradient.double() ** 2).sum()
+                    squares += (F.to_float64(gradient) ** 2).sum()
         parts = int(algorithm.sum_over_ranks(measured))
         if parts < 2:
             return
@@ -130,7 +130,7 @@ class GradientNoise(Callback):
 
     def _mean_square(self, algorithm: OnlineAlgorithm, total: list[Tensor], parts: int) -> Tensor:
         """Return the squared norm of the mean gradient over the parts of all ranks."""
-        return torch.stack([((algorithm.sum_over_ranks(g).double() / parts) ** 2).sum() for g in total]).sum()
+        return torch.stack([((F.to_float64(algorithm.sum_over_ranks(g)) / parts) ** 2).sum() for g in total]).sum()
 
     def _rollouts_per_update(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> float:
         """Return the number of rollouts per update: below 1 if a rollout is split into several updates."""

@@ -37,6 +37,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device of float64 computations: the same one, or the CPU for devices without float64 (mps)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Convert to float64, on `float64_device`."""
+    return tensor.to(float64_device(tensor.device)).double()
+
+
 def token_logprobs(
     logits: Float[Tensor, "*batch vocabulary"], tokens: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:

@@ -280,3 +280,9 @@ def test_dpo_gradient_and_ipo_minimum(beta):
 @pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (60.0, 1.02), (5.4, 0.99), (-3.0, 0.98)])
 def test_adapted_kl_coef_changes_by_at_most_a_fifth_of_the_gain(kl, factor):
     assert F.adapted_kl_coef(0.05, kl, target=6.0, gain=0.1) == pytest.approx(0.05 * factor)
+
+
+def test_float64_is_on_the_cpu_for_devices_without_it():
+    assert F.float64_device(torch.device("mps")) == torch.device("cpu")
+    assert F.float64_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert F.to_float64(torch.ones(2, dtype=torch.bool)).dtype == torch.float64

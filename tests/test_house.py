@@ -345,3 +345,18 @@ def test_long_functions_are_found():
     source = "class C:\n    def f(self):\n" + "        pass\n" * 60
     assert long_functions(source) == ["f (61 lines)"]
     assert not long_functions(source.replace("        pass\n", "", 1))
+
+
+FLOAT64 = {
+    "lit_rlhf/functional.py": "decides on which device",
+    "lit_rlhf/evaluation/metrics.py": "states of metrics, which live on that device",
+    "lit_rlhf/models/cpu.py": "a comparison",
+    "callbacks/gradient_noise.py": "sums on that device",
+}
+"""Files that name float64, and why."""
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if path not in FLOAT64])
+def test_only_functional_converts_to_float64(path):
+    """A conversion elsewhere would fail on devices without float64 (mps); `functional.to_float64` uses the CPU there."""
+    assert ".double()" not in read(path) and "torch.float64" not in read(path)

@@ -104,7 +104,9 @@ def test_every_method_that_samples(setting, name, place):
 def test_llama_differs_where_it_should(place):
     check_online("hh", "--config", "paper/llama")
     config = yaml.safe_load((place / "here" / "version_0" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["updates"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
+    assert (
+        config["model"]["init_args"]["updates"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
+    )
     assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.vanilla_pg import ValuedRollout, VanillaPG
 from lit_rlhf.errors import InputError
-from lit_rlhf.training.distributed import float64_sum
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -69,8 +68,8 @@ class PPO(VanillaPG):
         if not self.whiten:
             return advantages
         mask = rollout.loss_mask
-        kept = advantages.masked_fill(~mask, 0.0)
-        sums = torch.stack([float64_sum(mask), float64_sum(kept), float64_sum(kept.double() ** 2)])
+        kept, counted = F.to_float64(advantages.masked_fill(~mask, 0.0)), F.to_float64(mask)
+        sums = torch.stack([counted.sum(), kept.sum(), (kept**2).sum()])
         count, total, squares = self.sum_over_ranks(sums)
         mean = total / count.clamp(min=1)
         variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)

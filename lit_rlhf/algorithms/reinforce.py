@@ -15,7 +15,6 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
-from lit_rlhf.training.distributed import float64_sum
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -87,7 +86,7 @@ class Reinforce(OnlineAlgorithm):
         """Add a rollout's returns to the moving average, over all ranks."""
         if self.baseline == "none":
             return
-        sums = torch.stack([float64_sum(returns.masked_fill(~valid, 0.0)), float64_sum(valid)])
+        sums = torch.stack([F.to_float64(returns.masked_fill(~valid, 0.0)).sum(), F.to_float64(valid).sum()])
         total, count = self.sum_over_ranks(sums).tolist()
         if count == 0:
             return

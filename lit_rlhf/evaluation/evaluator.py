@@ -102,8 +102,7 @@ class Evaluator:
             self._opponents, self._opponent_weights = {}, weights
 
     def _metric(self, metric: M) -> M:
-        device = next(self.policy.parameters()).device
-        return metric if device.type == "mps" else metric.to(device)  # their sums are float64, which mps lacks
+        return metric.to(F.float64_device(next(self.policy.parameters()).device))
 
     @torch.inference_mode(False)
     @torch.no_grad()

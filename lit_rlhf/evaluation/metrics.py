@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 
 Z_95 = 1.959964
@@ -31,7 +32,7 @@ class Moments(Metric):
 
     def update(self, values: Shaped[Tensor, "*shape"]) -> None:
         """Add values."""
-        values = values.double()
+        values = F.to_float64(values)
         self.count += values.numel()
         self.total += values.sum()
         self.squares += (values**2).sum()
@@ -107,7 +108,7 @@ class Perplexity(Metric):
 
     def update(self, logprobs: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> None:
         """Add tokens by their log-probabilities in nats; `mask` is False for padding."""
-        self.logprob += logprobs.double().masked_fill(~mask, 0.0).sum()
+        self.logprob += F.to_float64(logprobs.masked_fill(~mask, 0.0)).sum()
         self.count += mask.sum()
 
     def compute(self) -> Tensor:

@@ -85,11 +85,11 @@ def counter_based_uniform(
 
 def inverse_cdf(probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """Return the token at which the cumulative probability exceeds the noise; never one of probability zero."""
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = F.to_float64(probabilities).cumsum(-1)
     total = cumulative[:, -1]
-    level = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    level = torch.minimum(F.to_float64(noise) * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True).squeeze(-1)
-    return token.clamp(max=probabilities.shape[-1] - 1)  # larger only if a probability is NaN
+    return token.clamp(max=probabilities.shape[-1] - 1).to(probabilities.device)  # larger only if a probability is NaN
 
 
 @runtime_checkable
@@ -133,14 +133,16 @@ def decode(
     mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
     numbers = torch.zeros(3, rows, length, dtype=F.at_least_float32(logits).dtype, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    noise = None if noise is None else noise.to(device)
+    noise = None if noise is None else noise.to(F.float64_device(device))
     alive = torch.arange(rows, device=device)
     choose = _chooser(sampling, eos)
     for t in range(length):
         logits = F.at_least_float32(logits)
         logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
         probabilities = logprobs.exp()
-        drawn, sampled_mass = choose(logprobs, probabilities, t, None if noise is None else noise[alive, t])
+        drawn, sampled_mass = choose(
+            logprobs, probabilities, t, None if noise is None else noise[alive.to(noise.device), t]
+        )
         tokens[alive, t], mask[alive, t] = drawn, True
         of_drawn = logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
         numbers[:, alive, t] = torch.stack([of_drawn, F.entropy(probabilities, logprobs), sampled_mass])

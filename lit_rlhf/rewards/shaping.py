@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.sampling import counter_based_uniform
 
@@ -107,11 +108,9 @@ def shape_rewards(
         normal = torch.special.ndtri(uniform.clamp(min=1e-12)).view(rewards.shape)
         shaped = shaped + options.noise * normal.to(rewards.dtype).to(rewards.device)
     if options.normalize:
-        kept = shaped.masked_fill(~valid, 0.0)
-        kept = (kept.cpu() if kept.device.type == "mps" else kept).double()
-        counts = valid.to(kept.device).sum().double()
-        statistics.update(*sum_over_ranks(torch.stack([counts, kept.sum(), (kept**2).sum()])).tolist())
-        shaped = ((shaped.to(kept) - statistics.mean) / statistics.std).to(rewards)
+        kept, counted = F.to_float64(shaped.masked_fill(~valid, 0.0)), F.to_float64(valid)
+        statistics.update(*sum_over_ranks(torch.stack([counted.sum(), kept.sum(), (kept**2).sum()])).tolist())
+        shaped = ((F.to_float64(shaped) - statistics.mean) / statistics.std).to(rewards)
     if options.clip is not None:
         shaped = shaped.clamp(-options.clip, options.clip)
     return shaped.where(valid, rewards)

@@ -44,8 +44,3 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
             error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
     if error is not None:
         raise error
-
-
-def float64_sum(values: Tensor) -> Tensor:
-    """Return the sum of a tensor in float64: on its own device, or on the CPU for devices without float64 (mps)."""
-    return (values.cpu() if values.device.type == "mps" else values).double().sum()

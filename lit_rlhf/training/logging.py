@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.training.distributed import float64_sum
 from lit_rlhf.types import Metrics, Rollout
 
 Masked = tuple[Tensor, Tensor]
@@ -74,7 +73,7 @@ def reduce_rollout_metrics(
 
 def sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of the values that count and their number, in float64."""
-    return torch.stack([float64_sum(values.masked_fill(~mask, 0)), float64_sum(mask)])
+    return torch.stack([F.to_float64(values.masked_fill(~mask, 0)).sum(), F.to_float64(mask).sum()])
 
 
 def add_loss_metrics(sums: Mapping[str, Tensor], metrics: Metrics) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.types import Prompts, Rollout
@@ -87,8 +88,7 @@ class InFlight:
         """
         assert self.rollout is not None
         rollout = rollout_type.from_state(self.rollout, prompts.to("cpu")).to(device)
-        place = "cpu" if device.type == "mps" else device  # no float64 there
-        metric_sums = {name: sums.to(place) for name, sums in self.metric_sums.items()}
+        metric_sums = {name: sums.to(F.float64_device(device)) for name, sums in self.metric_sums.items()}
         self.drop_rollout()
         return rollout, metric_sums
 
