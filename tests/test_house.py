@@ -358,5 +358,5 @@ FLOAT64 = {
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if path not in FLOAT64])
 def test_only_functional_converts_to_float64(path):
-    """A conversion elsewhere would fail on devices without float64 (mps); `functional.to_float64` uses the CPU there."""
+    """A conversion elsewhere fails on devices without float64 (mps); `functional.to_float64` uses the CPU for them."""
     assert ".double()" not in read(path) and "torch.float64" not in read(path)

@@ -129,8 +129,7 @@ def decode(
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
-    tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
-    mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    tokens, mask = (torch.zeros(rows, length, dtype=dtype, device=device) for dtype in (torch.long, torch.bool))
     numbers = torch.zeros(3, rows, length, dtype=F.at_least_float32(logits).dtype, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     noise = None if noise is None else noise.to(F.float64_device(device))
@@ -140,9 +139,8 @@ def decode(
         logits = F.at_least_float32(logits)
         logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
         probabilities = logprobs.exp()
-        drawn, sampled_mass = choose(
-            logprobs, probabilities, t, None if noise is None else noise[alive.to(noise.device), t]
-        )
+        row_noise = None if noise is None else noise[alive.to(noise.device), t]
+        drawn, sampled_mass = choose(logprobs, probabilities, t, row_noise)
         tokens[alive, t], mask[alive, t] = drawn, True
         of_drawn = logprobs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
         numbers[:, alive, t] = torch.stack([of_drawn, F.entropy(probabilities, logprobs), sampled_mass])

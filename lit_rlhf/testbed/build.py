@@ -20,6 +20,7 @@ from lit_rlhf.algorithms import RLOO, SFT, RewardModeling
 from lit_rlhf.callbacks import RLHFProgressBar
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testbed.pairs import sampled_pairs
 from lit_rlhf.testbed.raters import Raters
@@ -94,7 +95,7 @@ def explore(policy: Path, reward_model: Path, rows: list[dict[str, str]], update
     algorithm = RLOO(
         str(policy),
         rewards=[RewardModel(reward_model, batch_size=128)],
-        max_new_tokens=32,
+        sampling=Sampling(max_new_tokens=32),
         kl_coef=0.1,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
         lr_scheduler=lambda optimizer: Warmup(optimizer, 5),

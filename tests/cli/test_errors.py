@@ -30,6 +30,7 @@ REJECTED = {
         ["--model.max_new_tokens=4"],
         r"did you mean --model\.sampling\.max_new_tokens\?",
     ),
+    "an unknown option of sampling": (["--model.sampling.temprature=2"], r"did you mean .*sampling\.temperature\?"),
     "an option without its group": (["--num_samples=4"], r"did you mean --model\.num_samples\?"),
     "a misspelt group": (["--trainr.max_steps=4"], r"did you mean --trainer\.max_steps\?"),
     "a misspelt option in a configuration": (
@@ -114,9 +115,8 @@ INVALID = {
         "accumulate_grad_batches=2 does not fit a rollout of 1 minibatches",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
-    "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is no folder here that holds a model"),
+    "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is neither a local folder with a model"),
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
-    "an unknown option of sampling": (["--model.sampling.top=4"], "top"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
     "the data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),

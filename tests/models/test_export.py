@@ -141,7 +141,7 @@ def write_base(root):
 
 
 def test_an_adapter_of_a_policy_in_memory_is_not_merged(tmp_path):
-    module = lit_rlhf.RLOO(make_policy(lora=LORA), rewards=[vowels], max_new_tokens=4)
+    module = lit_rlhf.RLOO(make_policy(lora=LORA), rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
     _, checkpoint = trained("RLOO", module, tmp_path)
     with pytest.raises(ValueError, match="in memory"):
         export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
@@ -152,7 +152,7 @@ def test_an_adapter_of_a_policy_in_memory_is_not_merged(tmp_path):
 def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_path):
     """A model in memory has the name of its folder, but may have changed since it was loaded."""
     policy = make_policy(write_base(tmp_path), moved=0.05, lora=LORA)
-    module = lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4)
+    module = lit_rlhf.RLOO(policy, rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
     _, checkpoint = trained("RLOO", module, tmp_path)
     with pytest.raises(ValueError, match="in memory"):
         export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
@@ -193,7 +193,9 @@ def test_an_adapter_folder_without_tokenizer_uses_that_of_its_base_model(base, t
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_path):
     policy = make_policy(write_base(tmp_path) if loaded else None, moved=0.05)
-    module, checkpoint = trained("RLOO", lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4), tmp_path)
+    module, checkpoint = trained(
+        "RLOO", lit_rlhf.RLOO(policy, rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4)), tmp_path
+    )
     for merge in (False, True):
         folder = export_checkpoint(checkpoint, tmp_path / "policy", merge=merge)
         exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()

@@ -266,7 +266,7 @@ def test_policy_and_critic_are_clipped_separately(critic, tiny, tmp_path):
                 norms[group["name"]] = float(torch.nn.utils.get_total_norm([p.grad for p in group["params"]]))
 
     options = dict(rewards=[lambda completions, **kwargs: [9.0 * len(c) for c in completions]], max_new_tokens=4)
-    module = Norms(str(tiny), critic=critic, critic_lr=0.125, vf_coef=50.0, **options)
+    module = Norms(str(tiny), critic=critic, critic_lr=0.125, vf_coef=50.0, **grouped(options))
     trainer = make_trainer(tmp_path, max_steps=1, gradient_clip_val=0.25)
     trainer.fit(module, make_data("PPO"))
     assert norms == {"policy": pytest.approx(0.25, rel=1e-3), "critic": pytest.approx(0.25, rel=1e-3)}
@@ -279,10 +279,9 @@ def test_the_first_update_of_several_is_exactly_on_policy(tiny, tmp_path):
     ratios = []
 
     class Ratios(lit_rlhf.PPO):
-        def policy_terms(self, rollout, logprobs):
-            result = super().policy_terms(rollout, logprobs)
-            ratios.append((logprobs.detach() - rollout.old_logprobs)[rollout.completions.mask].abs().max().item())
-            return result
+        def policy_loss(self, part):
+            ratios.append((part.logprobs.detach() - part.old_logprobs)[part.completions.mask].abs().max().item())
+            return super().policy_loss(part)
 
     options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
     sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
@@ -299,12 +298,11 @@ def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, 
         seen = ratios.setdefault(minibatches, [])
 
         class Ratios(lit_rlhf.PPO):
-            def policy_terms(self, rollout, logprobs, seen=seen):
-                sampled = rollout.completions.logprobs
-                result = super().policy_terms(rollout, logprobs)
-                assert (rollout.old_logprobs - sampled).abs().max() < 1e-4  # those of the policy that sampled
-                seen.append(float((logprobs.detach() - sampled).abs().max()))
-                return result
+            def policy_loss(self, part, seen=seen):
+                sampled = part.completions.logprobs
+                assert (part.old_logprobs - sampled).abs().max() < 1e-4  # those of the policy that sampled
+                seen.append(float((part.logprobs.detach() - sampled).abs().max()))
+                return super().policy_loss(part)
 
         options = dict(rewards=[lambda completions, **kwargs: [float(len(c)) for c in completions]], max_new_tokens=4)
         sgd = dict(optimizer=lambda params: torch.optim.SGD(params, lr=0.05))

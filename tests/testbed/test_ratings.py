@@ -117,7 +117,7 @@ def test_build_writes_models_and_data(tmp_path, capsys):
     path = tmp_path / "rated.jsonl"
     rows = [{"text": item.text, "ratings": item.ratings} for item in rated_texts()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = dict(num_pairs=32, update_epochs=1, vocabulary=300, hidden=32, layers=1)
+    small = dict(num_pairs=32, epochs=1, vocabulary=300, hidden=32, layers=1)
     ratings.build(path, tmp_path / "out", held_out=10, **small)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy").config.hidden_size == 32
     test = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
