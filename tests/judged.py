@@ -1,4 +1,4 @@
-"""Held-out rows and judges with known preferences, for tests of evaluation."""
+"""Validation rows and judges with known preferences, for tests of evaluation."""
 
 import lit_rlhf
 from runs import make_trainer
