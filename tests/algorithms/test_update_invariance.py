@@ -50,14 +50,12 @@ def test_update_does_not_depend_on_minibatches(minibatches, case, without_miniba
     if case not in without_minibatches:
         without_minibatches[case] = train("RLOO", ending, tmp_path, updates=2, **REWARDS[case])
     weights, recorder = without_minibatches[case]
-    trainer_options = {"accumulate_grad_batches": accumulate}
-    with_minibatches, _ = train(
-        "RLOO", ending, tmp_path, updates=2, trainer=trainer_options, **minibatches, **REWARDS[case]
-    )
+    accumulation = {"accumulate_grad_batches": accumulate}
+    actual, _ = train("RLOO", ending, tmp_path, updates=2, trainer=accumulation, **minibatches, **REWARDS[case])
     if case in ("some without a reward", "truncated masked"):
         counts = recorder.rollouts[0].valid.sum(1)
         assert 0 < counts.sum() < 12 and counts.unique().numel() > 1
-    assert_same_update(with_minibatches, weights, initial_weights("RLOO", ending))
+    assert_same_update(actual, weights, initial_weights("RLOO", ending))
 
 
 @pytest.mark.parametrize(
