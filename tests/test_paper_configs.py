@@ -112,7 +112,7 @@ def test_llama_configuration_overrides_hh(workspace):
     ("name", "completions", "updates"), [("tldr", 512, 2), ("hh", 512, 2), ("llama", 2048, 1)]
 )  # Back to Basics, appendix C
 def test_commands_have_the_batch_sizes_of_the_paper(name, completions, updates):
-    """Checks the commands in the header of a configuration: the options of the files, with the overrides."""
+    """Check the commands in the header of a configuration: options of its files, with overrides."""
     lines = (CONFIGS / "paper" / f"{name}.yaml").read_text().splitlines()
     commands = [
         line.partition("lit-rlhf fit ")[2].partition("  #")[0].split() for line in lines if "  lit-rlhf" in line

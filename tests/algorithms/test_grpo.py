@@ -31,7 +31,7 @@ def advantages(name: str, returns: list[float]) -> list[float]:
 
 
 def expected_group_gradient(module, old) -> torch.Tensor:
-    """Gradient of the published loss of GRPO or Dr. GRPO, with a loop over completions and tokens."""
+    """Return the gradient of the published loss of GRPO or Dr. GRPO, with a loop over completions and tokens."""
     name, total = type(module).__name__, 0.0
     for y, advantage, before in zip(GROUP, module.rollout.advantages[0].tolist(), old, strict=True):
         now, reference = plain_logprobs(module.policy.causal_lm, PROMPT, y), plain_logprobs(module.initial, PROMPT, y)

@@ -43,9 +43,8 @@ def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_proce
     assert largest_change > 1e-2
     for name, weight in expected["weights"].items():
         weights = {name: actual["weights"][name]}
-        torch.testing.assert_close(
-            weights, {name: weight}, atol=2e-5 * largest_change, rtol=0
-        )  # the error names the key
+        # dicts, so that a failure names the parameter
+        torch.testing.assert_close(weights, {name: weight}, atol=2e-5 * largest_change, rtol=0)
     for metrics, expected_metrics in zip(actual["metrics"], expected["metrics"], strict=True):
         assert metrics == pytest.approx(expected_metrics, abs=1e-4, rel=1e-4)
     if case.startswith("growing"):
