@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lit_rlhf import functional as F
 from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, gather_over_ranks
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 
@@ -28,9 +29,9 @@ class AdaptiveKL(RolloutCallback):
 
     def __init__(self, target: float = 6.0, gain: float = 0.1) -> None:
         if not target > 0:
-            raise ValueError(f"target={target} must be above 0")
+            raise InputError(f"target={target} must be above 0")
         if not 0 < gain < 5:
-            raise ValueError(f"gain={gain} must be above 0, and below 5 so that the coefficient stays positive")
+            raise InputError(f"gain={gain} must be above 0, and below 5 so that the coefficient stays positive")
         self.target, self.gain = target, gain
         self.kl_coef: float | None = None
         self.next_kl_coef: float | None = None
@@ -44,7 +45,7 @@ class AdaptiveKL(RolloutCallback):
         """Set the coefficient of the resumed run, or start from the method's own."""
         algorithm: Any = pl_module
         if not getattr(algorithm, "kl_coef", 0.0) > 0:
-            raise ValueError(
+            raise InputError(
                 f"AdaptiveKL has no initial coefficient: {type(pl_module).__name__} has no kl_coef above 0; set kl_coef"
             )
         self.kl_coef = algorithm.kl_coef = algorithm.kl_coef if self.kl_coef is None else self.kl_coef

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
+from lit_rlhf.errors import InputError, InputTypeError
 
 
 class PolicyCheckpoint(Checkpoint):
@@ -54,9 +55,9 @@ class PolicyCheckpoint(Checkpoint):
         save_last: bool = True,
     ) -> None:
         if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r} must be 'max' or 'min'")
+            raise InputError(f"mode={mode!r} must be 'max' or 'min'")
         if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(f"every_n_updates={every_n_updates} must be at least 1, or None to save only at the end")
+            raise InputError(f"every_n_updates={every_n_updates} must be at least 1, or None to save only at the end")
         self.monitor = monitor
         self.mode = mode
         self.every_n_updates = every_n_updates
@@ -85,7 +86,9 @@ class PolicyCheckpoint(Checkpoint):
             self.best_score, self.best_weights = None, None  # a resumed run loads its own
         if self._enabled and not callable(getattr(pl_module, "export", None)):
             name = type(pl_module).__name__
-            raise TypeError(f"PolicyCheckpoint needs a module with export(folder), not {name}: use ModelCheckpoint")
+            raise InputTypeError(
+                f"PolicyCheckpoint needs a module with export(folder), not {name}: use ModelCheckpoint"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the number of updates at the start."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ class Curves(Callback):
 
     def __init__(self, every_n_seconds: float = 60.0) -> None:
         if not every_n_seconds >= 0:
-            raise ValueError(f"every_n_seconds={every_n_seconds} must be at least 0")
+            raise InputError(f"every_n_seconds={every_n_seconds} must be at least 0")
         self.every_n_seconds = every_n_seconds
         self.history: History = {}
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms import OnlineAlgorithm
+from lit_rlhf.errors import InputError
 
 
 class GradientNoise(Callback):
@@ -42,11 +43,11 @@ class GradientNoise(Callback):
 
     def __init__(self, every_n_rollouts: int = 10, parts: int = 4, smoothing: float = 0.9) -> None:
         if every_n_rollouts < 1:
-            raise ValueError(f"every_n_rollouts={every_n_rollouts} must be at least 1")
+            raise InputError(f"every_n_rollouts={every_n_rollouts} must be at least 1")
         if parts < 2:
-            raise ValueError(f"parts={parts} must be at least 2: one part has no variance")
+            raise InputError(f"parts={parts} must be at least 2: one part has no variance")
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing} must be at least 0 and below 1")
+            raise InputError(f"smoothing={smoothing} must be at least 0 and below 1")
         self.every_n_rollouts, self.parts, self.smoothing = every_n_rollouts, parts, smoothing
         self.averages: list[float] = []
 
@@ -67,7 +68,7 @@ class GradientNoise(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the method samples and that its rollouts can be split."""
         if not isinstance(pl_module, OnlineAlgorithm):
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} needs a method that samples, and {type(pl_module).__name__} does not: remove it"
             )
         prompts = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
@@ -79,7 +80,7 @@ class GradientNoise(Callback):
         """Return the number of parts of a rollout; raise a ValueError if it has fewer prompts."""
         parts = max(self.parts, algorithm.updates.num_minibatches)
         if parts > prompts:
-            raise ValueError(f"a rollout of {prompts} prompts can't be split into {parts} parts: raise data.batch_size")
+            raise InputError(f"a rollout of {prompts} prompts can't be split into {parts} parts: raise data.batch_size")
         return parts
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

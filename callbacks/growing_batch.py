@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_rlhf.algorithms import OnlineAlgorithm
 from lit_rlhf.callbacks.gradient_noise import GradientNoise
 from lit_rlhf.data.sampler import BlockSampler, ResumableLoader
+from lit_rlhf.errors import InputError
 
 
 class GrowingBatch(Callback):
@@ -28,7 +29,7 @@ class GrowingBatch(Callback):
 
     def __init__(self, maximum: int) -> None:
         if maximum < 1:
-            raise ValueError(f"maximum={maximum} must be at least 1")
+            raise InputError(f"maximum={maximum} must be at least 1")
         self.maximum = maximum
         self.start = 0
         self.sizes: list[tuple[int, int]] = []
@@ -47,22 +48,22 @@ class GrowingBatch(Callback):
         """Check that the batches can grow, and plan the current epoch (also after a resume)."""
         loader: Any = trainer.train_dataloader
         if not isinstance(loader, ResumableLoader) or loader.num_workers > 0:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} needs a lit_rlhf.PromptData with num_workers=0, whose block size can change "
                 "during an epoch"
             )
         if reload := getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} changes the block size of a single dataloader: remove "
                 f"reload_dataloaders_every_n_epochs={reload}"
             )
         self.start, needed = loader.blocks.sizes[0][1], loader.blocks.rows_for(self.maximum)
         if self.maximum < self.start:
-            raise ValueError(
+            raise InputError(
                 f"maximum={self.maximum} is below data.batch_size={self.start}: raise it, batches only grow"
             )
         if needed > loader.blocks.size:
-            raise ValueError(
+            raise InputError(
                 f"maximum={self.maximum} needs {needed} rows per epoch over all devices, and the data have "
                 f"{loader.blocks.size}: lower it, or add rows"
             )
@@ -99,7 +100,7 @@ class BatchSchedule(GrowingBatch):
     def __init__(self, maximum: int, updates: int) -> None:
         super().__init__(maximum)
         if updates < 1:
-            raise ValueError(f"updates={updates} must be at least 1")
+            raise InputError(f"updates={updates} must be at least 1")
         self.updates = updates
 
     def size_at(self, update: int) -> int:

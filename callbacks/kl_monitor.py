@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, gather_over_ranks
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 QUANTILES = {"train/kl_p05": 0.05, "train/kl_p50": 0.5, "train/kl_p95": 0.95}
@@ -28,9 +29,9 @@ class KLMonitor(RolloutCallback):
 
     def __init__(self, target: float | None = None, stop: bool = False) -> None:
         if target is not None and not target > 0:
-            raise ValueError(f"target={target} must be a positive number of nats, or None")
+            raise InputError(f"target={target} must be a positive number of nats, or None")
         if stop and target is None:
-            raise ValueError("stop=True needs a target: set it in nats, such as target=10")
+            raise InputError("stop=True needs a target: set it in nats, such as target=10")
         self.target = target
         self.stop = stop
         self._warned = False

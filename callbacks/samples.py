@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run, run_folder
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "component_rewards", "kl", "length", "finished"]
@@ -38,7 +39,7 @@ class SampleLogger(RolloutCallback):
 
     def __init__(self, every_n_rollouts: int = 10, num_samples: int = 3, to_terminal: bool = True) -> None:
         if every_n_rollouts < 1 or num_samples < 1:
-            raise ValueError(
+            raise InputError(
                 f"every_n_rollouts={every_n_rollouts} and num_samples={num_samples} must be at least 1; "
                 "remove the callback to log no samples"
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Message, Text
 
 CONTEXT = "\n"
@@ -42,7 +43,7 @@ def encode_prompt(
         return ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise ValueError(
+        raise InputError(
             f"an empty prompt needs a start token, and the tokenizer {tokenizer.name_or_path!r} has neither BOS nor "
             "EOS: set tokenizer.bos_token"
         )
@@ -179,7 +180,7 @@ def _template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], kwargs: dict[str, Any] | None, **fixed: Any
 ) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
+        raise InputError(
             f"the data are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
             "use an instruct model, set tokenizer.chat_template, or use plain strings"
         )

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lit_rlhf.errors import InputError
+
 R = TypeVar("R", bound="Record")
 RolloutT = TypeVar("RolloutT", bound="Rollout")
 
@@ -241,7 +243,7 @@ class Rollout(Record):
         fields = {name: _restored(value) for name, value in state.items()}
         before, now = fields.pop("index").tolist(), prompts.index.tolist()
         if before != now:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint was saved inside a rollout of the rows {before[:4]}, but the data module yields the "
                 f"rows {now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of "
                 "the run, or from a checkpoint between two rollouts"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 extras = [r for name in ("plot", "sentiment", "test") for r in project["optional-dependencies"][name]]
-print("\n".join(r.replace(">=", "~=", 1) if r.count(".") > 1 else r.replace(">=", "==", 1) + ".*"
-                for r in project["dependencies"]))
+print("\n".join(r.replace(">=", "==") for r in project["dependencies"]))
 print("\n".join(r for r in extras if not r.startswith("lit_rlhf")))
 PYTHON
     "$folder/bin/pip" install --quiet --requirement "$folder/oldest.txt"

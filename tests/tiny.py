@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # for tiny models, more threads are slower
+torch.set_num_threads(1)  # two workers with two threads each are many times slower on two cores
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}<eos>\n{% endfor %}"
@@ -54,3 +54,9 @@ def make_llama(vocab_size: int, hidden: int = 32, layers: int = 2, seed: int = 0
         initializer_range=0.2,
     )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+
+def checkpoint_activations(model) -> None:
+    """Enable gradient checkpointing by the name that the installed version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

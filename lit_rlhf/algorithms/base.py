@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
@@ -92,7 +93,7 @@ class Algorithm(LightningModule, ABC):
         self.pretrained = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
             if lora is not None or load:
-                raise ValueError("`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy")
+                raise InputError("`lora` and `load` are for a policy loaded here: give them to lit_rlhf.Policy")
             self.policy = policy
             self._tokenizer = policy.tokenizer
 
@@ -116,8 +117,6 @@ class Algorithm(LightningModule, ABC):
     def data_module(self) -> Any:
         """The data module of the run; None without one or outside a run."""
         return getattr(self._trainer, "datamodule", None)
-
-    # Setup
 
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
@@ -148,7 +147,7 @@ class Algorithm(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
         groups = self.parameter_groups()
-        check_trainable(groups, loaded_adapter=isinstance(self.policy.model, PeftModel))
+        check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
         optimizer = self.make_optimizer(groups)
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
@@ -215,8 +214,6 @@ class Algorithm(LightningModule, ABC):
         """Return the sum of a tensor over all ranks."""
         return sum_over_ranks(self.trainer, values)
 
-    # Checkpoints and export
-
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""
         if self.trainer.is_global_zero:
@@ -251,7 +248,8 @@ class Algorithm(LightningModule, ABC):
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(self._steps_done).state_dict())
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
+        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         checkpoint["running_state"] = self.running_state()
 
@@ -269,7 +267,7 @@ class Algorithm(LightningModule, ABC):
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
 
     def running_state(self) -> dict[str, Any]:
-        """Return the running statistics as plain data for a checkpoint."""
+        """Return the running statistics as plain data."""
         return {name: dict(vars(record)) for name, record in self.running_statistics.items()}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
@@ -299,8 +297,3 @@ class Algorithm(LightningModule, ABC):
     @property
     def _step_layout(self) -> StepLayout:
         return StepLayout(self.steps_per_rollout, self.trainer.accumulate_grad_batches)
-
-    @property
-    def _steps_done(self) -> int:
-        """Training steps of this epoch that are complete: the Trainer's count, which a resume restores."""
-        return int(cast(Any, self.trainer.fit_loop.epoch_loop.batch_progress.current).processed)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.data import TextData
+from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
@@ -44,7 +45,7 @@ class DPO(Algorithm):
     def __init__(self, policy: str | Policy, beta: float = 0.1, **options: Any) -> None:
         super().__init__(policy, **options)
         if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
+            raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
         self.beta = beta
         self.reference_logprobs: dict[int, Tensor] = {}  # by the pair's index
         self.held_out_reference_logprobs: dict[int, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -37,9 +38,9 @@ class GRPO(OnlineAlgorithm):
         super().__init__(*args, kl_penalty=kl_penalty, **kwargs)
         name = type(self).__name__
         if self.num_samples < 2:
-            raise ValueError(f"{name} compares a group, so num_samples={self.num_samples} must be at least 2")
+            raise InputError(f"{name} compares a group, so num_samples={self.num_samples} must be at least 2")
         if clip_range is not None and not clip_range > 0:
-            raise ValueError(f"clip_range={clip_range} must be above 0, or null for none")
+            raise InputError(f"clip_range={clip_range} must be above 0, or null for none")
         self.clip_range = clip_range
 
     def advantages(self, rollout: Rollout) -> Tensor:

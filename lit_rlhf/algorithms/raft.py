@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -29,13 +30,13 @@ class RAFT(OnlineAlgorithm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.num_samples < 2:
-            raise ValueError(
+            raise InputError(
                 f"RAFT imitates the best completion of a prompt, so num_samples={self.num_samples} must be at least 2"
             )
         if self.kl_place == "loss":
-            raise ValueError("RAFT ranks by the return, which the KL must be part of: use kl_penalty='k1_reward'")
+            raise InputError("RAFT ranks by the return, which the KL must be part of: use kl_penalty='k1_reward'")
         if self.updates.sample_minibatches > 1:
-            raise ValueError(
+            raise InputError(
                 "RAFT trains on one completion of a prompt, which "
                 f"sample_minibatches={self.updates.sample_minibatches} can't split: use num_minibatches"
             )

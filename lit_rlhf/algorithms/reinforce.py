@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.errors import InputError
 from lit_rlhf.training.distributed import float64_sum
 from lit_rlhf.types import Metrics, Rollout
 
@@ -61,9 +62,9 @@ class Reinforce(OnlineAlgorithm):
     ) -> None:
         super().__init__(*args, **kwargs)
         if baseline not in (known := ("none", "mean", "exponential")):
-            raise ValueError(f"baseline={baseline!r} must be one of {', '.join(known)}")
+            raise InputError(f"baseline={baseline!r} must be one of {', '.join(known)}")
         if not 0 <= baseline_decay < 1:
-            raise ValueError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
+            raise InputError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
         self.baseline, self.baseline_decay = baseline, baseline_decay
         self.baseline_average = self.running_statistics["baseline"] = MovingAverage()
 

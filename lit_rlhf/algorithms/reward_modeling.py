@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.loading import check_vocabulary, hub_options
 from lit_rlhf.models.policy import Policy
@@ -40,7 +41,7 @@ class RewardModeling(Algorithm):
     def __init__(self, policy: str, **options: Any) -> None:
         super().__init__(policy, **options)
         if isinstance(policy, Policy):
-            raise ValueError("RewardModeling starts from a folder or a hub id: save the policy first, with policy.save")
+            raise InputError("RewardModeling starts from a folder or a hub id: save the policy first, with policy.save")
 
     def setup(self, stage: str) -> None:
         """Check the model to start from, before it is loaded."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.reinforce import Reinforce
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 
@@ -28,7 +29,7 @@ class RLOO(Reinforce):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
         if self.num_samples < 2:
-            raise ValueError(
+            raise InputError(
                 f"RLOO compares completions of one prompt, so num_samples={self.num_samples} must be at least 2; "
                 "Reinforce learns from one"
             )

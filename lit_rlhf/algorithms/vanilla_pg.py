@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_same_tokens
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Metrics, Rollout
@@ -68,11 +69,11 @@ class VanillaPG(OnlineAlgorithm):
     ) -> None:
         super().__init__(*args, **kwargs)
         if not vf_coef > 0:
-            raise ValueError(f"vf_coef={vf_coef} must be above 0: the critic would learn nothing")
+            raise InputError(f"vf_coef={vf_coef} must be above 0: the critic would learn nothing")
         if critic_lr is not None and not critic_lr > 0:
-            raise ValueError(f"critic_lr={critic_lr} must be above 0, or null for the policy's")
+            raise InputError(f"critic_lr={critic_lr} must be above 0, or null for the policy's")
         if critic == "policy" and not self.pretrained:
-            raise ValueError(
+            raise InputError(
                 "critic='policy' copies the model that the policy is loaded from, and this policy is in memory: give "
                 "the critic a folder or a hub id, or 'head'"
             )
@@ -151,7 +152,7 @@ class VanillaPG(OnlineAlgorithm):
         try:
             self.critic = Critic.from_pretrained(pretrained, self.lora, **options)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"critic={self.critic_pretrained!r} can't be loaded: give 'policy', 'head', a folder, or a model's id "
                 f"on the hub ({error})"
             ) from error
@@ -165,9 +166,9 @@ class VanillaPG(OnlineAlgorithm):
         if isinstance(self.critic, Critic):
             self._check_positions(self.critic.config, "critic")
         if isinstance(self.critic, nn.Linear) and not self.policy.chunks_logits:
-            raise ValueError(
-                "critic='head' needs the hidden states of the policy, and this one scales or caps its logits: give the "
-                "critic a model of its own, with critic='policy'"
+            raise InputError(
+                "critic='head' needs the hidden states of the policy, and this one scales or caps its logits: use "
+                "a separate model, with critic='policy'"
             )
 
     def values(self, part: Rollout) -> Float[Tensor, "prompts samples tokens"]:

@@ -22,6 +22,7 @@ from lit_rlhf.comparison.runs import (
     run_folder,
     thread_limit,
 )
+from lit_rlhf.errors import InputError
 
 
 class RunsFailed(RuntimeError):
@@ -65,7 +66,6 @@ def compare(
         ValueError: If a name in `only` or `pairs` is unknown, two arms share a folder, a number is out of range, the
             command line rejects an arm's arguments, or a finished result was made with other arguments.
         RunsFailed: At the end, if runs failed.
-        KeyboardInterrupt: If interrupted; the running runs are lost.
     """
     check_names(arms, {*only, *(name for pair in pairs for name in pair)})
     chosen = {name: arm for name, arm in arms.items() if not only or name in only}
@@ -86,8 +86,8 @@ def compare(
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
     if failed:
-        total = len(runs) + len(measurements)
-        raise RunsFailed(f"{len(failed)} of {total} runs failed ({'; '.join(failed)}): see log.txt in their folders")
+        count = f"{len(failed)} of {len(runs) + len(measurements)}"
+        raise RunsFailed(f"{count} runs failed ({'; '.join(failed)}): see log.txt in their folders")
     return table
 
 
@@ -112,7 +112,7 @@ def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Ar
         ValueError: If a learning rate isn't positive and finite.
     """
     if wrong := [rate for rate in learning_rates if not (rate > 0 and math.isfinite(rate))]:
-        raise ValueError(f"learning_rates={wrong} must be above 0")
+        raise InputError(f"learning_rates={wrong} must be above 0")
     return {
         f"{name}, lr {rate:g}": replace(arm, fit=[*arm.fit, "--model.optimizer.lr", f"{rate:g}"])
         for name, arm in arms.items()
@@ -124,20 +124,20 @@ def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Ar
 def check_names(arms: Iterable[str], names: set[str]) -> None:
     """Raise a ValueError if a name isn't an arm, or two arms would write into one folder."""
     if unknown := names - set(arms):
-        raise ValueError(f"{sorted(unknown)}: there is no such arm; the arms are {', '.join(arms)}")
+        raise InputError(f"{sorted(unknown)}: there is no such arm; the arms are {', '.join(arms)}")
     owners: dict[Path, str] = {}
     for name in arms:
         other = owners.setdefault(run_folder(Path(), name, 0), name)
         if other != name:
-            raise ValueError(f"the arms {other!r} and {name!r} would write into one folder: rename one")
+            raise InputError(f"the arms {other!r} and {name!r} would write into one folder: rename one")
 
 
 def check_numbers(seeds: Sequence[int], jobs: int, num_arms: int, has_cost: bool) -> None:
     """Raise a ValueError if there is nothing to run, or a seed occurs twice."""
     if jobs < 1 or not (seeds or has_cost) or num_arms < 1:
-        raise ValueError(f"seeds={list(seeds)}, jobs={jobs} and {num_arms} arms: give at least one of each")
+        raise InputError(f"seeds={list(seeds)}, jobs={jobs} and {num_arms} arms: give at least one of each")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={list(seeds)}: a seed occurs twice")
+        raise InputError(f"seeds={list(seeds)}: a seed occurs twice")
 
 
 def check_arguments(runs: Iterable[Run], parse_error: Callable[[Sequence[str]], str | None]) -> None:
@@ -147,4 +147,4 @@ def check_arguments(runs: Iterable[Run], parse_error: Callable[[Sequence[str]], 
     }
     for command, arm in commands.items():
         if error := parse_error(command):
-            raise ValueError(f"the arm {arm!r}: lit-rlhf {command[0]} rejects its arguments: {error}")
+            raise InputError(f"the arm {arm!r}: lit-rlhf {command[0]} rejects its arguments: {error}")

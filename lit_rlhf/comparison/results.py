@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lit_rlhf.errors import InputFileNotFoundError
+
 Results = dict[str, list[dict[str, Any]]]
 """Results by arm, one for each seed: `seed`, `metrics` of the test, and `curves`, the rows of `metrics.csv`."""
 
@@ -24,7 +26,9 @@ def newest_file(folder: Path, name: str) -> Path:
     """
     found = sorted(folder.glob(f"version_*/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"there is no {name} in {str(folder)!r}: was checkpointing or logging switched off?")
+        raise InputFileNotFoundError(
+            f"there is no {name} in {str(folder)!r}: was checkpointing or logging switched off?"
+        )
     return found[-1]
 
 

@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from lit_rlhf.comparison.processes import kill_on_interrupt, last_lines, run_logged
 from lit_rlhf.comparison.results import Results, newest_file, read_csv, update_times
+from lit_rlhf.errors import InputError
 
 RESULT, TRAINED, LAST = "result.json", "trained.json", "checkpoints/last.ckpt"
 """Files in a run's folder: written when it is done, when its training is done, and the checkpoint to test."""
@@ -53,7 +54,7 @@ class Cost:
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError(f"cost.rounds={self.rounds} must be at least 1")
+            raise InputError(f"cost.rounds={self.rounds} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Run:
             return None
         found: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
         if found.get("arguments") != self.arguments:
-            raise ValueError(
+            raise InputError(
                 f"{str(self.folder)!r} holds the result of other arguments ({found.get('arguments')}; now they are "
                 f"{self.arguments}): delete that folder, or give another --out"
             )

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_rlhf import tokenization
 from lit_rlhf.data.formats import Example
 from lit_rlhf.data.sources import Row
+from lit_rlhf.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,11 +63,11 @@ def read_examples(
         try:
             transformed = row if transform is None else transform(row)
             if transformed is not None and not isinstance(transformed, dict):
-                raise ValueError(f"the transform returned {transformed!r}: return a dict, or None to drop the row")
+                raise InputError(f"the transform returned {transformed!r}: return a dict, or None to drop the row")
             if transformed is not None:
                 examples[index] = read(transformed)
         except ValueError as error:
-            raise ValueError(f"row {index}: {error}") from error
+            raise InputError(f"row {index}: {error}") from error
     _report(total - len(examples), total, "rows were dropped by the transform", "change the transform")
     names = dict.fromkeys(name for example in examples.values() for name in example.columns)
     for example in examples.values():
@@ -171,6 +172,6 @@ def _is_tie(row: Encoded) -> bool:
 def _report(count: int, total: int, what: str, remedy: str | None = None) -> None:
     """Log how many rows were affected. With a `remedy` they are dropped; raise a ValueError if no row is left."""
     if remedy and count == total:
-        raise ValueError(f"all {total} {what}, so no row is left: {remedy}")
+        raise InputError(f"all {total} {what}, so no row is left: {remedy}")
     if count:
         rank_zero_info(f"{count} of {total} {what}")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_rlhf.data.sources import Row
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Message, Text
 
 _CONVERSATIONS = ("messages", "conversations")
@@ -80,7 +81,7 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
     """
     name = completion_column or next((name for name in ("completion", *_CONVERSATIONS, "text") if name in row), None)
     if name is None:
-        raise ValueError(
+        raise InputError(
             "no demonstrations: expected columns 'prompt' and 'completion', or 'messages', or 'text'; the data have "
             f"{_names(row)}: set completion_column and prompt_column, or add the columns with a transform"
         )
@@ -95,7 +96,7 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
         return _example(row, "", (completion,), {name})
     prompt, answer = _split_answer(completion)
     if not answer:
-        raise ValueError(f"the conversation in {name!r} has no assistant turn to learn from")
+        raise InputError(f"the conversation in {name!r} has no assistant turn to learn from")
     return _example(row, prompt, (answer,), {name})
 
 
@@ -125,7 +126,7 @@ def _refuse_other_prompt(row: Row, texts: list[Text]) -> None:
     """Raise a ValueError if all texts are strings and another column has a usual name of a prompt column."""
     strings = all(isinstance(text, str) for text in texts)
     if strings and "prompt" not in row and (found := sorted(_OTHER_PROMPTS & row.keys())):
-        raise ValueError(
+        raise InputError(
             f"no column 'prompt', but {found[0]!r}: set prompt_column={found[0]!r}, or drop the column with a transform"
         )
 
@@ -142,7 +143,7 @@ def _example(
 
 def _get(row: Row, name: str, what: str) -> Any:
     if name not in row:
-        raise ValueError(
+        raise InputError(
             f"no column {name!r} in the data, which have {_names(row)}: "
             f"set {what}_column to the column's name, or add the column with a transform"
         )
@@ -162,7 +163,7 @@ def _text(value: Any, name: str) -> Text:
         return value
     if value == [] or _is_messages(value):
         return [_message(item, name) for item in value]
-    raise ValueError(f"the column {name!r} contains {value!r}: it must be a string or a list of messages")
+    raise InputError(f"the column {name!r} contains {value!r}: it must be a string or a list of messages")
 
 
 def _message(item: Row, name: str) -> Message:
@@ -170,7 +171,7 @@ def _message(item: Row, name: str) -> Message:
     if "role" not in item and {"from", "value"} <= item.keys():
         item = {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"]}
     if not isinstance(item.get("role"), str):
-        raise ValueError(f"the column {name!r} contains the message {item!r}: a message needs 'role' and 'content'")
+        raise InputError(f"the column {name!r} contains the message {item!r}: a message needs 'role' and 'content'")
     return {key: value for key, value in item.items() if value is not None}
 
 
@@ -213,7 +214,7 @@ def _split_common(texts: list[Text]) -> tuple[Text, list[Text]]:
     if all(isinstance(text, str) for text in texts):
         cut = _word_start([str(text) for text in texts])
     elif any(isinstance(text, str) for text in texts):
-        raise ValueError("one of 'chosen' and 'rejected' is a string and the other messages: use the same type in both")
+        raise InputError("one of 'chosen' and 'rejected' is a string and the other messages: use the same type in both")
     else:
         cut = _common_length([text[:-1] for text in texts])
     return texts[0][:cut], [text[cut:] for text in texts]

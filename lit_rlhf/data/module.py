@@ -19,6 +19,7 @@ from lit_rlhf.data.formats import Example, read_demonstration, read_preference, 
 from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import Row, Source, load_rows
 from lit_rlhf.data.split import hold_out
+from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization import pad_token_id
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
@@ -116,14 +117,14 @@ class TextData(lightning.LightningDataModule):
     def setup(self, stage: str = "fit") -> None:
         """Read, check and tokenize the rows that `stage` needs."""
         if stage == "fit" and self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ValueError(
+            raise InputError(
                 f"overfit_batches={self.trainer.overfit_batches} would replace the sampler, which repeats the "  # type: ignore[attr-defined]
                 "prompts of a rollout for each of its steps: use a train set of a few rows instead"
             )
         if stage == "fit" and self.train is None:
-            raise ValueError("there is no training data: set data.train to a file, a hub id or a list of rows")
+            raise InputError("there is no training data: set data.train to a file, a hub id or a list of rows")
         if stage != "fit" and self.val is None:
-            raise ValueError(
+            raise InputError(
                 f"there is no data to {TrainerFn(stage).value}: set data.val to a file, a hub id, or a number of rows"
             )
         for message in _IGNORED_WARNINGS:
@@ -143,7 +144,7 @@ class TextData(lightning.LightningDataModule):
     def _load(self, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
         holds_out = isinstance(self.val, (int, float))
         if holds_out and self.train is None:
-            raise ValueError(f"val={self.val} is a part of data.train, which is not set: set it, or give val a source")
+            raise InputError(f"val={self.val} is a part of data.train, which is not set: set it, or give val a source")
         if self.train_set is None and self.train is not None and (stage == "fit" or holds_out):
             rows = self._encode(self.train, ("train",), tokenizer)
             if isinstance(self.val, (int, float)):
@@ -165,7 +166,7 @@ class TextData(lightning.LightningDataModule):
         if self.tokenizer is not None:
             return self.tokenizer
         if self.trainer is None:
-            raise ValueError("there is no tokenizer without a Trainer: set data.tokenizer before data.setup()")
+            raise InputError("there is no tokenizer without a Trainer: set data.tokenizer before data.setup()")
         return cast("PreTrainedTokenizerBase", self.trainer.lightning_module.tokenizer)
 
     def _ranks(self) -> dict[str, int]:

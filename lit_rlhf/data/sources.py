@@ -9,6 +9,8 @@ from typing import Any, TypeAlias, cast
 
 import datasets
 
+from lit_rlhf.errors import InputError, InputFileNotFoundError
+
 Row = dict[str, Any]
 """A row of a data set, by column name."""
 
@@ -36,18 +38,18 @@ def load_rows(source: Any, prefer: Sequence[str] = ("train",)) -> Iterable[Row]:
     rows = _load(source)
     name = repr(source) if isinstance(source, str) else f"the {type(source).__name__}"
     if isinstance(rows, _STREAMS):
-        raise ValueError(
+        raise InputError(
             f"{name} is a stream ({type(rows).__name__}), but training needs random access: load it without "
             "streaming=True, or pass list(stream.take(n))"
         )
     if isinstance(rows, datasets.DatasetDict):
         rows = _choose(rows, name, prefer)
     if not len(rows):
-        raise ValueError(f"{name} is empty: give a data set with at least one row")
+        raise InputError(f"{name} is empty: give a data set with at least one row")
     if isinstance(rows, list):
         invalid = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
         if invalid is not None:
-            raise ValueError(f"row {invalid} is {rows[invalid]!r}: rows must be dicts, such as {{'prompt': 'Hello'}}")
+            raise InputError(f"row {invalid} is {rows[invalid]!r}: rows must be dicts, such as {{'prompt': 'Hello'}}")
     return cast(Iterable[Row], rows)
 
 
@@ -55,7 +57,7 @@ def _load(source: Any) -> Any:
     if isinstance(source, (list, datasets.Dataset, datasets.DatasetDict, *_STREAMS)):
         return source
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"data can't be loaded from {source!r}: give a path, a hub id, a list of dicts or a Dataset")
+        raise InputError(f"data can't be loaded from {source!r}: give a path, a hub id, a list of dicts or a Dataset")
     text, split = str(source), None
     if not _path(text).exists() and "#" in text:
         text, split = text.rsplit("#", 1)
@@ -75,30 +77,30 @@ def _choose(splits: dict[str, Any], name: str, prefer: Sequence[str]) -> Any:
     names = [*[split for split in prefer if split in splits], *(splits if len(splits) == 1 else ())]
     if not names:
         example = f"{name.strip(chr(39))}#{next(iter(splits))}"
-        raise ValueError(f"{name} has the splits {', '.join(splits)}: select one, as in {example!r}")
+        raise InputError(f"{name} has the splits {', '.join(splits)}: select one, as in {example!r}")
     return splits[names[0]]
 
 
 def _load_file(path: Path, split: str | None) -> Any:
     builder = next((_BUILDERS[suffix] for suffix in reversed(path.suffixes) if suffix in _BUILDERS), None)
     if builder is None:
-        raise ValueError(f"{str(path)!r} has no supported file type: use {', '.join(_BUILDERS)}")
+        raise InputError(f"{str(path)!r} has no supported file type: use {', '.join(_BUILDERS)}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{str(path)!r} is empty: give a data set with at least one row")
+        raise InputError(f"{str(path)!r} is empty: give a data set with at least one row")
     return _read(builder, split, str(path), data_files=str(path))
 
 
 def _load_folder(path: Path, split: str | None) -> Any:
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         if not any(file.suffix in _BUILDERS for file in path.rglob("*")):
-            raise FileNotFoundError(f"no data in the folder {str(path)!r}: expected {', '.join(_BUILDERS)} files")
+            raise InputFileNotFoundError(f"no data in the folder {str(path)!r}: expected {', '.join(_BUILDERS)} files")
         return _read(str(path.resolve()), split, str(path))
     saved = datasets.load_from_disk(str(path))
     if split is None:
         return saved
     if not isinstance(saved, datasets.DatasetDict) or split not in saved:
         names = ", ".join(saved) if isinstance(saved, datasets.DatasetDict) else "none"
-        raise ValueError(f"{str(path)!r} has no split {split!r}; its splits: {names}")
+        raise InputError(f"{str(path)!r} has no split {split!r}; its splits: {names}")
     return saved[split]
 
 
@@ -110,19 +112,19 @@ def _read(builder: str, split: str | None, name: str, **arguments: Any) -> Any:
         except Exception as error:  # datasets passes on the errors of its readers
             cause = error.__cause__ or error
             if "corresponds to no data" in str(cause):
-                raise ValueError(f"{name!r} is empty: give a data set with at least one row") from error
-            raise ValueError(f"{name!r} could not be read: {type(cause).__name__}: {cause}") from error
+                raise InputError(f"{name!r} is empty: give a data set with at least one row") from error
+            raise InputError(f"{name!r} could not be read: {type(cause).__name__}: {cause}") from error
 
 
 def _load_hub(text: str, split: str | None) -> Any:
     is_path = Path(text).suffix in _BUILDERS or text.startswith((".", "/", "~")) or text.count("/") > 1
     if is_path:
-        raise FileNotFoundError(f"the data file {text!r} does not exist (working directory: {str(Path.cwd())!r})")
+        raise InputFileNotFoundError(f"the data file {text!r} does not exist (working directory: {str(Path.cwd())!r})")
     name, _, config = text.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub raises many kinds of errors
-        raise FileNotFoundError(
+        raise InputFileNotFoundError(
             f"{text!r} is neither a local file or folder nor loadable from the hub ({type(error).__name__}: {error}): "
             "check the spelling, or give a json, jsonl, csv or parquet file"
         ) from error

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from lit_rlhf.data.encoding import Encoded
+from lit_rlhf.errors import InputError
 
 SPLIT_SEED = 0
 """Seed of the random split, independent of the run's seed: all runs are compared on the same held-out rows."""
@@ -27,7 +28,7 @@ def hold_out(
     """
     count = val if isinstance(val, int) else max(1, round(val * len(rows)))
     if count >= len(rows):
-        raise ValueError(f"val={val} holds out {count} of {len(rows)} rows and leaves none to train on: lower it")
+        raise InputError(f"val={val} holds out {count} of {len(rows)} rows and leaves none to train on: lower it")
     order = np.arange(len(rows))
     if split == "random":
         order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))

@@ -6,6 +6,7 @@ import re
 
 from lit_rlhf.data.formats import SPEAKER
 from lit_rlhf.data.sources import Row
+from lit_rlhf.errors import InputError
 
 
 class LastAnswer:
@@ -42,7 +43,7 @@ class FirstWords:
 
     def __init__(self, column: str = "text", words: int = 5) -> None:
         if words < 1:
-            raise ValueError(f"words={words}: a prompt needs at least 1 word")
+            raise InputError(f"words={words}: a prompt needs at least 1 word")
         self.column, self.words = column, words
 
     def __call__(self, row: Row) -> Row | None:
@@ -66,8 +67,8 @@ def read_string(row: Row, column: str, transform: str) -> str:
         ValueError: If the column does not exist or is not a string.
     """
     if column not in row:
-        raise ValueError(f"{transform} needs the column {column!r}; the data have {', '.join(map(repr, row))}")
+        raise InputError(f"{transform} needs the column {column!r}; the data have {', '.join(map(repr, row))}")
     text = row[column]
     if not isinstance(text, str):
-        raise ValueError(f"{transform} needs a string in the column {column!r}, not {text!r}")
+        raise InputError(f"{transform} needs a string in the column {column!r}, not {text!r}")
     return text

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization import decode_completions, encode_completion
 from lit_rlhf.types import Completions, Prompts, Text
 
@@ -68,7 +69,7 @@ def check_completion_column(option: str, column: str, columns: Iterable[str], al
         ValueError: If there is no such column.
     """
     if column not in columns:
-        raise ValueError(
+        raise InputError(
             f"{option}={column!r} is not a column of the data ({sorted(columns)}): name one that holds "
             f"completions{alternative}"
         )
@@ -84,7 +85,7 @@ def check_lengths(config: Any, prompts: Prompts, given: Completions, column: str
     lengths = prompts.mask.sum(1) + given.lengths[:, 0]
     if positions is not None and int(lengths.max()) > positions:
         worst = int(lengths.argmax())
-        raise ValueError(
+        raise InputError(
             f"row {int(prompts.index[worst])} and its {column!r} have {int(lengths[worst])} tokens, more than the "
             f"{positions} positions of the policy: drop such rows with data.transform"
         )

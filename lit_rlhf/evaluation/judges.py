@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.base import RewardSpec
 from lit_rlhf.rewards.calls import call_all, read_numbers
 from lit_rlhf.types import Text
@@ -103,7 +104,7 @@ class SymmetricJudge:
         (output,) = call_all([self._spec], {**columns, **arguments})
         answers = read_numbers(output, len(prompts), self._spec.title, "pairs")
         for i in ((answers < 0) | (answers > 1)).nonzero().flatten().tolist():
-            raise ValueError(
+            raise InputError(
                 f"{self._spec.title} returned {float(answers[i]):g} at index {i}: it must return a number from 0 "
                 "(the opponent is better) to 1, 0.5 for a tie, or None if undecided"
             )

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_rlhf.errors import InputError
+
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -73,7 +75,7 @@ class DistinctN(Metric):
     def __init__(self, n: int) -> None:
         super().__init__()
         if n < 1:
-            raise ValueError(f"n={n}: an n-gram has at least one token")
+            raise InputError(f"n={n}: an n-gram has at least one token")
         self.n = n
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("grams", [], dist_reduce_fx="cat")

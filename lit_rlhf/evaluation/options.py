@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lit_rlhf.errors import InputError
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -31,4 +33,4 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if self.best_of < 1:
-            raise ValueError(f"evaluation: best_of={self.best_of} must be at least 1")
+            raise InputError(f"evaluation: best_of={self.best_of} must be at least 1")

@@ -1,4 +1,4 @@
-"""Folders that `transformers` and PEFT load: written whole or not at all, or rebuilt from a training checkpoint."""
+"""Model folders that `transformers` and PEFT load: written atomically, or rebuilt from a training checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError, InputFileNotFoundError
+
 BASE_CONFIG = "base_config"
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `target`, then put it in its place. What stood there stays until that moment."""
+    """Let `write` fill a folder next to `target`, then replace `target` by it in one step."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -34,7 +36,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return all that a folder holds beside the weights, as plain data that a checkpoint keeps."""
+    """Return everything that a model folder holds except the weights, as plain data for a checkpoint."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,83 +52,86 @@ def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerB
             if path.is_file()
         }
     dtype = str(next(inner.parameters()).dtype).removeprefix("torch.")
-    told = {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
-    return {**told, "base": fingerprint(inner)} if isinstance(model, PeftModel) else told
+    export = {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
+    return {**export, "base": fingerprint(inner)} if isinstance(model, PeftModel) else export
 
 
 def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False) -> Path:
-    """Write the folder of the model that a training checkpoint holds. Nothing else is read for a model or an adapter.
+    """Write the folder of the model or adapter that a training checkpoint holds.
 
     Args:
         ckpt_path: A checkpoint written while training with one of the package's methods.
-        out: The folder to write; one that holds a model is replaced.
-        merge: Merge an adapter into its model, which is loaded for that from where it came.
+        out: The folder to write; a folder that holds a model is replaced.
+        merge: Merge an adapter into its base model, which is loaded from its original source. Only this needs more than
+            the checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the checkpoint was written by something else, or lacks weights, or its model is not that under
-            the adapter any more; or if the folder holds something else than a model.
+        ValueError: If the checkpoint was written by another program or lacks weights, if the base model has changed
+            since training, or if the folder holds something other than a model.
     """
     check_replaceable(Path(out))
     if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
+        raise InputFileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     if "export" not in checkpoint:
-        raise ValueError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
-    told = checkpoint["export"]
-    prefix = told["prefix"]
+        raise InputError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
+    export = checkpoint["export"]
+    prefix = export["prefix"]
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    write_folder(Path(out), lambda folder: _rebuild(told, weights, folder, merge))
+    write_folder(Path(out), lambda folder: _rebuild(export, weights, folder, merge))
     return Path(out)
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise a ValueError if a folder holds something else than a model, which would be lost."""
+    """Raise a ValueError if a folder holds something other than a model, which would be lost."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {str(folder)!r} is a file: give a folder")
+        raise InputError(f"--out {str(folder)!r} is a file: give a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {"config.json", "adapter_config.json"}:
         some = ", ".join(sorted(names)[:3])
-        raise ValueError(f"--out {str(folder)!r} holds something else than a model ({some}): give a folder of its own")
+        raise InputError(f"--out {str(folder)!r} holds something other than a model ({some}): give another folder")
 
 
 def fingerprint(model: Any) -> str:
-    """Tell a model from what further training makes of it, whatever adapter lies on it: by its norms and biases."""
-    told = hashlib.sha256()
+    """Hash the base model's 1-D parameters, to detect a base model that changed under an adapter."""
+    digest = hashlib.sha256()
     wrapped = re.compile(r"\.(base_layer|original_module)\b")
     plain = {wrapped.sub("", name): weight for name, weight in model.named_parameters() if weight.ndim == 1}
     for name, weight in sorted(plain.items()):
         if "lora_" not in name and "modules_to_save" not in name:
-            told.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return told.hexdigest()
+            digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:
-    for name, content in told["files"].items():
+def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:
+    for name, content in export["files"].items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.numpy().tobytes())
     model: Any
-    architecture = getattr(transformers, told["class"], None)
+    architecture = getattr(transformers, export["class"], None)
     if architecture is None:
-        raise ValueError(
-            f"transformers has no class {told['class']!r}, which the model is of: take policy/last or policy/best, "
+        raise InputError(
+            f"transformers has no class {export['class']!r}, which the model needs: use policy/last or policy/best, "
             "which training has written"
         )
     config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
-    config.name_or_path = told["source"]
+    config.name_or_path = export["source"]
     if (folder / "adapter_config.json").is_file():
         if merge:
-            if not told["source"]:
-                raise ValueError("the adapter's model came in memory: export without --merge, and merge with PEFT")
-            where = {"revision": told["revision"]} if told.get("revision") else {}
-            base = architecture.from_pretrained(told["source"], config=config, dtype=told["dtype"], **where)
-            if told.get("base", fingerprint(base)) != fingerprint(base):
-                raise ValueError(
-                    f"{told['source']!r} is not the model any more that the adapter was trained on: put that back, or "
+            if not export["source"]:
+                raise InputError(
+                    "the adapter's base model was given in memory: export without --merge, and merge with PEFT"
+                )
+            options = {"revision": export["revision"]} if export.get("revision") else {}
+            base = architecture.from_pretrained(export["source"], config=config, dtype=export["dtype"], **options)
+            if export.get("base", fingerprint(base)) != fingerprint(base):
+                raise InputError(
+                    f"{export['source']!r} has changed since the adapter was trained on it: restore that model, or "
                     "export without --merge"
                 )
-        else:  # the adapter alone is saved, so its model needs no weights
+        else:  # only the adapter is saved, so its base model needs no weights
             with torch.device("meta"):
                 base = architecture(config)
         model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
@@ -137,7 +142,7 @@ def _rebuild(told: dict[str, Any], weights: dict[str, Tensor], folder: Path, mer
     else:
         dtype = next(iter(weights.values())).dtype
         model = architecture(config).to(dtype)
-        _load(model, weights, complete=True, source=told["source"])
+        _load(model, weights, complete=True, source=export["source"])
         generation_config = folder / BASE_CONFIG / "generation_config.json"
         if generation_config.is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
@@ -150,4 +155,4 @@ def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: 
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or (complete and set(missing) - tied):
         names = sorted(unexpected or set(missing) - tied)
-        raise ValueError(f"the checkpoint does not fit its model ({source}): {json.dumps(names[:3])} and so on")
+        raise InputError(f"the checkpoint does not fit its model ({source}): {json.dumps(names[:3])} ...")

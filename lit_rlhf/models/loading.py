@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.tokenization import end_of_turn
 
 SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
@@ -28,7 +29,7 @@ def resolve(source: str | Path) -> str:
         return str(SHIPPED[text])
     looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
     if looks_like_a_path and not Path(text).expanduser().is_dir():
-        raise FileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
+        raise InputFileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
     return str(Path(text).expanduser().resolve()) if Path(text).expanduser().is_dir() else text
 
 
@@ -50,7 +51,7 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
         if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer with an adapter
             options = {key: value for key, value in options.items() if key != "revision"}
             return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
-        raise ValueError(
+        raise InputError(
             f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: "
             f"{error}"
         ) from error
@@ -78,7 +79,7 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
         ValueError: If the model has an adapter already, or `peft.LoraConfig` does not know an option.
     """
     if isinstance(model, PeftModel):
-        raise ValueError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
+        raise InputError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
     return cast(PeftModel, get_peft_model(model, lora_config(lora)))
 
 
@@ -91,14 +92,14 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
     known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
     for name, allowed in known.items():
         if (value := options.get(name, allowed[0])) not in allowed:
-            raise ValueError(
+            raise InputError(
                 f"lora: {name}={value!r} changes the model under the adapter, which is the reference when the adapter "
                 f"is off: use one of {', '.join(map(repr, allowed))}"
             )
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"lora: {error}; the options are those of peft.LoraConfig, such as r and lora_alpha"
         ) from error
 
@@ -117,7 +118,7 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
     """
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} tokens, but the model embeds {rows}: "
             "use the model's own tokenizer, or model.resize_token_embeddings"
         )
@@ -135,7 +136,7 @@ def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokeni
         return
     for token, i in tokenizer.get_vocab().items():
         if known.get(token, i) != i:
-            raise ValueError(
+            raise InputError(
                 f"the {role} {str(source)!r} has id {known[token]} for {token!r}, and the policy has {i}: give a model "
                 "with the same tokenizer, such as one that started from the same model"
             )

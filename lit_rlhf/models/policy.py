@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from lit_rlhf import functional as F
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
 from lit_rlhf.models.forward import ModelForward, eval_mode
 from lit_rlhf.models.loading import (
@@ -65,7 +66,7 @@ class Policy(nn.Module):
         super().__init__()
         check_vocabulary(model, tokenizer)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise ValueError(
+            raise InputError(
                 f"{model.active_peft_config.peft_type.value} trains prompts, not layers: use LoRA or the like"
             )
         self.new_adapter = lora is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf import functional as F
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Completions
 
 
@@ -54,9 +55,9 @@ class Sampling:
         }
         for name, (valid, rule) in rules.items():
             if not valid:
-                raise ValueError(f"sampling: {name}={getattr(self, name)} must be {rule}")
+                raise InputError(f"sampling: {name}={getattr(self, name)} must be {rule}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
+            raise InputError(f"sampling: stop={self.stop!r} must be a list of strings that are not empty")
 
     @property
     def truncates(self) -> bool:
@@ -125,9 +126,6 @@ def decode(
         sampling: The options.
         eos: Ids that end a completion.
         stops: Finds out from the token ids of completions which of them contain a stop string.
-
-    Raises:
-        ValueError: If the log-probability of a sampled token is not finite.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
@@ -161,11 +159,7 @@ def decode(
             logits = decoder.step(drawn)
     end = t + 1
     of_drawn, entropy, mass = numbers[:, :, :end]
-    if not bool(of_drawn.isfinite().all()):
-        raise ValueError(
-            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
-            "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
-        )
+    check_finite(of_drawn)
     grid = (*shape, end)
     return Completions(
         tokens=tokens[:, :end].reshape(grid),
@@ -175,6 +169,19 @@ def decode(
         entropy=entropy.reshape(grid),
         sampled_mass=mass.reshape(grid) if sampling.truncates else None,
     )
+
+
+def check_finite(logprobs: Tensor) -> None:
+    """Check that all log-probabilities are finite.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if not bool(logprobs.isfinite().all()):
+        raise InputError(
+            "the policy's probabilities are not finite (NaN): it has diverged; lower the learning rate, clip gradients "
+            "(--trainer.gradient_clip_val 1), or resume from an earlier checkpoint"
+        )
 
 
 def remaining_rows(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:

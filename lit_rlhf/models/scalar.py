@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lit_rlhf import functional as F
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.forward import ModelForward, as_sampled
 from lit_rlhf.models.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
 from lit_rlhf.models.probe import probe_scores
@@ -89,7 +90,7 @@ class ScalarModel(nn.Module):
         model, report = AutoModelForSequenceClassification.from_pretrained(resolve(source), **options)
         missing = sorted(report["missing_keys"])
         if missing and not trained:
-            raise ValueError(f"{name} lacks the weights {missing}, which would be random: train it as a reward model")
+            raise InputError(f"{name} lacks the weights {missing}, which would be random: train it as a reward model")
         if zero_head and any("score" in key for key in missing):
             nn.init.zeros_(model.score.weight)
         if lora is not None:  # the head is trained: bfloat16, in which the frozen trunk may be, is too coarse for it
@@ -186,7 +187,7 @@ class Critic(ScalarModel):
     def __init__(self, model: PreTrainedModel | PeftModel, name: str = "the critic", trained: bool = True) -> None:
         super().__init__(model, name, trained)
         if not hasattr(self.classifier, "score"):
-            raise ValueError(f"{name} is a {type(self.classifier).__name__}: give a decoder-only model")
+            raise InputError(f"{name} is a {type(self.classifier).__name__}: give a decoder-only model")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Critic:
@@ -204,7 +205,7 @@ class Critic(ScalarModel):
         """
         known, written = embedding_rows(self.classifier), embedding_rows(policy)
         if known < written:
-            raise ValueError(
+            raise InputError(
                 f"the critic embeds {known} token ids and the policy {written}: give a critic with the same tokenizer, "
                 "such as one that started from the same model"
             )
@@ -261,7 +262,7 @@ def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConf
     """
     folder = resolve(source)
     if is_adapter(folder) and not (Path(folder) / "config.json").is_file():
-        raise ValueError(
+        raise InputError(
             f"{name} is an adapter: merge it first, with "
             "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
         )
@@ -279,4 +280,4 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 def check_one_label(config: PreTrainedConfig, name: str) -> None:
     """Raise a ValueError if a model has more than one label."""
     if config.num_labels != 1:
-        raise ValueError(f"{name} has {config.num_labels} labels: give a model with one label, since it is one number")
+        raise InputError(f"{name} has {config.num_labels} labels: give a model with one label, since it is one number")

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.types import Text
 
 Numbers = Sequence[float | None] | Tensor
@@ -65,9 +66,9 @@ class Weighted:
     def __post_init__(self) -> None:
         for weight in (self.weight, self.weight if self.final_weight is None else self.final_weight):
             if not math.isfinite(weight):
-                raise ValueError(f"the weight of a reward must be a finite number, not {weight!r}")
+                raise InputError(f"the weight of a reward must be a finite number, not {weight!r}")
         if (self.final_weight is None) != (self.updates is None) or (self.updates is not None and self.updates < 1):
-            raise ValueError(
+            raise InputError(
                 f"final_weight={self.final_weight} and updates={self.updates}: give both (updates >= 1) or neither"
             )
 
@@ -139,7 +140,7 @@ class RewardSpec:
         """Raise a ValueError if a required argument is not among `names`."""
         if missing := sorted(self.requires - names):
             columns = sorted(names.difference(REWARD_ARGUMENTS))
-            raise ValueError(
+            raise InputError(
                 f"{self.title} asks for {missing}, but the columns of the data are {columns}: "
                 "add the column to the data, or give the parameter a default"
             )
@@ -172,7 +173,7 @@ def _check_is_reward(reward: Any, role: str) -> None:
         remedy = "give a function or an object with __call__(prompts=, completions=, ...)"
     else:
         return
-    raise TypeError(f"{reward!r} is not a {role}: {remedy}")
+    raise InputTypeError(f"{reward!r} is not a {role}: {remedy}")
 
 
 def _name(reward: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.base import RewardSpec, raise_reward_error
 
 
@@ -70,12 +71,12 @@ def read_numbers(output: Any, count: int, title: str, per: str = "completions") 
         numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         kinds = sorted({type(value).__name__ for value in values})
-        raise ValueError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
+        raise InputError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
     if numbers.ndim != 1:
-        raise ValueError(f"{title} returned the shape {tuple(numbers.shape)}: it must return one number each")
+        raise InputError(f"{title} returned the shape {tuple(numbers.shape)}: it must return one number each")
     for i in numbers.isfinite().logical_not().nonzero().flatten().tolist():
         if values[i] is not None:
-            raise ValueError(
+            raise InputError(
                 f"{title} returned {values[i]} at index {i}: return a finite number, or None for no opinion"
             )
     return numbers
@@ -91,12 +92,12 @@ def read_token_rows(output: Any, lengths: list[int], title: str) -> list[Float[T
             continue
         rows.append(read_numbers(row, length, title, f"tokens of completion {i}"))
         if rows[-1].isnan().any():
-            raise ValueError(f"{title} returned None for a token: return None only for a whole completion")
+            raise InputError(f"{title} returned None for a token: return None only for a whole completion")
     return rows
 
 
 def _check_count(output: Any, count: int, title: str, per: str) -> None:
     if isinstance(output, str | dict) or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
-        raise ValueError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
+        raise InputError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
     if len(output) != count:
-        raise ValueError(f"{title} returned {len(output)} values for {count} {per}")
+        raise InputError(f"{title} returned {len(output)} values for {count} {per}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Text
 
 
@@ -39,11 +40,11 @@ class Length:
         self, minimum: int = 0, maximum: int | None = None, unit: Literal["tokens", "words", "chars"] = "tokens"
     ) -> None:
         if minimum < 0 or (maximum is not None and maximum < max(minimum, 1)):
-            raise ValueError(f"Length needs 0 <= minimum <= maximum, and maximum >= 1, not {minimum} and {maximum}")
+            raise InputError(f"Length needs 0 <= minimum <= maximum, and maximum >= 1, not {minimum} and {maximum}")
         if minimum == 0 and maximum is None:
-            raise ValueError("Length has neither a minimum nor a maximum: give at least one")
+            raise InputError("Length has neither a minimum nor a maximum: give at least one")
         if unit not in ("tokens", "words", "chars"):
-            raise ValueError(f"the unit of Length is tokens, words or chars, not {unit!r}")
+            raise InputError(f"the unit of Length is tokens, words or chars, not {unit!r}")
         self.minimum, self.maximum, self.unit = minimum, maximum, unit
 
     def __call__(self, completions: list[Text], completion_ids: list[list[int]]) -> list[float]:
@@ -135,7 +136,7 @@ class Repetition:
 
     def __init__(self, n: int = 2) -> None:
         if n < 1:
-            raise ValueError(f"Repetition needs n-grams of at least 1 word, not {n}")
+            raise InputError(f"Repetition needs n-grams of at least 1 word, not {n}")
         self.n = n
 
     def __call__(self, completions: list[Text]) -> list[float]:
@@ -151,4 +152,4 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error

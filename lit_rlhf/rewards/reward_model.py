@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.scalar import ScalarModel, check_one_label, is_classifier, read_config
@@ -54,9 +55,9 @@ class RewardModel:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"the batch_size of a reward model must be at least 1, not {batch_size}")
+            raise InputError(f"the batch_size of a reward model must be at least 1, not {batch_size}")
         if isinstance(model, PreTrainedModel) and tokenizer is None:
-            raise ValueError("a reward model in memory needs its tokenizer: RewardModel(model, tokenizer=tokenizer)")
+            raise InputError("a reward model in memory needs its tokenizer: RewardModel(model, tokenizer=tokenizer)")
         self.pretrained = model
         self.tokenizer_source = model if tokenizer is None else tokenizer
         self.batch_size = batch_size
@@ -64,14 +65,14 @@ class RewardModel:
         self.chat_template_kwargs = chat_template_kwargs
         config = model.config if isinstance(model, PreTrainedModel) else _read_config(model)
         if config.architectures and not is_classifier(config):
-            raise ValueError(
+            raise InputError(
                 f"{_called(model)} is a {config.architectures[0]}, not a sequence-classification model: train one with "
                 "RewardModeling"
             )
         check_one_label(config, _called(model))
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is not None and not 1 <= max_length <= (positions or max_length):
-            raise ValueError(f"max_length={max_length} does not fit {_called(model)}: it has {positions} positions")
+            raise InputError(f"max_length={max_length} does not fit {_called(model)}: it has {positions} positions")
         self.max_length = max_length
         self.positions = positions
         self._scorer: ScalarModel | None = None
@@ -167,7 +168,7 @@ class RewardModel:
             cut = max(0, length - self.max_length)
             return start[cut:], end[max(0, cut - len(start)) :]
         if self.positions is not None and length > self.positions:
-            raise ValueError(
+            raise InputError(
                 f"an input of {length} tokens exceeds the {self.positions} positions of {_called(self.pretrained)}: "
                 f"use shorter prompts, or max_length={self.positions} to cut the start of the prompt"
             )
@@ -201,7 +202,7 @@ def _read_config(model: str | Path) -> PreTrainedConfig:
     try:
         return read_config(model, _called(model))
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{_called(model)} has no readable config: give a folder with a config.json or a hub id"
         ) from error
 

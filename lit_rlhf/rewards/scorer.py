@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec
 from lit_rlhf.rewards.calls import call_all, read_numbers, read_token_rows
 from lit_rlhf.types import Text
@@ -76,9 +77,9 @@ class Scorer:
 
     def __init__(self, rewards: Sequence[Callable[..., Any]], role: str = "reward") -> None:
         if isinstance(rewards, str) or not isinstance(rewards, Sequence):
-            raise TypeError(f"rewards must be a list of callables, not {rewards!r}: put it in brackets")
+            raise InputTypeError(f"rewards must be a list of callables, not {rewards!r}: put it in brackets")
         if not rewards:
-            raise ValueError(
+            raise InputError(
                 "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
             )
         self._specs: list[RewardSpec] = []
@@ -188,7 +189,7 @@ class Scorer:
 def _check_shapes(n: int, k: int, **lists: list[list[Any]]) -> None:
     for name, groups in lists.items():
         if [len(group) for group in groups] != [k] * n:
-            raise ValueError(
+            raise InputError(
                 f"{name} has groups of {[len(group) for group in groups]} entries: it must have {k} for each of the "
                 f"{n} prompts"
             )
@@ -222,7 +223,7 @@ class _Log:
         """Report one entry per completion, shown with it in `samples.jsonl`."""
         entries = list(values)
         if len(entries) != self.count:
-            raise ValueError(f"log_extra({column!r}) got {len(entries)} values for {self.count} completions")
+            raise InputError(f"log_extra({column!r}) got {len(entries)} values for {self.count} completions")
         self.extras[column] = entries
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.sampling import counter_based_uniform
 
 NOISE_EPOCH = 2**32
@@ -40,11 +41,11 @@ class RewardShaping:
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"shaping: clip={self.clip} must be above 0, or null for none")
+            raise InputError(f"shaping: clip={self.clip} must be above 0, or null for none")
         if not self.noise >= 0:
-            raise ValueError(f"shaping: noise={self.noise} must be 0 or more: it is a standard deviation")
+            raise InputError(f"shaping: noise={self.noise} must be 0 or more: it is a standard deviation")
         if not 0 <= self.missing_eos_penalty < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"shaping: missing_eos_penalty={self.missing_eos_penalty} must be 0 or more: it is subtracted"
             )
 

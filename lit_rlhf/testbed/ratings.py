@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_rlhf.algorithms import SFT
 from lit_rlhf.data import DemonstrationData, FirstWords, load_rows
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testbed.build import make_trainer, new_policy, optimizer_options, train_reward_model
 from lit_rlhf.testbed.tokenizer import SPECIALS
@@ -51,13 +52,13 @@ def read_rated(path: str | Path) -> list[Rated]:
         text, ratings = row.get("text"), row.get("ratings")
         numbers = [rating for rating in ratings or [] if isinstance(rating, int | float)]
         if not isinstance(text, str) or len(numbers) < 2 or len(numbers) != len(ratings or []):
-            raise ValueError(
+            raise InputError(
                 f"row {i} of {str(path)!r} needs a string `text` and a list `ratings` of at least two numbers, not "
                 f"text={text!r}, ratings={ratings!r}"
             )
         rated.append(Rated(text.strip(), tuple(map(float, numbers))))
     if len({rating for item in rated for rating in item.ratings}) < 2:
-        raise ValueError(f"all ratings in {str(path)!r} are equal: there is no preference to learn")
+        raise InputError(f"all ratings in {str(path)!r} are equal: there is no preference to learn")
     return rated
 
 
@@ -71,7 +72,7 @@ def split(rated: Sequence[Rated], held_out: int) -> tuple[list[Rated], list[Rate
     test_texts = {item.text for item in test}
     rest = [item for item in rated[:-held_out] if item.text not in test_texts]
     if len(rest) < 4 or len(test) < 2:
-        raise ValueError(f"{len(rated)} rated texts are too few to hold out {held_out} of them")
+        raise InputError(f"{len(rated)} rated texts are too few to hold out {held_out} of them")
     return rest[::2], rest[1::2], test
 
 
@@ -88,7 +89,7 @@ def rated_pairs(rated: Sequence[Rated], n: int, seed: int) -> list[dict[str, str
         ValueError: If all ratings are equal.
     """
     if len({rating for item in rated for rating in item.ratings}) < 2:
-        raise ValueError(f"all ratings of these {len(rated)} texts are equal: there is no preference to learn")
+        raise InputError(f"all ratings of these {len(rated)} texts are equal: there is no preference to learn")
     rng = Random(f"asked {seed}")
     rows: list[dict[str, str]] = []
     while len(rows) < n:
@@ -121,7 +122,7 @@ def agreement(
             correct.append(float((margin > 0) == (probability > 0.5)) if margin else 0.5)
             raters.append(max(probability, 1 - probability))
     if not correct:
-        raise ValueError(f"the raters are evenly split on every pair of these {len(rated)} texts: hold out more texts")
+        raise InputError(f"the raters are evenly split on every pair of these {len(rated)} texts: hold out more texts")
     return statistics.fmean(correct), statistics.fmean(raters)
 
 

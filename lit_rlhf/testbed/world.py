@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.testbed import words as w
 
 _PATTERN = re.compile(r"A (\w+) critic on the (\w+) of the (\w+) (\w+), in (\w+) sentences?:")
@@ -59,7 +60,7 @@ class Brief:
         found = _PATTERN.fullmatch(text.strip())
         brief = cls(*found.groups()) if found else None
         if brief is None or brief not in _BRIEF_SET:
-            raise ValueError(
+            raise InputError(
                 f"{text!r} is not a prompt of the testbed: write it like {_BRIEFS[0].text!r}, "
                 "or use your own rewards with your own prompts"
             )
@@ -84,7 +85,7 @@ def briefs(n: int, seed: int = 0, held_out: bool = False) -> list[Brief]:
     pool = [brief for brief in _BRIEFS if (brief in _HELD_OUT) == held_out]
     if not 0 < n <= len(pool):
         kind = "held-out" if held_out else "training"
-        raise ValueError(f"can't sample {n} {kind} prompts: the testbed has {len(pool)}; ask for 1 to {len(pool)}")
+        raise InputError(f"can't sample {n} {kind} prompts: the testbed has {len(pool)}; ask for 1 to {len(pool)}")
     return Random(f"briefs {seed}").sample(pool, n)
 
 

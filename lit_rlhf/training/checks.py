@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.data.sampler import ResumableLoader
+from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.evaluation.completions import check_completion_column
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
@@ -55,7 +56,7 @@ def parse_kl_penalty(kl_penalty: str, published: str) -> tuple[str, str]:
         ValueError: If there is no such penalty.
     """
     if kl_penalty not in KL_PENALTIES:
-        raise ValueError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
+        raise InputError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
     if kl_penalty != published and (reason := KL_PENALTIES[kl_penalty]):
         rank_zero_warn(f"kl_penalty={kl_penalty!r}: {reason}; k1_reward and k2_loss are exact")
     estimator, _, place = kl_penalty.partition("_")
@@ -68,7 +69,7 @@ def check_batch_type(algorithm: str, wanted: type[Record] | None, data: Any) -> 
     if wanted is None or given is None or given is wanted:
         return
     if given in DATA_MODULES or not issubclass(given, wanted):
-        raise ValueError(
+        raise InputError(
             f"{algorithm} learns from {wanted.__name__} and {type(data).__name__} yields {given.__name__}: give "
             f"--data {DATA_MODULES[wanted]}"
         )
@@ -87,11 +88,11 @@ def check_positions(config: Any, role: str, longest: int, max_new_tokens: int) -
     if positions is None or longest + max_new_tokens <= positions:
         return
     if max_new_tokens == 0:
-        raise ValueError(
+        raise InputError(
             f"a row of {longest} tokens exceeds the {positions} positions of the {role}: drop longer ones with "
             "data.max_prompt_tokens and data.max_completion_tokens"
         )
-    raise ValueError(
+    raise InputError(
         f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} positions of the "
         f"{role}: lower one of them, the prompts by data.max_prompt_tokens={max(1, positions - max_new_tokens)}"
     )
@@ -139,26 +140,26 @@ def check_groups(groups: Mapping[str, Any], others: Iterable[str]) -> None:
     for name, value in groups.items():
         kind = f"lit_rlhf.{OPTION_GROUPS[name].__name__}"
         if not isinstance(value, OPTION_GROUPS[name]):
-            raise TypeError(f"{name}={value!r} must be a {kind}, such as {kind}()")
+            raise InputTypeError(f"{name}={value!r} must be a {kind}, such as {kind}()")
         for field in dataclasses.fields(OPTION_GROUPS[name]):
             if field.name in others:
-                raise TypeError(f"{field.name} is an option of {name}: give {name}={kind}({field.name}=...)")
+                raise InputTypeError(f"{field.name} is an option of {name}: give {name}={kind}({field.name}=...)")
 
 
 def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
     """Check the size of a group and the KL coefficient."""
     if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1")
+        raise InputError(f"num_samples={num_samples} must be at least 1")
     if updates.sample_minibatches > num_samples:
-        raise ValueError(f"sample_minibatches={updates.sample_minibatches} is more than num_samples={num_samples}")
+        raise InputError(f"sample_minibatches={updates.sample_minibatches} is more than num_samples={num_samples}")
     if not 0 <= kl_coef < math.inf:
-        raise ValueError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
+        raise InputError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
 
 
 def check_num_minibatches(num_minibatches: int, batch_size: int) -> None:
     """Check that a rollout has at least one prompt per minibatch."""
     if num_minibatches > batch_size:
-        raise ValueError(
+        raise InputError(
             f"num_minibatches={num_minibatches} is more than the {batch_size} prompts of a rollout: lower it, raise "
             "data.batch_size, or split groups with sample_minibatches"
         )
@@ -168,12 +169,12 @@ def check_loader(trainer: Trainer, steps_per_rollout: int) -> None:
     """Check that the training loader belongs to this run, and repeats its prompts for every step of a rollout."""
     loader = trainer.train_dataloader
     if isinstance(loader, ResumableLoader) and loader.trainer is not trainer:
-        raise ValueError(
+        raise InputError(
             "the training loader was made outside the run, so it does not know the ranks and the step to resume from: "
             "give the data module itself, trainer.fit(algorithm, datamodule=data)"
         )
     if steps_per_rollout > 1 and not isinstance(loader, ResumableLoader):
-        raise ValueError(
+        raise InputError(
             f"a rollout lasts {steps_per_rollout} training steps, for which the loader must repeat its prompts: give "
             "the data as a lit_rlhf.PromptData instead of a loader, or set num_minibatches and update_epochs to 1"
         )
@@ -183,12 +184,12 @@ def check_updates(updates: Updates, accumulate: int, batch_size: int | None, cal
     """Check that minibatches and gradient accumulation fit together."""
     minibatches = updates.minibatches_per_epoch
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise ValueError(
+        raise InputError(
             "GradientAccumulationScheduler changes the length of an update, which the minibatches of a rollout depend "
             "on: set accumulate_grad_batches, and let the batch grow by lit_rlhf.callbacks.BatchSchedule"
         )
     if minibatches % accumulate and (accumulate % minibatches or updates.update_epochs > 1):
-        raise ValueError(
+        raise InputError(
             f"accumulate_grad_batches={accumulate} does not fit a rollout of {minibatches} minibatches "
             f"(num_minibatches x sample_minibatches): give a divisor of {minibatches}, or with update_epochs=1 a "
             "multiple of it"
@@ -212,7 +213,7 @@ def report_updates(updates: Updates, accumulate: int, importance_ratio: bool) ->
 def check_sampling(sampling: Sampling) -> None:
     """Refuse greedy sampling in training; warn if truncated sampling biases the gradient."""
     if sampling.greedy:
-        raise ValueError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
+        raise InputError("sampling.greedy is for `predict`: training on greedy completions explores nothing")
     if sampling.truncates:
         rank_zero_warn(
             "top_p, top_k and min_new_tokens bias the gradient, the more the further train/sampled_mass is below 1: "
@@ -225,7 +226,7 @@ def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> No
     shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
     if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
         finite = f"{advantages.isfinite().float().mean():.0%} finite"
-        raise ValueError(
+        raise InputError(
             f"{algorithm}.advantages must return finite numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
             f"{tuple(advantages.shape)}, {finite}"
         )
@@ -235,7 +236,7 @@ def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
     """Check that an algorithm's loss returns terms per completion or per token, not their mean."""
     shapes = (part.valid.shape, part.loss_mask.shape)
     if terms.shape not in shapes:
-        raise ValueError(
+        raise InputError(
             f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
             f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
         )
@@ -244,4 +245,4 @@ def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
 def check_kl_in_loss(algorithm: str, terms: Tensor, part: Rollout) -> None:
     """Check that a KL per completion can be added to the loss terms."""
     if terms.ndim != 2 or part.logprobs is None:
-        raise ValueError(f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward'")
+        raise InputError(f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward'")

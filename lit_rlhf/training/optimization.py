@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_rlhf.errors import InputError
+
 
 @dataclass
 class LossSums:
@@ -87,7 +89,7 @@ def check_trainable(groups: list[dict[str, Any]], loaded_adapter: bool) -> None:
     for group in groups:
         if not group["params"]:
             name = group["name"]
-            raise ValueError(f"the {name} has no trainable parameter{f': {hint}' * (name == 'policy')}")
+            raise InputError(f"the {name} has no trainable parameter{f': {hint}' * (name == 'policy')}")
 
 
 def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
@@ -107,7 +109,7 @@ def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
         needed = float(torch.stack(nonzero).median()) / 512
         rate = max(group["lr"], group.get("initial_lr", 0.0))
         if rate < needed:
-            raise ValueError(
+            raise InputError(
                 f"the trained weights are bfloat16, and a learning rate of {rate:g} is too small to change them (about "
                 f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed"
                 f"{'' if has_adapter else ', or train `lora`'}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.types import Prompts, Rollout
 
@@ -129,13 +130,13 @@ def load_progress(checkpoint: dict[str, Any], layout: StepLayout, world_size: in
             rescale_progress(checkpoint["loops"]["fit_loop"], *steps)
         return InFlight()
     if before != layout:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint was saved in the middle of an update or a rollout, with {before} (steps_per_rollout is "
             f"num_minibatches x sample_minibatches x update_epochs), and this run has {layout}: resume with the same "
             "options, or from a checkpoint between two rollouts"
         )
     if len(ranks) != world_size:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint was saved in the middle of an update by {len(ranks)} processes, and there are "
             f"{world_size} now: resume with as many, or from a checkpoint between two updates"
         )
@@ -150,7 +151,7 @@ def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], state_dict: Ma
     """
     missing = [name for name, p in parameters if p.requires_grad and name not in state_dict]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has no weights for {missing[0]!r} ({len(missing)} are missing): it was written by another "
             "algorithm, policy or `lora`; resume with the options of the run that wrote it"
         )

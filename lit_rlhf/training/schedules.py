@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_rlhf.errors import InputError
+
 
 class Warmup(LRScheduler):
     """Linear warmup, then a constant, linear or cosine schedule. Stepped once per update.
@@ -33,11 +35,11 @@ class Warmup(LRScheduler):
         total_steps: int | None = None,
     ) -> None:
         if not 0 <= warmup < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"warmup={warmup} must not be negative or infinite: give a number of updates, or their share of all"
             )
         if decay not in (known := ("constant", "linear", "cosine")):
-            raise ValueError(f"decay={decay!r} must be one of {', '.join(known)}")
+            raise InputError(f"decay={decay!r} must be one of {', '.join(known)}")
         self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
         self._uses_trainer_steps = total_steps is None
         super().__init__(optimizer)

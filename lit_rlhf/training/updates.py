@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 RolloutT = TypeVar("RolloutT", bound=Rollout)
@@ -35,7 +36,7 @@ class Updates:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
-                raise ValueError(f"updates: {name}={value} must be at least 1")
+                raise InputError(f"updates: {name}={value} must be at least 1")
 
     @property
     def minibatches_per_epoch(self) -> int:

@@ -1,7 +1,7 @@
-"""Updates of one contender in a process of its own: `python contenders.py NAME SETTINGS` prints what they took as JSON.
+"""Measure updates of one contender in a separate process: `python contenders.py NAME SETTINGS` prints JSON.
 
-`SETTINGS` are the fields of `Settings` as JSON. The other scripts here call it by `measure`; what is imported before
-that is small, because the peak memory of a process is at least that of the one which started it.
+`SETTINGS` are the fields of `Settings` as JSON. The other scripts here call it by `measure`, and import little before
+that, because the peak memory of a process is at least that of its parent.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ LEARNING_RATE, BETA = 1e-6, 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contenders do alike.
+    """Settings that all contenders share.
 
     Attributes:
         model: A folder or a hub id.
         prompts: Prompts of a rollout.
-        samples: Completions of each.
+        samples: Completions per prompt.
         prompt_tokens: Tokens of a prompt.
-        completion_tokens: Tokens of a completion, or the most it may have.
-        natural: Whether completions may end by themselves.
-        precision: Of arithmetic, as Lightning names it: `32-true` or `bf16-mixed`. Weights are float32.
+        completion_tokens: Tokens of a completion; the maximum if `natural`.
+        natural: Whether completions may end with EOS before that.
+        precision: Lightning's precision: `32-true` or `bf16-mixed`. Weights are float32.
         lora: Whether an adapter is trained instead of all weights.
-        updates: How many.
-        accelerator: As Lightning names it.
+        updates: Number of updates.
+        accelerator: Lightning's accelerator.
     """
 
     model: str
@@ -53,12 +53,12 @@ class Settings:
 
 
 Result = dict[str, Any]
-"""What a process says: `seconds` of each update, the `peak_mib` of its memory; this library's also `phases` and, by
-update, `lengths` of the completions."""
+"""Output of a process: `seconds` per update and `peak_mib` of memory; for this library also `phases` and `lengths` of
+the completions per update."""
 
 
 def measure(name: str, settings: Settings, python: str = sys.executable) -> Result:
-    """Run a contender in a process of its own; exit with what it said if it fails."""
+    """Run a contender in a separate process; exit with its error output if it fails."""
     command = [python, __file__, name, json.dumps(dataclasses.asdict(settings))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -68,7 +68,7 @@ def measure(name: str, settings: Settings, python: str = sys.executable) -> Resu
 
 
 def make_prompts(tokenizer: Any, count: int, length: int) -> list[str]:
-    """Texts of arbitrary words, of exactly `length` tokens each."""
+    """Return texts of arbitrary words, each of exactly `length` tokens."""
     rng, prompts = random.Random(0), []
     words = [word.strip() for word in map(tokenizer.decode, range(len(tokenizer))) if word.strip().isalpha()]
     while len(prompts) < count:
@@ -80,18 +80,18 @@ def make_prompts(tokenizer: Any, count: int, length: int) -> list[str]:
 
 
 def worth(completions: list[Any], **kwargs: Any) -> list[float]:
-    """A reward that costs nothing and differs from one completion to the next."""
+    """A cheap reward that differs between completions."""
     return [len(str(completion)) % 17 / 17 for completion in completions]
 
 
 class Laps:
-    """When the first update began, and when each ended."""
+    """Records when the first update begins and when each ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def lap(self, *args: Any, **kwargs: Any) -> None:
-        """Something has ended."""
+        """Record the time."""
         import torch
 
         if torch.cuda.is_available():
@@ -99,12 +99,12 @@ class Laps:
         self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Seconds of each update."""
+        """Return the seconds of each update."""
         return [end - start for start, end in pairwise(self.times)]
 
 
 def run_lit_rlhf(settings: Settings, method: str) -> Result:
-    """Updates of this library."""
+    """Run updates of this library."""
     import lightning
     import torch
     from transformers import AutoTokenizer
@@ -119,7 +119,7 @@ def run_lit_rlhf(settings: Settings, method: str) -> Result:
 
         def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
             laps.lap()
-            phases.append(phases_of(trainer))  # of the update before: the module logs after its callbacks
+            phases.append(phases_of(trainer))  # those of the previous update: the module logs after its callbacks
             lengths.append(module.rollout.completions.lengths.flatten().tolist())
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -128,10 +128,12 @@ def run_lit_rlhf(settings: Settings, method: str) -> Result:
         settings.model,
         rewards=[worth],
         num_samples=settings.samples,
-        max_new_tokens=settings.completion_tokens,
         kl_coef=BETA,
         lora=LORA if settings.lora else None,
-        sampling={} if settings.natural else {"min_new_tokens": settings.completion_tokens},
+        sampling=lit_rlhf.Sampling(
+            max_new_tokens=settings.completion_tokens,
+            min_new_tokens=0 if settings.natural else settings.completion_tokens,
+        ),
         optimizer=lambda params: torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=0.0),
     )
     trainer = lightning.Trainer(
@@ -151,12 +153,12 @@ def run_lit_rlhf(settings: Settings, method: str) -> Result:
 
 
 def phases_of(trainer: Any) -> dict[str, float]:
-    """Seconds of the newest update by phase."""
+    """Return the seconds of the newest update by phase."""
     return {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("time/")}
 
 
 def run_trl(settings: Settings) -> Result:
-    """Updates of TRL's `RLOOTrainer`, with what costs it least: no checkpointing of activations, no logging."""
+    """Run updates of TRL's `RLOOTrainer` with its fastest options: no gradient checkpointing, no logging."""
     import datasets
     import peft
     import torch
@@ -212,7 +214,7 @@ CONTENDERS: dict[str, Callable[[Settings], Result]] = {
 
 
 def peak_mib(settings: Settings) -> float:
-    """The most memory that this process has held: resident, or on the accelerator."""
+    """Return the peak memory of this process: resident, or on the accelerator."""
     if settings.accelerator == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     import torch

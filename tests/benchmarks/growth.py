@@ -1,10 +1,10 @@
-"""How the cost of an update grows with prompts, samples, tokens, model and vocabulary, one at a time.
+"""Measure how the cost of an update grows with prompts, samples, tokens, model and vocabulary, one at a time.
 
     python tests/benchmarks/growth.py
 
-Models are Llamas with random weights, made on the spot. Every point is a process of its own; the slope is that of a
-straight line through the logarithms of the two largest: 1 where the cost is proportional, less where something fixed
-is shared, more where something grows faster.
+Models are small Llamas with random weights. Every point is measured in a separate process. The slope is that of a
+line through the logarithms of the two largest points: 1 if the cost is proportional, less with a fixed cost, more if
+the cost grows faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AXES = {
     "hidden": (128, 256, 512, 1024),
     "vocabulary": (2048, 8192, 32768, 131072),
 }
-"""What is varied, and through which values; all else stays at `MODEL` and `BASE`."""
+"""Varied settings and their values; all others stay at `MODEL` and `BASE`."""
 
 BASE = {"prompts": 4, "samples": 4, "prompt_tokens": 128, "completion_tokens": 32}
 
@@ -44,16 +44,16 @@ make_tokenizer().save_pretrained(folder)
 
 
 def make_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> Path:
-    """A model with random weights, made in a process of its own, so that this one stays small."""
-    place = folder / f"{hidden}-{layers}-{vocabulary}"
-    if not place.exists():
+    """Make a model with random weights in a separate process, so that this one stays small."""
+    target = folder / f"{hidden}-{layers}-{vocabulary}"
+    if not target.exists():
         numbers = [str(hidden), str(layers), str(vocabulary)]
-        subprocess.run([sys.executable, "-c", MAKE, *numbers, str(place)], check=True, cwd=Path(__file__).parents[1])
-    return place
+        subprocess.run([sys.executable, "-c", MAKE, *numbers, str(target)], check=True, cwd=Path(__file__).parents[1])
+    return target
 
 
 def seconds(folder: Path, updates: int, rounds: int, **changed: int) -> list[float]:
-    """Seconds of the median settled update, by round."""
+    """Return the seconds of the median update after the first, by round."""
     model = make_model(folder, **{name: changed.get(name, value) for name, value in MODEL.items()})
     shape = {name: changed.get(name, value) for name, value in BASE.items()}
     settings = Settings(str(model), updates=updates, **shape)

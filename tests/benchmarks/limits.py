@@ -1,4 +1,4 @@
-"""What this machine and the arithmetic of an update allow at best: `python limits.py SETTINGS` prints it as JSON."""
+"""Lower bounds of the time of an update on this machine: `python limits.py SETTINGS` prints them as JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """The least that one update of RLOO can take, with every prompt computed once.
+    """Lower bounds of one update of RLOO, with every prompt computed once.
 
     Attributes:
-        flops: Floating-point operations a second of a large matrix product in the precision of the arithmetic.
-        bandwidth: Bytes a second that a sum over a large tensor reads.
-        train: Seconds of forward and backward.
+        flops: Floating-point operations per second of a large matrix product in the precision of the arithmetic.
+        bandwidth: Bytes per second that a sum over a large tensor reads.
+        train: Seconds of forward and backward passes.
         sample: Seconds of decoding: for each token of the batch the longer of arithmetic and reading.
-        read: Of that, what reading weights and cache alone takes.
-        held_mib: Weights, gradients, both moments of the optimizer, and the reference.
-        layers: Weights that a token is multiplied by in the layers.
-        head: Weights that it is multiplied by in the output layer.
+        read: Seconds of reading weights and cache during decoding.
+        held_mib: MiB of weights, gradients, both moments of the optimizer, and the reference.
+        layers: Number of weights that a token is multiplied by in the layers.
+        head: The same in the output layer.
     """
 
     flops: float
@@ -42,7 +42,7 @@ class Limits:
 
 
 def limits(settings: Settings, python: str = sys.executable) -> Limits:
-    """Measure in a process of its own, so that this one stays small."""
+    """Measure in a separate process, so that this one stays small."""
     command = [python, __file__, json.dumps(dataclasses.asdict(settings))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -51,7 +51,7 @@ def limits(settings: Settings, python: str = sys.executable) -> Limits:
 
 
 def measure_machine(settings: Settings) -> tuple[float, float]:
-    """Operations of a matrix product a second, and bytes read a second."""
+    """Measure operations of a matrix product per second, and bytes read per second."""
     import torch
 
     device = "cpu" if settings.accelerator == "cpu" else "cuda"
@@ -63,7 +63,7 @@ def measure_machine(settings: Settings) -> tuple[float, float]:
 
 
 def best(work: Callable[[], Any], device: str) -> float:
-    """Seconds of the fastest of a few tries."""
+    """Return the seconds of the fastest of a few repetitions."""
     import torch
 
     seconds = []
@@ -77,7 +77,7 @@ def best(work: Callable[[], Any], device: str) -> float:
 
 
 def count(settings: Settings) -> Limits:
-    """Count what completions of full length need, and divide by what the machine does."""
+    """Count the operations for completions of full length, and divide by the speed of the machine."""
     import torch
     from contenders import LORA
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,7 +92,7 @@ def count(settings: Settings) -> Limits:
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cached = 2 * config.num_hidden_layers * key_heads * head_dim  # numbers a token
     size = 2 if settings.precision.startswith("bf16") else 4  # bytes of a number, as decoding reads it
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim  # of a token with one before it
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim  # of a token with a previous one
     n, k, p, t = settings.prompts, settings.samples, settings.prompt_tokens, settings.completion_tokens
     prompts = 2 * layers * n * p + attention * n * p * (p + 1) / 2
     following = 2 * layers * n * k * (t - 1) + attention * n * k * sum(p + i for i in range(1, t))
@@ -120,7 +120,7 @@ def count(settings: Settings) -> Limits:
 
 
 def multiplied(model: Any) -> int:
-    """Weights that a token is multiplied by before the output layer; of experts those that it is sent to."""
+    """Count the weights that a token is multiplied by before the output layer, with active experts only."""
     import torch
 
     lookups = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}

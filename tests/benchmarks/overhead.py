@@ -1,9 +1,9 @@
-"""What an update spends beside the model: on tokens, text, logging and callbacks, as `lit-rlhf fit` runs it.
+"""Measure the overhead of an update outside the model: tokenization, text, logging and callbacks of `lit-rlhf fit`.
 
     python tests/benchmarks/overhead.py --config rloo --model.policy FOLDER --data.train prompts.jsonl ...
 
-All arguments are those of `lit-rlhf fit`; its callbacks and loggers are at work, its validation is not. The first
-update is left out. Tokenising is done once, before it; here that is shared out over the updates of an epoch.
+All arguments are those of `lit-rlhf fit`, with its callbacks and loggers but without validation. The first update is
+left out. Tokenization happens once, before it, and is divided over the updates of an epoch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ TIMED = {
     "logging": [(LightningModule, "log"), (_LoggerConnector, "update_train_step_metrics")],
     "callbacks": [(call, "_call_callback_hooks")],
 }
-"""By kind, functions and where they stand."""
+"""Timed functions with their owners, by kind."""
 
 
 class Stopwatch:
-    """Adds up seconds by kind; what is nested in something timed counts there alone."""
+    """Adds up seconds by kind; a timed call within another counts only there."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.inside = False
 
-    def put_around(self, kind: str, owner: Any, name: str) -> None:
-        """Time a function wherever it is called from now on."""
+    def time_calls(self, kind: str, owner: Any, name: str) -> None:
+        """Replace a function by one that is timed."""
         function: Callable[..., Any] = getattr(owner, name)
 
         @functools.wraps(function)
@@ -58,12 +58,12 @@ class Stopwatch:
 
 
 class Updates:
-    """Counts updates after the first, and their seconds."""
+    """Counts the updates after the first, and their seconds."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self.trainer, self.started, self.ended, self.first = None, 0.0, 0.0, 0
         self.seconds: dict[str, float] = {}
-        end = _LoggerConnector.update_train_step_metrics  # the last thing that a training step does
+        end = _LoggerConnector.update_train_step_metrics  # called at the end of a training step
 
         @functools.wraps(end)
         def ending(connector: Any) -> None:
@@ -85,8 +85,8 @@ def main() -> None:
     watch = Stopwatch()
     for kind, places in TIMED.items():
         for owner, name in places:
-            watch.put_around(kind, owner, name)
-    watch.put_around("tokenising", Encoder, "__call__")
+            watch.time_calls(kind, owner, name)
+    watch.time_calls("tokenising", Encoder, "__call__")
     updates = Updates(watch)
     lit_rlhf(["fit", *sys.argv[1:], "--trainer.limit_val_batches", "0"])
     trainer: Any = updates.trainer
@@ -98,7 +98,7 @@ def main() -> None:
     seconds = {kind: total / count for kind, total in updates.seconds.items()}
     seconds["tokenising"] = updates.seconds["tokenising"] / of_an_epoch
     print(f"\n| of an update of {whole:.3f} s | s | share |\n|---|---|---|")
-    for kind, spent in {**seconds, "all of it": sum(seconds.values())}.items():
+    for kind, spent in {**seconds, "total": sum(seconds.values())}.items():
         print(f"| {kind} | {spent:.4f} | {spent / whole:.2%} |")
 
 

@@ -1,4 +1,4 @@
-"""What an update computes, counted and not timed, so that a regression fails without a clock."""
+"""Count the operations of an update, so that a regression is found without timing."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:top_p, top_k and min_new_tokens 
 
 
 class Operations(TorchDispatchMode):
-    """Notes how many tokens each embedding looked up, call by call, and the largest tensor that was made."""
+    """Records the tokens of each call of each embedding, and the size of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -37,16 +37,16 @@ class Operations(TorchDispatchMode):
 
 
 class Counts(Callback):
-    """Counts what the first step of the second rollout does; the first also finds out what the model allows."""
+    """Counts the first step of the second rollout; the first also probes the model."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == module.repeats:
+        if batch_idx == module.steps_per_rollout:
             self.flops, self.operations = FlopCounterMode(display=False), Operations()
             self.flops.__enter__()
             self.operations.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == module.repeats:
+        if batch_idx == module.steps_per_rollout:
             self.operations.__exit__(None, None, None)
             self.flops.__exit__(None, None, None)
             self.rollout, self.model = module.rollout, module.policy.causal_lm
@@ -59,7 +59,7 @@ class Counts(Callback):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model in which attention costs little beside the matrices, and ends a completion with every fourth token."""
+    """A model in which attention costs little, and every fourth token ends a completion."""
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer), hidden=128)
     model.generation_config.eos_token_id = list(range(2, 262, 4))
@@ -69,16 +69,16 @@ def folder(tmp_path):
 
 
 def count(name, folder, root, ends_early=False, **options):
-    """What an update does; every completion has all its tokens unless it may end early."""
-    counts, options["sampling"] = Counts(), {"min_new_tokens": 0 if ends_early else T}
+    """Count an update; every completion has all its tokens unless it may end early."""
+    counts, options["min_new_tokens"] = Counts(), 0 if ends_early else T
     module = make_module(name, folder, num_samples=K, max_new_tokens=T, **options)
-    trainer = make_trainer(root, max_steps=module.repeats + 1, callbacks=[counts], limit_val_batches=0)
+    trainer = make_trainer(root, max_steps=module.steps_per_rollout + 1, callbacks=[counts], limit_val_batches=0)
     trainer.fit(module, make_data(name, batch_size=N))
     return counts
 
 
 def scored(rollout):
-    """Tokens that two forward passes look up to score completions: each prompt once, and all but the last tokens."""
+    """Return the tokens of the two forward passes that score completions: prompts, and all but the last tokens."""
     n, k, t = rollout.completions.tokens.shape
     return [rollout.prompts.tokens.numel(), n * k * (t - 1)]
 
@@ -90,7 +90,7 @@ def test_a_prompt_is_computed_once_and_nothing_is_scored_twice(folder, tmp_path)
     assert not counts.operations.lookups
 
 
-def test_rows_that_have_ended_are_decoded_no_further(folder, tmp_path):
+def test_finished_rows_are_not_decoded_any_more(folder, tmp_path):
     counts = count("RLOO", folder, tmp_path, ends_early=True)
     lengths = counts.rollout.completions.lengths
     assert 1 in lengths and T in lengths
@@ -99,7 +99,7 @@ def test_rows_that_have_ended_are_decoded_no_further(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RLOO", "Reinforce", "VanillaPG", "PPO"])
-def test_an_update_multiplies_no_more_than_it_must(name, folder, tmp_path):
+def test_an_update_has_no_unnecessary_multiplications(name, folder, tmp_path):
     """Five passes over every token, nine with a critic: sampling, reference, training (three); values, training."""
     counts = count(name, folder, tmp_path)
     model = counts.model
@@ -141,7 +141,7 @@ def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["RLOO", "VanillaPG"])
-def test_what_scores_a_rollout_takes_no_more_of_it_at_a_time_than_training(name, folder, tmp_path):
+def test_scoring_uses_batches_no_larger_than_those_of_training(name, folder, tmp_path):
     counts = count(name, folder, tmp_path, num_minibatches=2)
     prompts, k, t = counts.rollout.completions.tokens.shape
     assert prompts == N and max(counts.lookups["reference"]) == N // 2 * k * (t - 1)

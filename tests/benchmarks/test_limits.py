@@ -1,4 +1,4 @@
-"""The weights that a token is multiplied by, in models of several families."""
+"""Count the weights that a token is multiplied by, in models of several families."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ ATTENTION = 4 * WIDTH**2
         ),
     ],
 )
-def test_what_a_token_is_multiplied_by(family, sizes, of_a_layer, tmp_path, monkeypatch):
+def test_weights_per_token(family, sizes, of_a_layer, tmp_path, monkeypatch):
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""What measures, run once and small, so that it still runs when it is wanted."""
+"""The benchmark scripts run, once and small."""
 
 import json
 import subprocess
@@ -19,10 +19,10 @@ def run(script, *args, cwd):
 
 
 @pytest.mark.slow
-def test_what_an_update_costs(tmp_path):
+def test_update(tmp_path):
     few = ["--updates", 2, "--rounds", 1, "--contenders", "PPO", "--natural", "--out", tmp_path]
-    said = run("update.py", "--model", POLICY, *few, cwd=tmp_path)
-    assert said.count("| policy, 4 x 4, 40 + 32, natural ends |") == 2 and "matrix products" in said
+    output = run("update.py", "--model", POLICY, *few, cwd=tmp_path)
+    assert output.count("| policy, 4 x 4, 40 + 32, natural ends |") == 2 and "matrix products" in output
     (measured,) = json.loads((tmp_path / "update.json").read_text())
     (together,) = measured["rounds"]
     assert together["PPO"]["seconds"][1] > together["RLOO"]["seconds"][1]
@@ -33,16 +33,16 @@ def test_what_an_update_costs(tmp_path):
 
 
 @pytest.mark.slow
-def test_how_it_grows(tmp_path):
-    said = run("growth.py", "--axes", "samples", "--updates", 2, "--rounds", 1, "--out", tmp_path, cwd=tmp_path)
-    assert "| samples | 2: " in said
+def test_growth(tmp_path):
+    output = run("growth.py", "--axes", "samples", "--updates", 2, "--rounds", 1, "--out", tmp_path, cwd=tmp_path)
+    assert "| samples | 2: " in output
     points = json.loads((tmp_path / "growth.json").read_text())["samples"]
     assert {"2", "32"} <= set(points) and all(seconds > 0 for point in points.values() for seconds in point)
 
 
 @pytest.mark.slow
-def test_what_is_spent_beside_the_model(tmp_path):
-    said = run("overhead.py", "--config", "quickstart", "--trainer.max_steps", 3, cwd=tmp_path)
-    shares = dict(line.split(" | ")[::2] for line in said.splitlines() if line.endswith("% |"))
-    assert set(shares) >= {"| tokenising", "| logging", "| callbacks", "| all of it"}
-    assert 0 < float(shares["| all of it"].removesuffix("% |")) < 50
+def test_overhead(tmp_path):
+    output = run("overhead.py", "--config", "quickstart", "--trainer.max_steps", 3, cwd=tmp_path)
+    shares = dict(line.split(" | ")[::2] for line in output.splitlines() if line.endswith("% |"))
+    assert set(shares) >= {"| tokenising", "| logging", "| callbacks", "| total"}
+    assert 0 < float(shares["| total"].removesuffix("% |")) < 50

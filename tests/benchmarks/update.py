@@ -1,14 +1,14 @@
-"""What an update of RLOO costs: this library, its PPO, and TRL's `RLOOTrainer`, on the same machine.
+"""Measure the cost of an update of RLOO in this library, of its PPO, and of TRL's `RLOOTrainer`, on one machine.
 
     python tests/benchmarks/update.py --model FOLDER --shape short tldr long --samples 4
     python tests/benchmarks/update.py --model FOLDER --python TRL=OTHER/ENVIRONMENT/bin/python
 
-Every measurement is a process of its own, and a round goes through all contenders, so that what disturbs one disturbs
-all. Seconds are those of a round's median update, the first left out; ratios are those of a round. Beside them stands
-what they would be by count (of tokens that pass through the models, and of multiplications), and the least that the
-arithmetic takes on this machine. Memory is the peak of the process, and how much of that is beyond weights, gradients,
-optimizer and reference, which all must hold. TRL must be installed, where it is asked for. Table and picture also hold
-what earlier calls have left in `--out`, where this one did not measure the same again.
+Every measurement is a separate process. A round measures all contenders, so that a disturbance affects all of them.
+Seconds are those of a round's median update after the first; ratios are within a round. The table also has the ratios
+expected from counts (of tokens that pass through the models, and of multiplications) and the lower bound of the
+arithmetic on this machine. Memory is the peak of the process, also without weights, gradients, optimizer and
+reference, which all contenders hold. TRL must be installed if it is measured. Table and picture keep earlier results in
+`--out` for other settings.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SHAPES = {"short": (40, 32), "tldr": (448, 53), "long": (64, 256)}
 PHASES = ("sample", "score", "train")
 
 Rounds = list[dict[str, Result]]
-"""By round and contender, what a process said."""
+"""The output of a process, by round and contender."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Settings, the least that they can take, and what was measured."""
+    """Settings, their lower bounds, and the measurements."""
 
     settings: Settings
     least: Limits
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What tells this case from others."""
+        """Name of the case."""
         s = self.settings
         parts = [
             Path(s.model).name,
@@ -63,27 +63,27 @@ class Case:
         return ", ".join(parts)
 
     def replaces(self, other: Case) -> bool:
-        """Whether it measures the same as another case did, in as many updates or not."""
+        """Whether it has the same settings as another case, up to the number of updates."""
         return dataclasses.replace(self.settings, updates=other.settings.updates) == other.settings
 
     def ratios(self, name: str) -> list[float]:
-        """Seconds of a contender's update over RLOO's, by round."""
+        """Return the seconds of a contender's update over RLOO's, by round."""
         return [median_update(r[name]) / median_update(r["RLOO"]) for r in self.rounds]
 
     def counted(self, name: str) -> tuple[float, float]:
-        """What those ratios would be, did every token cost the same; and did every multiplication."""
+        """Return the ratios expected if every token costs the same, and if every multiplication does."""
         tokens = counted(self.settings, self.rounds)
         multiplications = counted(self.settings, self.rounds, self.least.layers, self.least.head)
         return tokens[name] / tokens["RLOO"], multiplications[name] / multiplications["RLOO"]
 
 
 def counted(settings: Settings, rounds: Rounds, layers: int = 1, head: int = 0) -> dict[str, float]:
-    """Work on a completion by contender: a pass over a token counts `layers`, over one of the completion `head` too.
+    """Count the work per completion, by contender: `layers` per token of a pass, and `head` per completion token.
 
     RLOO passes over the completion and its share of the prompt in sampling, for the reference, and three times in
-    training (twice with LoRA, where most weights have no gradient); PPO's critic, which has no output layer, adds a
-    pass for its values and those of its training. TRL scores what it has sampled once more, computes the prompt with
-    every completion, and each to the length of the longest. What attention multiplies is left out.
+    training (twice with LoRA, since most weights have no gradient). PPO's critic, which has no output layer, adds a
+    pass for its values and those of its training. TRL scores its samples once more, computes the prompt with every
+    completion, and pads each to the longest. Attention is not counted.
     """
     updates = [lengths for r in rounds for lengths in r["RLOO"]["lengths"]]
     mean = statistics.fmean(length for lengths in updates for length in lengths)
@@ -96,12 +96,12 @@ def counted(settings: Settings, rounds: Rounds, layers: int = 1, head: int = 0) 
 
 
 def median_update(result: Result) -> float:
-    """Seconds of the median update after the first."""
+    """Return the seconds of the median update after the first."""
     return statistics.median(result["seconds"][1:])
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """The median, and in brackets the range."""
+    """Format the median, and in brackets the range."""
     middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} - {high})"
 
@@ -114,7 +114,7 @@ HEAD = [
 
 
 def row(case: Case, name: str) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     peaks = [r[name]["peak_mib"] for r in case.rounds]
     cells = [
         case.title,
@@ -123,19 +123,19 @@ def row(case: Case, name: str) -> str:
         spread(case.ratios(name)),
         *(f"{count:.2f}" for count in case.counted(name)),
         spread(peaks, 0),
-        "-" if name == "PPO" else f"{statistics.median(peaks) - case.least.held_mib:.0f}",  # a critic more to hold
+        "-" if name == "PPO" else f"{statistics.median(peaks) - case.least.held_mib:.0f}",  # it also holds a critic
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def phases(rounds: Rounds) -> dict[str, float]:
-    """Seconds of a settled update of RLOO by phase."""
+    """Return the seconds of a median update of RLOO by phase."""
     seen = [update for r in rounds for update in r["RLOO"]["phases"][1:]]
     return {name: statistics.median(update[f"time/{name}"] for update in seen) for name in PHASES}
 
 
-def told(case: Case) -> str:
-    """Where the seconds of RLOO go, and what is the least they can be."""
+def phase_summary(case: Case) -> str:
+    """Format the seconds of RLOO by phase, with their lower bounds."""
     took, least = phases(case.rounds), case.least
     at_best = {
         "sample": f", at best {least.sample:.2f} ({least.sample / took['sample']:.0%})",
@@ -147,7 +147,7 @@ def told(case: Case) -> str:
 
 
 def draw(path: Path, cases: list[Case]) -> None:
-    """Draw measured ratios over counted ones, a bar a case and contender."""
+    """Draw measured and counted ratios, one bar per case and contender."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,14 +174,14 @@ def draw(path: Path, cases: list[Case]) -> None:
 
 
 def read(path: Path) -> list[Case]:
-    """What earlier calls have measured."""
+    """Read the results of earlier calls."""
     kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return [Case(Settings(**c["settings"]), Limits(**c["limits"]), c["rounds"]) for c in kept]
 
 
 def write(out: Path, cases: list[Case]) -> None:
-    """Write the table, and what it is made of."""
-    lines = [*HEAD, *(row(case, name) for case in cases for name in case.names), "", *map(told, cases)]
+    """Write the table and its data."""
+    lines = [*HEAD, *(row(case, name) for case in cases for name in case.names), "", *map(phase_summary, cases)]
     (out / "update.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     kept = [
         {"settings": dataclasses.asdict(c.settings), "limits": dataclasses.asdict(c.least), "rounds": c.rounds}
@@ -200,11 +200,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
-    parser.add_argument("--natural", action="store_true", help="let completions end by themselves")
+    parser.add_argument("--natural", action="store_true", help="let completions end with EOS")
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--python", nargs="*", default=[], metavar="NAME=INTERPRETER", help="where a contender lives")
+    parser.add_argument(
+        "--python", nargs="*", default=[], metavar="NAME=INTERPRETER", help="interpreter of a contender"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/update"))
     args = parser.parse_args()
     if args.updates < 2 or args.rounds < 1:
@@ -226,7 +228,7 @@ def main() -> None:
         case = Case(settings, least, rounds)
         cases = [*(other for other in cases if not case.replaces(other)), case]
         machine = f"matrix products {least.flops / 1e9:.0f} GFLOP/s, reading {least.bandwidth / 1e9:.0f} GB/s"
-        print("\n".join([*(row(case, name) for name in names), told(case), machine]), flush=True)
+        print("\n".join([*(row(case, name) for name in names), phase_summary(case), machine]), flush=True)
         write(args.out, cases)
     draw(args.out / "update.png", cases)
 

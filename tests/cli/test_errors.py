@@ -96,13 +96,21 @@ INVALID = {
     "no rewards": (["--model.rewards=[]"], "rewards is empty"),
     "a policy that does not exist": (["--model.policy=./nowhere"], "there is no such folder"),
     "a file that does not exist": (["--data.train=nothing.jsonl"], "nothing.jsonl"),
-    "more minibatches than prompts": (["--model.updates.num_minibatches=8"], "minibatches=8 is more than the 4 prompts"),
+    "more minibatches than prompts": (
+        ["--model.updates.num_minibatches=8"],
+        "minibatches=8 is more than the 4 prompts",
+    ),
     "an accumulation that does not fit": (
         ["--model.updates.num_minibatches=4", "--trainer.accumulate_grad_batches=3"],
         "accumulate_grad_batches=3 does not fit a rollout of 4 minibatches",
     ),
     "an accumulation over several epochs": (
-        ["--model=PPO", "--model.num_samples=1", "--model.updates.update_epochs=2", "--trainer.accumulate_grad_batches=2"],
+        [
+            "--model=PPO",
+            "--model.num_samples=1",
+            "--model.updates.update_epochs=2",
+            "--trainer.accumulate_grad_batches=2",
+        ],
         "accumulate_grad_batches=2 does not fit a rollout of 1 minibatches",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),

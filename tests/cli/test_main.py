@@ -15,9 +15,20 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.parser import CONFIGS
 
 STAND_INS = {
-    "quickstart": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
-    "shaping": ["--data.train_size=32", "--data.val_size=4", "--data.batch_size=4", "--model.sampling.max_new_tokens=4"],
+    "quickstart": [
+        "--data.train_size=32",
+        "--data.val_size=4",
+        "--data.batch_size=4",
+        "--model.sampling.max_new_tokens=4",
+    ],
+    "shaping": [
+        "--data.train_size=32",
+        "--data.val_size=4",
+        "--data.batch_size=4",
+        "--model.sampling.max_new_tokens=4",
+    ],
     "rloo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
+    "grpo": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "reinforce": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "raft": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
     "vanilla_pg": ["--data.train=prompts.jsonl", "--model.rewards+=mine.words", *SHORT],
@@ -33,7 +44,7 @@ SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 """Not those in folders: tests/comparison and test_paper_configs run them."""
 
 
-@pytest.mark.parametrize("given", [*SHIPPED, "dpo --model=IPO"])
+@pytest.mark.parametrize("given", [*SHIPPED, "dpo --model=IPO", "grpo --model=DrGRPO"])
 def test_every_shipped_configuration_runs_and_its_checkpoint_exports(given, workspace):
     name, *flags = given.split()
     policy = [] if name in ("quickstart", "shaping") else ["--model.policy=tiny"]

@@ -1,4 +1,4 @@
-"""Attention on a processor: what `transformers` computes, without what that costs there."""
+"""Attention on a CPU: the same results as those of `transformers`, with less work and memory."""
 
 from unittest.mock import Mock
 
@@ -20,7 +20,7 @@ ROWS, PAST, FEATURES = 3, 4, 8
 
 
 class Layer(nn.Module):
-    """What an attention function is told about its layer."""
+    """The attributes of a layer that an attention function reads."""
 
     is_causal = True
 
@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 def make_inputs(heads, key_heads, length, masked, dtype=torch.float32):
-    """Query, key, value and mask of a few tokens that come behind a past if there is a mask to say so."""
+    """Query, key, value and mask of a few tokens; with a mask, or for a single token, they follow past ones."""
     torch.manual_seed(0)
     seen = length + PAST if masked is not None or length == 1 else length
     query = torch.randn(ROWS, heads, length, FEATURES, dtype=dtype)
@@ -51,7 +51,7 @@ def with_gradients(function, layer, inputs, mask):
 @pytest.mark.parametrize("masked", [None, "bool", "number"])
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("heads, key_heads", [(4, 2), (4, 4), (6, 1)])
-class TestTheSameAsTransformers:
+class TestEqualToTransformers:
     def test_in_float32(self, heads, key_heads, length, masked):
         inputs, mask = make_inputs(heads, key_heads, length, masked)
         layer = Layer(heads // key_heads)
@@ -61,7 +61,7 @@ class TestTheSameAsTransformers:
         torch.testing.assert_close(ours, theirs)
 
     @pytest.mark.parametrize("autocast", [False, True, "after float32 rotations"])
-    def test_no_coarser_in_bfloat16(self, heads, key_heads, length, masked, autocast):
+    def test_no_less_precise_in_bfloat16(self, heads, key_heads, length, masked, autocast):
         inputs, mask = make_inputs(heads, key_heads, length, masked, torch.bfloat16)
         if isinstance(autocast, str):
             inputs[:2] = (x.detach().float().requires_grad_() for x in inputs[:2])
@@ -76,7 +76,7 @@ class TestTheSameAsTransformers:
             assert error <= 1.1 * usual
 
 
-def test_keys_are_not_repeated_for_the_backward_pass():
+def test_the_backward_pass_does_not_keep_repeated_keys():
     (query, key, value), mask = make_inputs(8, 2, 5, "bool")
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -87,10 +87,10 @@ def test_keys_are_not_repeated_for_the_backward_pass():
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         sdpa_attention_forward(Layer(4), query, key, value, mask)
-    assert [x for x in saved if x.shape == repeated]  # or there is nothing left to gain
+    assert [x for x in saved if x.shape == repeated]  # otherwise nothing is gained any more
 
 
-def test_the_backward_pass_in_bfloat16_is_that_of_float32():
+def test_the_backward_pass_in_bfloat16_is_computed_in_float32():
     inputs, mask = make_inputs(4, 2, 5, "bool", torch.bfloat16)
     floats = [x.float().detach().requires_grad_() for x in inputs]
     ours = with_gradients(attention, Layer(2), inputs, mask)
@@ -108,7 +108,7 @@ def test_the_backward_pass_in_bfloat16_is_that_of_float32():
     [{"position_bias": torch.randn(1, 4, 5, 5)}, {"cache": object()}, {"softcap": 30.0}],
     ids=["position_bias", "cache", "softcap"],
 )
-def test_what_it_does_not_know_is_left_to_transformers(special, monkeypatch):
+def test_unknown_arguments_are_passed_to_transformers(special, monkeypatch):
     answer = torch.zeros(1), None
     asked = Mock(return_value=answer)
     monkeypatch.setattr(subject, "sdpa_attention_forward", asked)
@@ -117,13 +117,13 @@ def test_what_it_does_not_know_is_left_to_transformers(special, monkeypatch):
     asked.assert_called_once_with(layer, *inputs, None, 0.0, None, None, **special)
 
 
-def test_causal_keys_beyond_the_tokens_are_left_to_transformers():
-    inputs, _ = make_inputs(4, 2, 5, "bool")  # more keys than tokens, and nothing that says which come before
+def test_causal_attention_to_more_keys_than_tokens_is_passed_to_transformers():
+    inputs, _ = make_inputs(4, 2, 5, "bool")  # more keys than tokens, and no mask
     ours, theirs = (function(Layer(2), *inputs, None)[0] for function in (attention, sdpa_attention_forward))
     torch.testing.assert_close(ours, theirs)
 
 
-def test_elsewhere_it_is_transformers(monkeypatch):
+def test_other_devices_use_transformers(monkeypatch):
     answer = torch.zeros(1), None
     asked = Mock(return_value=answer)
     monkeypatch.setattr(subject, "sdpa_attention_forward", asked)

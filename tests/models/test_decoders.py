@@ -1,4 +1,4 @@
-"""Decoding with room for tokens to come: the same logits as with a cache that is copied at every token."""
+"""Decoding with a preallocated cache: the same logits as with a cache that is copied at every token."""
 
 import pytest
 import torch
@@ -22,23 +22,23 @@ def make_decoder(plain: bool = False) -> CachedDecoder:
 
 
 @torch.no_grad()
-def test_room_changes_nothing_while_rows_leave_and_room_is_made_again():
-    roomy, plain = make_decoder(), make_decoder(plain=True)
-    logits = roomy.start()
+def test_a_preallocated_cache_gives_the_same_logits_while_rows_leave_and_it_grows():
+    preallocated, plain = make_decoder(), make_decoder(plain=True)
+    logits = preallocated.start()
     assert torch.equal(logits, plain.start())
     for step in range(2 * CAPACITY_STEP + 10):
-        if step in (1, 20, CAPACITY_STEP + 30):  # before there is room, and after
+        if step in (1, 20, CAPACITY_STEP + 30):  # before the first allocation, and after
             rows = torch.arange(1, len(logits))
-            roomy.keep(rows), plain.keep(rows)
+            preallocated.keep(rows), plain.keep(rows)
             logits = logits[rows]
         drawn = logits.argmax(-1)
-        logits = roomy.step(drawn)
+        logits = preallocated.step(drawn)
         assert torch.equal(logits, plain.step(drawn))
     assert len(logits) == 3
 
 
 @pytest.mark.parametrize("ended", [[0], [5], [0, 1, 2], [1, 4], [2, 3, 4, 5], [0, 2, 4]])
-def test_the_last_rows_fill_the_gaps_of_those_that_ended(ended):
+def test_the_last_rows_replace_those_that_ended(ended):
     gone = torch.tensor([i in ended for i in range(6)])
     stay = remaining_rows(gone).tolist()
     assert sorted(stay) == [i for i in range(6) if i not in ended]
@@ -46,7 +46,7 @@ def test_the_last_rows_fill_the_gaps_of_those_that_ended(ended):
 
 
 @torch.no_grad()
-def test_remaining_rows_where_they_are_are_not_copied(monkeypatch):
+def test_rows_whose_place_does_not_change_are_not_copied(monkeypatch):
     decoder, others = make_decoder(), make_decoder()
     for one in (decoder, others):
         one.step(one.start().argmax(-1))
@@ -59,7 +59,7 @@ def test_remaining_rows_where_they_are_are_not_copied(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_step_writes_behind_what_is_held():
+def test_a_step_writes_in_place():
     decoder = make_decoder()
     tokens = decoder.start().argmax(-1)
 

@@ -1,4 +1,4 @@
-"""What a method leaves behind: folders, scores and rows that say what the method itself says."""
+"""Exported folders and predicted rows give the same scores and logits as the trained module."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ IDS = torch.arange(8, 24).view(2, 8)
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def base(request, tmp_path_factory):
-    """A folder whose weights are of one dtype or the other."""
+    """A folder with weights in float32 or in bfloat16."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer)).to(getattr(torch, request.param)).save_pretrained(folder)
@@ -25,7 +25,7 @@ def base(request, tmp_path_factory):
 
 
 def trained(name, source, root, **options):
-    """A method after an update, and its checkpoint."""
+    """Return a module after one update, and its checkpoint."""
     trainer = make_trainer(root, max_steps=1, limit_val_batches=0)
     module = source if isinstance(source, lit_rlhf.Algorithm) else make_module(name, source, **options)
     trainer.fit(module, make_data(name))
@@ -61,7 +61,7 @@ def scores_in_use(folder, batch):
 
 @pytest.mark.parametrize("how", ["save_model", "export_checkpoint"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
-def test_a_reward_model_scores_in_use_as_in_training(lora, how, base, tmp_path):
+def test_an_exported_reward_model_scores_as_in_training(lora, how, base, tmp_path):
     module, checkpoint = trained("RewardModeling", base, tmp_path, lora=lora)
     batch = some_pairs(module)
     with torch.no_grad():
@@ -70,11 +70,11 @@ def test_a_reward_model_scores_in_use_as_in_training(lora, how, base, tmp_path):
         module.save_model(tmp_path / "model")
     else:
         export_checkpoint(checkpoint, tmp_path / "model", merge=True)
-    assert before.std() > 0.01  # scores that differ, so that a wrong head or adapter would show
+    assert before.std() > 0.01  # different scores, so that a wrong head or adapter is noticed
     torch.testing.assert_close(scores_in_use(tmp_path / "model", batch), before, atol=1e-4, rtol=1e-4)
     assert "adapter_config.json" not in files(tmp_path / "model")
     with torch.no_grad():
-        assert torch.equal(module.scores(batch), before)  # to save is not to change
+        assert torch.equal(module.scores(batch), before)  # saving changes nothing
 
 
 def test_transformers_loads_a_reward_model_with_every_weight(base, tmp_path):
@@ -89,7 +89,7 @@ def test_transformers_loads_a_reward_model_with_every_weight(base, tmp_path):
 
 
 def test_under_lora_the_head_of_a_reward_model_is_float32(base, tmp_path):
-    """Steps of a usual learning rate would be rounded away in the precision that the frozen trunk may have."""
+    """Steps of a typical learning rate would be rounded away in the dtype of the frozen trunk."""
     module, _ = trained("RewardModeling", base, tmp_path, lr=1e-5, lora={"r": 2}, load={"dtype": "bfloat16"})
     learned = [p for p in module.parameters() if p.requires_grad]
     assert {p.dtype for p in learned} == {torch.float32} and {p.dtype for p in module.parameters()} > {torch.float32}
@@ -98,7 +98,7 @@ def test_under_lora_the_head_of_a_reward_model_is_float32(base, tmp_path):
     assert 0 < moved.abs().max() < 2e-5
 
 
-def test_a_policy_that_is_frozen_in_part_is_exported_whole(base, tmp_path):
+def test_a_partly_frozen_policy_is_exported_with_all_weights(base, tmp_path):
     policy = lit_rlhf.Policy.from_pretrained(base)
     policy.model.get_input_embeddings().weight.requires_grad_(False)
     method = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
@@ -118,7 +118,7 @@ def test_a_merged_adapter_has_the_dtype_and_the_logits_of_training(base, tmp_pat
     assert not {"adapter_config.json", "base_config"} & files(folder)
 
 
-def test_an_adapter_goes_on_its_model_again(base, tmp_path):
+def test_an_exported_adapter_loads_on_its_base_model(base, tmp_path):
     module, checkpoint = trained("RLOO", base, tmp_path, lora=LORA)
     folder = export_checkpoint(checkpoint, tmp_path / "adapter")
     adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_an_adapter_goes_on_its_model_again(base, tmp_path):
 
 
 def make_policy(folder=None, moved=0.0, **options):
-    """A policy in memory, whose model was made there or loaded, and perhaps changed."""
+    """A policy in memory, with a new or a loaded model, whose weights may be changed."""
     tokenizer = make_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(folder) if folder else make_llama(len(tokenizer))
     for parameter in model.parameters():
@@ -140,7 +140,7 @@ def write_base(root):
     return folder
 
 
-def test_an_adapter_of_a_policy_that_was_made_in_memory_is_not_merged(tmp_path):
+def test_an_adapter_of_a_policy_in_memory_is_not_merged(tmp_path):
     module = lit_rlhf.RLOO(make_policy(lora=LORA), rewards=[vowels], max_new_tokens=4)
     _, checkpoint = trained("RLOO", module, tmp_path)
     with pytest.raises(ValueError, match="in memory"):
@@ -150,7 +150,7 @@ def test_an_adapter_of_a_policy_that_was_made_in_memory_is_not_merged(tmp_path):
 
 
 def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_path):
-    """A model in memory knows the folder that it came from, and not that it has changed since."""
+    """A model in memory has the name of its folder, but may have changed since it was loaded."""
     policy = make_policy(write_base(tmp_path), moved=0.05, lora=LORA)
     module = lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4)
     _, checkpoint = trained("RLOO", module, tmp_path)
@@ -159,7 +159,7 @@ def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_
 
 
 @pytest.mark.parametrize("kept", [[], ["norm"]], ids=str)
-def test_an_adapter_is_not_merged_into_what_its_model_has_become(kept, tmp_path):
+def test_an_adapter_is_not_merged_into_a_changed_base_model(kept, tmp_path):
     tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
@@ -167,23 +167,23 @@ def test_an_adapter_is_not_merged_into_what_its_model_has_become(kept, tmp_path)
     export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
     model.model.norm.weight.data *= 1.1
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="is not the model any more that the adapter was trained on"):
+    with pytest.raises(ValueError, match="has changed since the adapter was trained on it"):
         export_checkpoint(checkpoint, tmp_path / "again", merge=True)
     export_checkpoint(checkpoint, tmp_path / "again")
 
 
-def test_an_export_replaces_a_model_and_nothing_else(base, tmp_path):
+def test_an_export_replaces_only_a_folder_that_holds_a_model(base, tmp_path):
     _, checkpoint = trained("SFT", base, tmp_path)
     for _ in range(2):
         export_checkpoint(checkpoint, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds something else than a model \(last.ckpt, out\)"):
+    with pytest.raises(ValueError, match=r"holds something other than a model \(last.ckpt, out\)"):
         export_checkpoint(checkpoint, tmp_path)
     with pytest.raises(ValueError, match="is a file: give a folder"):
         export_checkpoint(checkpoint, checkpoint)
     assert checkpoint.is_file() and files(tmp_path) == {"last.ckpt", "out"}
 
 
-def test_the_folder_of_an_adapter_may_lack_its_tokenizer(base, tmp_path):
+def test_an_adapter_folder_without_tokenizer_uses_that_of_its_base_model(base, tmp_path):
     module, _ = trained("RLOO", base, tmp_path, lora=LORA)
     module.policy.model.save_pretrained(tmp_path / "adapter")
     again = make_module("RLOO", tmp_path / "adapter")
@@ -191,7 +191,7 @@ def test_the_folder_of_an_adapter_may_lack_its_tokenizer(base, tmp_path):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_whole_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_path):
+def test_a_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_path):
     policy = make_policy(write_base(tmp_path) if loaded else None, moved=0.05)
     module, checkpoint = trained("RLOO", lit_rlhf.RLOO(policy, rewards=[vowels], max_new_tokens=4), tmp_path)
     for merge in (False, True):
@@ -201,7 +201,7 @@ def test_a_whole_policy_in_memory_is_exported_with_or_without_merge(loaded, tmp_
         assert exported.keys() == weights.keys() and all(torch.equal(w, weights[n]) for n, w in exported.items())
 
 
-def test_what_is_no_checkpoint_of_this_package_is_a_sentence(tmp_path):
+def test_another_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other.ckpt' holds no model of lit_rlhf"):
         export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")
@@ -266,7 +266,7 @@ def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(base, tmp
     assert asked == ["v2"]
 
 
-def test_a_model_of_custom_code_is_pointed_to_what_training_wrote(base, tmp_path):
+def test_the_error_for_a_model_of_custom_code_names_policy_last(base, tmp_path):
     _, path = trained("RLOO", base, tmp_path)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["export"]["class"] = "MyLlama"

@@ -1,4 +1,4 @@
-"""Which rows are padded together."""
+"""Rows of similar length are padded together."""
 
 import pytest
 
@@ -25,9 +25,9 @@ def test_groups_hold_every_row_once_and_leave_a_quarter_of_the_padding():
     [[5] * 40, [9, 10] * 20, list(range(1, 16)), [*range(1, 4), 100], [1], [40] * 36 + [1] * 4],
     ids=["equal", "nearly equal", "few rows", "four rows", "one row", "a few short ones"],
 )
-def test_rows_stay_in_their_order_where_groups_would_save_little(lengths):
+def test_rows_stay_in_one_group_if_grouping_saves_little(lengths):
     assert groups_of_similar_length(lengths) == [list(range(len(lengths)))]
 
 
-def test_no_rows_are_no_groups():
+def test_no_rows_give_no_groups():
     assert groups_of_similar_length([]) == []

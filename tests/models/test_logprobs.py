@@ -1,4 +1,4 @@
-"""Log-probabilities by every fast path are those of the plain one, and padding, dropout and adapters change nothing."""
+"""Log-probabilities: every fast path equals the plain one; padding, dropout and new adapters change nothing."""
 
 import logging
 
@@ -14,9 +14,9 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
 from runs import make_data, make_trainer
-from tiny import make_llama, make_tokenizer
+from tiny import checkpoint_activations, make_llama, make_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT calls it
 
 SIZE = len(make_tokenizer())
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -57,7 +57,7 @@ def make_policy(**config) -> Policy:
 
 
 @pytest.mark.parametrize(("family", "own"), [("llama", {}), ("mistral", {"sliding_window": 6})])
-def test_rows_of_like_length_go_together_to_the_same_values_and_gradients(family, own):
+def test_rows_grouped_by_length_give_the_same_values_and_gradients(family, own):
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **own)
     config = AutoConfig.for_model(family, vocab_size=SIZE, num_key_value_heads=2, initializer_range=0.2, **shape)
@@ -86,7 +86,7 @@ def test_chunked_logprobs_are_the_unchunked_ones(rows, tied, monkeypatch):
     assert len(held) > 2 and max(held) <= rows * SIZE
 
 
-def test_logits_are_computed_where_a_token_counts_only():
+def test_logits_are_computed_only_for_unmasked_tokens():
     policy, (prompts, completions) = make_policy(), make_input()
     policy.probe()
     held: list[int] = []
@@ -97,11 +97,11 @@ def test_logits_are_computed_where_a_token_counts_only():
     assert held == [int(completions.mask.sum())]
 
 
-def test_gradient_checkpointing_takes_the_plain_path_to_the_same_gradients():
+def test_gradient_checkpointing_uses_the_plain_path_and_gives_the_same_gradients():
     policy, (prompts, completions) = make_policy(), make_input()
     expected = value_and_gradient(policy, prompts, completions)
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=5))
-    policy.model.activation_checkpointing_enable()
+    checkpoint_activations(policy.model)
     policy.train()
     lengths = []
     policy.causal_lm.get_input_embeddings().register_forward_hook(lambda m, i, output: lengths.append(output.shape[1]))
@@ -114,8 +114,8 @@ def test_gradient_checkpointing_takes_the_plain_path_to_the_same_gradients():
     ("family", "noise"),
     [("mixtral", {"router_jitter_noise": 0.3, "num_key_value_heads": 4}), ("persimmon", {"attention_dropout": 0.3})],
 )
-def test_what_a_model_does_in_training_only_is_left_out(family, noise):
-    """Noise on the routes of experts; dropout that the model reads from its configuration."""
+def test_training_only_randomness_of_a_model_is_switched_off(family, noise):
+    """Noise in expert routing; dropout that the model reads from its configuration."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = AutoConfig.for_model(family, vocab_size=SIZE, **sizes, **noise, initializer_range=0.3)
@@ -126,8 +126,8 @@ def test_what_a_model_does_in_training_only_is_left_out(family, noise):
     assert policy.model.training
 
 
-def test_a_model_that_asks_for_the_name_of_its_attention_keeps_its_causality():
-    """Gemma 4 slices queries under gradient checkpointing, and then a mask is needed even where nothing is padded."""
+def test_a_model_that_checks_the_name_of_its_attention_stays_causal():
+    """Gemma 4 slices queries under gradient checkpointing, which needs a mask even without padding."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
     config = AutoConfig.for_model(
@@ -144,7 +144,7 @@ def test_a_model_that_asks_for_the_name_of_its_attention_keeps_its_causality():
         **sizes,
     )
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
-    policy.model.activation_checkpointing_enable()
+    checkpoint_activations(policy.model)
     prompts = make_prompts(*torch.randint(7, SIZE, (3, 10)).tolist())
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=6, min_new_tokens=6))
     torch.testing.assert_close(policy.logprobs(prompts, drawn), drawn.logprobs, atol=1e-4, rtol=0)
@@ -172,11 +172,11 @@ def test_a_model_that_caps_its_logits_has_the_right_gradient():
     columns = []
     model.lm_head.register_forward_pre_hook(lambda module, args: columns.append(args[0].shape[1]))
     policy.logprobs(prompts, completions)
-    assert columns == [1, completions.tokens.shape[-1] - 1]  # of a prompt the last is enough
+    assert columns == [1, completions.tokens.shape[-1] - 1]  # only the last column of a prompt
 
 
 def plain_value_and_gradient(policy: Policy, prompts: Prompts, completions):
-    """One unpadded forward a completion."""
+    """Compute the same by one unpadded forward pass per completion."""
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -198,13 +198,13 @@ def plain_value_and_gradient(policy: Policy, prompts: Prompts, completions):
 # Padding
 
 
-def test_a_model_that_knows_no_mask_is_told_of():
+def test_a_model_that_ignores_the_attention_mask_is_warned_about():
     torch.manual_seed(0)
     config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
     with pytest.warns(UserWarning, match="RwkvForCausalLM does not leave padding out .*data.batch_size=1"):
         policy.probe()
-    assert policy.shares_prompt is False  # and what is cached it ignores
+    assert policy.shares_prompt is False  # it ignores the cache, too
 
 
 def test_extra_padding_changes_nothing():
@@ -233,7 +233,7 @@ def value_and_gradient_of_first(policy, prompts, completions, t: int):
 def test_an_undefined_embedding_of_padding_is_harmless(checkpointing):
     policy, (prompts, completions) = make_policy(), make_input()
     if checkpointing:
-        policy.model.activation_checkpointing_enable()
+        checkpoint_activations(policy.model)
     expected = value_and_gradient(policy, prompts, completions)
     drawn = policy.sample(prompts, 2, Sampling(max_new_tokens=6))
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_dropout_in_the_config_changes_nothing(family):
 
 
 def trained_adapter() -> PeftModel:
-    """An adapter that changes the model, as one that was trained before."""
+    """An adapter that changes the model, like one that has been trained."""
     torch.manual_seed(3)
     return get_peft_model(make_llama(SIZE), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **LORA))
 
@@ -284,7 +284,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("kind", POLICIES)
-def test_at_step_0_the_policy_is_its_reference_exactly(kind, mode):
+def test_at_step_0_the_policy_equals_its_reference_exactly(kind, mode):
     policy, (prompts, completions) = POLICIES[kind](), make_input()
     reference = policy.reference()
     getattr(policy, mode)()
@@ -296,12 +296,12 @@ def test_at_step_0_the_policy_is_its_reference_exactly(kind, mode):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_the_reference_stays_what_the_policy_was(kind):
+def test_the_reference_does_not_change_with_the_policy(kind):
     policy, (prompts, completions) = POLICIES[kind](), make_input()
     reference = policy.reference()
     before = reference.logprobs(prompts, completions)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(2):  # the first step of a new adapter moves one factor only
+    for _ in range(2):  # the first step changes only one factor of a new adapter
         optimizer.zero_grad()
         policy.logprobs(prompts, completions).sum().backward()
         optimizer.step()
@@ -320,7 +320,7 @@ def test_under_a_new_adapter_the_reference_is_the_base_model_and_needs_no_copy()
     assert reference._policy is policy
 
 
-def test_the_reference_of_the_next_method_is_what_the_last_one_left_of_an_adapter(tmp_path):
+def test_the_reference_of_the_next_run_includes_the_adapter_of_the_last(tmp_path):
     policy, (prompts, completions) = Policy(make_llama(SIZE), make_tokenizer(), LORA), make_input()
     trained = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     make_trainer(tmp_path, max_steps=2).fit(trained, make_data("SFT"))
@@ -337,11 +337,11 @@ def test_frozen_weights_are_shared_with_the_reference_and_not_copied():
         assert not copied[name].requires_grad
 
 
-# Models that the fast paths don't fit
+# Models that need the plain path
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_without_a_cache_of_keys_takes_the_plain_path_and_says_so(caplog):
+def test_a_model_without_a_kv_cache_uses_the_plain_path_and_logs_the_reason(caplog):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "mamba", vocab_size=SIZE, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, eos_token_id=2
@@ -356,7 +356,7 @@ def test_a_model_without_a_cache_of_keys_takes_the_plain_path_and_says_so(caplog
     torch.testing.assert_close(drawn.logprobs, policy.logprobs(prompts, drawn).detach(), atol=2e-5, rtol=0)
 
 
-def test_the_plain_path_samples_what_the_fast_one_does(monkeypatch, caplog):
+def test_the_plain_path_samples_the_same_as_the_fast_one(monkeypatch, caplog):
     fast, plain = make_policy(), make_policy()
 
     def no_cache(*args, **kwargs):

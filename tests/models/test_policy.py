@@ -1,4 +1,4 @@
-"""Sampling and scoring against `transformers` itself, for every family of models that the fast paths must know."""
+"""Sampling and scoring against `transformers` itself, for every model family that the fast paths support."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def make_prompts(lengths, vocab_size: int, seed: int = 0) -> Prompts:
 
 
 def plain_logprobs(model, prompts: Prompts, completions: Completions, temperature: float) -> torch.Tensor:
-    """One unpadded forward a completion, the textbook way."""
+    """Compute log-probabilities by one unpadded forward pass per completion."""
     n, k, t = completions.tokens.shape
     result = torch.zeros(n, k, t)
     for i in range(n):
@@ -61,7 +61,7 @@ def family(request):
     return request.param, Policy(make_model(request.param, len(tokenizer)), tokenizer)
 
 
-def test_the_fast_paths_are_taken_where_they_hold(family):
+def test_the_fast_paths_are_used_if_the_model_allows_them(family):
     name, policy = family
     policy.probe()
     assert policy.shares_prompt

@@ -1,4 +1,4 @@
-"""Linear layers with their weights laid out once: the same numbers, and left as they were."""
+"""Linear layers with prepared weights: the same numbers, and the layers are restored afterwards."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def make_policy(lora=None, **options) -> Policy:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes of the weights that were laid out."""
+    """The shapes of the packed weights."""
     shapes, original = [], cpu.pack
 
     def watched(weight, bias):
@@ -67,7 +67,7 @@ def test_a_layer_computes_the_same(dtype, shape):
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-def test_under_autocast_the_product_is_in_its_type_and_the_weight_cast_once(onednn, monkeypatch):
+def test_under_autocast_the_weight_is_cast_once(onednn, monkeypatch):
     layer, rows = nn.Linear(256, 300), torch.randn(3, 256)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -80,7 +80,7 @@ def test_under_autocast_the_product_is_in_its_type_and_the_weight_cast_once(oned
 
 
 def casts(compute) -> int:
-    """Numbers that are cast on the way."""
+    """Return how many numbers are cast."""
     with Casts() as counted:
         compute()
     return counted.numbers
@@ -97,7 +97,7 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_weights_are_those_of_the_moment_and_come_back_after_an_error():
+def test_current_weights_are_used_and_layers_are_restored_after_an_error():
     layer, rows = nn.Linear(256, 300), torch.randn(3, 256)
     for _ in range(2):
         with torch.no_grad(), prepared_linears(layer):
@@ -113,7 +113,7 @@ class Other(nn.Linear):
     """A linear layer that computes something else."""
 
 
-def put_elsewhere() -> nn.Linear:
+def patched_linear() -> nn.Linear:
     layer = nn.Linear(256, 300)
     layer.forward = lambda rows: rows  # type: ignore[method-assign]
     return layer
@@ -124,14 +124,14 @@ def put_elsewhere() -> nn.Linear:
     [
         nn.Linear(8, 8),
         Other(256, 300),
-        put_elsewhere(),
+        patched_linear(),
         nn.Linear(256, 300, device="meta"),
         nn.Linear(256, 300).half(),
         nn.Linear(256, 300).double(),
     ],
-    ids=["small", "another kind", "patched", "not here", "float16", "float64"],
+    ids=["small", "another kind", "patched", "meta device", "float16", "float64"],
 )
-def test_other_layers_are_left_alone(layer):
+def test_other_layers_stay_as_they_are(layer):
     before = vars(layer).get("forward")
     with prepared_linears(layer):
         assert vars(layer).get("forward") is before

@@ -1,4 +1,4 @@
-"""Completions are draws from the policy, the same whatever else is in the batch, and nothing is computed twice."""
+"""Completions are samples of the policy, do not depend on the batch, and nothing is computed twice."""
 
 import itertools
 
@@ -23,13 +23,13 @@ def within_5_sigma(counts: torch.Tensor, probabilities: torch.Tensor) -> bool:
 # Noise
 
 
-def test_noise_depends_on_its_address_alone():
+def test_noise_depends_on_its_counters_alone():
     one = counter_based_uniform(3, 1, [9], 5, 12)
     among_others = counter_based_uniform(3, 1, [5, 9, 2], 3, 7).view(3, 3, 7)
     assert torch.equal(among_others[1], one[:3, :7])
 
 
-def test_every_part_of_the_address_counts():
+def test_every_counter_changes_the_noise():
     addresses = itertools.product((0, 1), (0, 1), (0, 1))
     rows = [row for seed, epoch, prompt in addresses for row in counter_based_uniform(seed, epoch, [prompt], 2, 4)]
     assert len({tuple(row.tolist()) for row in rows}) == 16
@@ -44,7 +44,7 @@ def test_noise_is_uniform_and_independent_along_the_tokens():
     assert abs(neighbours) < 5 / (2000 * 9) ** 0.5
 
 
-# From a number to a token
+# Inverse CDF
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -57,20 +57,20 @@ def test_a_token_of_probability_zero_is_never_drawn(dtype, scale):
     assert drawn[0] == 1 and drawn[-1] == 4
 
 
-def test_all_tokens_are_drawn_as_often_as_they_are_likely():
+def test_tokens_are_sampled_in_proportion_to_their_probability():
     probabilities = torch.tensor([0.02, 0.0, 0.68, 0.0001, 0.2999])
     noise = counter_based_uniform(0, 0, [0], 1, DRAWS)[0]
     drawn = inverse_cdf(probabilities.expand(DRAWS, -1), noise)
     assert within_5_sigma(drawn.bincount(minlength=5), probabilities.double())
 
 
-# The sampler on a policy that can be enumerated
+# Sampling from a policy whose completions can be enumerated
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "length", "temperature", "draws"), [(4, 3, 1.0, DRAWS), (5, 2, 0.7, DRAWS // 5)]
 )
-def test_completions_come_as_often_as_their_logprobs_say(vocabulary, length, temperature, draws):
+def test_completions_are_sampled_in_proportion_to_their_probability(vocabulary, length, temperature, draws):
     policy = make_policy(vocabulary)
     prompts, every = make_prompts([2, 1]), every_completion(vocabulary, length)
     given = make_completions(policy, prompts, [every])
@@ -94,7 +94,7 @@ def step_distribution(policy, prompt: list[int], prefix: list[int], temperature:
     "options", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}, {"min_new_tokens": 2}, {"min_new_tokens": 3}]
 )
 def test_truncated_sampling_keeps_logprobs_of_the_full_softmax(options):
-    """Tokens come from the kept ones, as often as these are likely among themselves."""
+    """Tokens are sampled from the kept ones, in proportion to their probability."""
     prompt, temperature = [3, 1, 2], 0.8
     policy = make_policy(5, spread=0.3)
     sampling = Sampling(max_new_tokens=3, temperature=temperature, **options)
@@ -114,7 +114,7 @@ def test_truncated_sampling_keeps_logprobs_of_the_full_softmax(options):
 
 
 def truncate(probabilities, t: int, top_k: int = 0, top_p: float = 1.0, min_new_tokens: int = 0) -> torch.Tensor:
-    """The definition of each option, token by token; top-p is of what top-k left."""
+    """The definition of each option, token by token; top-p applies after top-k."""
     kept = probabilities.clone()
     if t < min_new_tokens:
         kept[EOS] = 0
@@ -130,12 +130,12 @@ def truncate(probabilities, t: int, top_k: int = 0, top_p: float = 1.0, min_new_
     return kept
 
 
-def test_without_truncation_no_kept_mass_is_measured():
+def test_without_truncation_there_is_no_sampled_mass():
     policy = make_policy(4)
     assert policy.sample(make_prompts([1]), 2, Sampling(max_new_tokens=2)).sampled_mass is None
 
 
-def test_greedy_takes_the_likeliest_token_and_min_new_tokens_holds_there_too():
+def test_greedy_takes_the_most_likely_token_and_respects_min_new_tokens():
     policy = make_policy(4)
     drawn = policy.sample(make_prompts([3, 3]), 1, Sampling(max_new_tokens=3, min_new_tokens=3, greedy=True))
     prefix: list[int] = []
@@ -146,7 +146,7 @@ def test_greedy_takes_the_likeliest_token_and_min_new_tokens_holds_there_too():
     assert len(prefix) == 3
 
 
-# Where a completion ends
+# The end of a completion
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def by_prefix(short: list[int], long: list[int]) -> bool:
     return long[: len(short)] == short
 
 
-def test_several_eos_ids_end_a_completion_and_count_in_it():
+def test_several_eos_ids_end_a_completion_and_are_part_of_it():
     model = make_llama(len(make_tokenizer()))
     model.generation_config.eos_token_id = [2, 100, 101]
     model.config.eos_token_id = list(range(102, 130))
@@ -179,8 +179,8 @@ def test_several_eos_ids_end_a_completion_and_count_in_it():
     assert len({ids[-1] for ids, f in zip(drawn.ids(), drawn.finished.flatten(), strict=True) if f}) > 1
 
 
-def test_the_token_that_ends_a_completion_is_known_by_place_and_not_by_id(policy):
-    """Padding has an id too, and so has an EOS inside a prompt."""
+def test_the_mask_does_not_depend_on_token_ids(policy):
+    """Padding has an id, too, and a prompt may contain EOS."""
     prompts = make_prompts([2, 50, 2, 60], [2])
     drawn = policy.sample(prompts, 3, Sampling(max_new_tokens=5))
     assert (drawn.lengths >= 1).all()
@@ -205,7 +205,7 @@ def test_a_stop_string_ends_a_completion_where_it_first_appears(policy):
     assert any(tokenizer.decode(ids).endswith(stops[1]) for ids in stopped.ids())
 
 
-# The same whatever the batch
+# Independent of the batch
 
 
 def assert_alike(a, b) -> None:
@@ -218,7 +218,7 @@ def assert_alike(a, b) -> None:
 
 @pytest.fixture(scope="module")
 def ending_policy():
-    """One whose completions differ much in length."""
+    """A policy whose completions have very different lengths."""
     model = make_llama(len(make_tokenizer()), initializer_range=0.1)
     model.generation_config.eos_token_id = list(range(2, 40))
     return Policy(model, make_tokenizer())
@@ -244,7 +244,7 @@ def test_completions_do_not_depend_on_the_order(ending_policy):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_completions_do_not_depend_on_how_many_are_decoded_at_a_time(ending_policy, size):
+def test_completions_do_not_depend_on_the_batch_size_of_decoding(ending_policy, size):
     prompts = prompts_of(3, 9, 1, 6, 5)
     in_parts = Sampling(**{**vars(SAMPLING), "batch_size": size, "top_k": 150})
     at_once = Sampling(**{**vars(SAMPLING), "top_k": 150})
@@ -253,7 +253,7 @@ def test_completions_do_not_depend_on_how_many_are_decoded_at_a_time(ending_poli
     torch.testing.assert_close(parts.sampled_mass, expected.sampled_mass, atol=1e-5, rtol=0)
 
 
-def test_more_samples_and_more_tokens_begin_with_the_same_ones(ending_policy):
+def test_more_samples_and_more_tokens_start_with_the_same_ones(ending_policy):
     prompts = prompts_of(3, 9)
     few = ending_policy.sample(prompts, 2, Sampling(max_new_tokens=4))
     many = ending_policy.sample(prompts, 5, Sampling(max_new_tokens=9))
@@ -268,7 +268,7 @@ def test_the_seed_and_the_epoch_change_the_completions(ending_policy):
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
 
 
-def test_sampling_leaves_the_mode_and_the_global_generator_alone(ending_policy):
+def test_sampling_does_not_change_the_mode_or_the_global_generator(ending_policy):
     ending_policy.train()
     before = torch.get_rng_state()
     drawn = ending_policy.sample(prompts_of(3), 2, SAMPLING)
@@ -281,7 +281,7 @@ def test_sampling_leaves_the_mode_and_the_global_generator_alone(ending_policy):
 
 @pytest.fixture
 def embedded(ending_policy):
-    """How many tokens each forward pass reads: `(rows, columns)`."""
+    """The number of tokens of each forward pass: `(rows, columns)`."""
     ending_policy.probe()
     shapes: list[tuple[int, int]] = []
     embedding = ending_policy.causal_lm.get_input_embeddings()
@@ -290,7 +290,7 @@ def embedded(ending_policy):
     handle.remove()
 
 
-def test_finished_rows_leave_the_batch_and_the_prompt_is_read_once(ending_policy, embedded):
+def test_finished_rows_leave_the_batch_and_the_prompt_is_computed_once(ending_policy, embedded):
     prompts, k = prompts_of(3, 9, 6), 4
     drawn = ending_policy.sample(prompts, k, SAMPLING)
     lengths = drawn.lengths.flatten()
@@ -308,7 +308,7 @@ def test_padding_that_all_rows_share_is_not_computed(ending_policy, embedded):
 
 
 @pytest.mark.parametrize("scorer", ["policy", "reference"])
-def test_scoring_reads_the_prompt_once(ending_policy, embedded, scorer):
+def test_scoring_computes_the_prompt_once(ending_policy, embedded, scorer):
     prompts, k = prompts_of(3, 9, 6), 4
     drawn = ending_policy.sample(prompts, k, SAMPLING)
     reference = ending_policy.reference()
@@ -324,7 +324,7 @@ def test_scoring_reads_the_prompt_once(ending_policy, embedded, scorer):
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_policy_that_has_diverged_gets_a_sentence(greedy):
+def test_a_diverged_policy_raises_an_error(greedy):
     policy = make_policy(8)
     with torch.no_grad():
         policy.causal_lm.lm_head.weight.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""A critic's values, by the fast path and the plain one, and what is no critic."""
+"""Values of critics and scores of reward models, by the fast path and the plain one."""
 
 import json
 
@@ -13,7 +13,7 @@ from lit_rlhf.algorithms.vanilla_pg import new_value_head
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Preferences
 from runs import grouped, make_data, make_module, make_trainer
-from tiny import make_llama, make_tokenizer
+from tiny import checkpoint_activations, make_llama, make_tokenizer
 
 SIZE = len(make_tokenizer())
 COMMON = dict(vocab_size=SIZE, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -44,7 +44,7 @@ def make_input() -> Preferences:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_value_of_a_token_is_what_the_head_reads_just_before_it(kind):
+def test_the_value_of_a_token_is_read_just_before_it(kind):
     critic, batch = make_critic(kind), make_input()
     values = critic.values(batch.prompts, batch)
     assert critic.shares_prompt
@@ -99,7 +99,7 @@ class TestRewardModelTraining:
         batch = make_input()
         loss, expected = self.gradients(module, self.plain_scores(module, batch))
         if checkpointing:
-            module.reward_model.classifier.activation_checkpointing_enable()
+            checkpoint_activations(module.reward_model.classifier)
         actual_loss, actual = self.gradients(module, module.scores(batch))
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual_loss, loss)
@@ -127,7 +127,7 @@ class TestRewardModelTraining:
                     torch.testing.assert_close(module.scores(batch), expected, atol=1e-5, rtol=0)
 
 
-def test_a_critic_from_a_policy_starts_at_zero_and_one_from_a_reward_model_with_its_head(tiny, tmp_path):
+def test_a_critic_from_a_policy_starts_at_zero_and_one_from_a_reward_model_keeps_its_head(tiny, tmp_path):
     batch = make_input()
     assert (Critic.from_pretrained(tiny).values(batch.prompts, batch) == 0).all()
     expected = make_critic()
@@ -147,8 +147,8 @@ def test_lora_trains_an_adapter_and_the_head(tiny):
     assert (critic.values(batch.prompts, batch) == 0).all()
 
 
-def test_what_is_trained_on_a_frozen_bfloat16_trunk_is_float32(tiny):
-    """Steps of a usual learning rate would be rounded away."""
+def test_trained_weights_on_a_frozen_bfloat16_trunk_are_float32(tiny):
+    """Steps of a typical learning rate would be rounded away."""
     critic = Critic.from_pretrained(tiny, lora={"r": 2}, dtype="bfloat16")
     head = make_module("PPO", tiny, critic="head", lora={"r": 2}, load={"dtype": "bfloat16"})
     head.configure_model()
@@ -167,8 +167,8 @@ def test_a_head_on_a_bfloat16_policy_trains(tiny, tmp_path):
     assert module.critic.weight.abs().max() > 1e-3
 
 
-def test_a_head_reads_what_the_output_layer_does(tiny):
-    """Which is narrower than the hidden states in some models, such as OPT-350m."""
+def test_a_head_has_the_input_of_the_output_layer(tiny):
+    """It is narrower than the hidden states in some models, such as OPT-350m."""
     shape = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16)
     model = OPTForCausalLM(OPTConfig(vocab_size=len(make_tokenizer()), do_layer_norm_before=False, **shape))
     policy, head, batch = lit_rlhf.Policy(model, make_tokenizer()), new_value_head(model), make_input()
@@ -176,7 +176,7 @@ def test_a_head_reads_what_the_output_layer_does(tiny):
     assert policy.chunks_logits and values.shape == batch.mask.shape
 
 
-def test_a_critic_that_reads_other_tokens_is_refused(tiny, tmp_path):
+def test_a_critic_with_other_token_ids_is_refused(tiny, tmp_path):
     make_critic().model.save_pretrained(tmp_path / "other")
     tokenizer = make_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -190,7 +190,7 @@ def test_a_critic_that_reads_other_tokens_is_refused(tiny, tmp_path):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
 
 
-def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
+def test_unsuitable_critics_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="has 2 labels"):
         make_critic(num_labels=2)
     make_critic(vocab_size=50).model.save_pretrained(tmp_path / "small")
@@ -224,12 +224,12 @@ def test_what_can_not_be_a_critic_is_refused(tiny, tmp_path):
         ("RLOO", {"kl_penalty": "k4"}, "kl_penalty='k4' must be one of k1_reward, k2_loss"),
     ],
 )
-def test_bad_options_are_sentences(name, options, sentence, tiny):
+def test_bad_options_are_refused(name, options, sentence, tiny):
     with pytest.raises(ValueError, match=sentence):
         make_module(name, tiny, **options)
 
 
-def test_an_adapter_or_a_model_of_two_labels_is_no_critic(tiny, tmp_path):
+def test_an_adapter_or_a_model_of_two_labels_is_refused_as_critic(tiny, tmp_path):
     lit_rlhf.Policy.from_pretrained(tiny, lora={"r": 2}).save(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"is an adapter.*merge it first"):
         Critic.from_pretrained(tmp_path / "adapter")
@@ -246,7 +246,7 @@ def test_a_critic_of_fewer_positions_is_refused(tiny, tmp_path):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("PPO"))
 
 
-def test_no_clipping_is_no_clipping(tiny, tmp_path):
+def test_a_gradient_clip_val_of_zero_clips_nothing(tiny, tmp_path):
     module = make_module("PPO", tiny, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))  # no decay of weights
     trainer = make_trainer(tmp_path, max_steps=1, gradient_clip_val=0.0)
     module.configure_model()
@@ -256,7 +256,7 @@ def test_no_clipping_is_no_clipping(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("critic", ["policy", "head"])
-def test_policy_and_critic_are_clipped_each_by_itself(critic, tiny, tmp_path):
+def test_policy_and_critic_are_clipped_separately(critic, tiny, tmp_path):
     norms = {}
 
     class Norms(lit_rlhf.PPO):
@@ -274,8 +274,8 @@ def test_policy_and_critic_are_clipped_each_by_itself(critic, tiny, tmp_path):
     assert {"train/grad_norm", "train/critic_grad_norm"} <= trainer.callback_metrics.keys()
 
 
-def test_the_first_update_of_several_is_on_policy_to_the_last_bit(tiny, tmp_path):
-    """Its ratios are those of the training forward to itself; later ones are not."""
+def test_the_first_update_of_several_is_exactly_on_policy(tiny, tmp_path):
+    """Its ratios compare the training forward with itself; later ones do not."""
     ratios = []
 
     class Ratios(lit_rlhf.PPO):
@@ -302,7 +302,7 @@ def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, 
             def policy_terms(self, rollout, logprobs, seen=seen):
                 sampled = rollout.completions.logprobs
                 result = super().policy_terms(rollout, logprobs)
-                assert (rollout.old_logprobs - sampled).abs().max() < 1e-4  # of the policy that sampled
+                assert (rollout.old_logprobs - sampled).abs().max() < 1e-4  # those of the policy that sampled
                 seen.append(float((logprobs.detach() - sampled).abs().max()))
                 return result
 

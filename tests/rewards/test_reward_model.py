@@ -48,14 +48,14 @@ def saved(folder, model, tokenizer=None):
 
 @pytest.fixture
 def rows():
-    """Of many lengths; cut ones end in tokens that could be taken for padding."""
+    """Rows of many lengths; truncated ones end with tokens that could be mistaken for padding."""
     prompts = ["", "a", "a longer prompt", "why?", "x" * 60, "b", "c", "d"]
     completions = ["yes", "no " * 10, "", "because<pad>", "y", "what<unk>", "odd<bos>", "fine!"]
     return prompts, completions, [True, True, True, False, False, False, False, False]
 
 
 def plain_scores(model, tokenizer, prompts, completions, finished):
-    """One row at a time, without padding, read at the last place."""
+    """Score one row at a time, without padding, at its last token."""
     model.config.pad_token_id = None
     scores = []
     for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
@@ -72,7 +72,7 @@ def test_padding_in_a_batch_changes_nothing(kind, pad, rows, tmp_path):
     model = make_model(kind)
     reward = RewardModel(saved(tmp_path, model, tokenizer), batch_size=5)
     expected = plain_scores(model, tokenizer, *rows)
-    assert expected.std() > 0.1  # scores that differ, so a place read wrongly would show
+    assert expected.std() > 0.1  # different scores, so that reading the wrong token is noticed
     scores = reward(*rows)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
@@ -81,7 +81,7 @@ def test_padding_in_a_batch_changes_nothing(kind, pad, rows, tmp_path):
 
 
 def some_of_each(rows, samples=4):
-    """The same prompts, with several completions each, in an order that tears groups apart."""
+    """The same prompts, with several completions each, in an order that splits groups."""
     prompts, completions, finished = rows
     count = len(prompts)
     places = [(i, (i + 3 * j) % count) for j in range(samples) for i in range(count)]
@@ -108,7 +108,7 @@ def test_the_completions_of_a_prompt_share_it(kind, rows):
     assert shared < 0.8 * sum(seen)
 
 
-def test_a_model_that_changes_its_score_afterwards_is_asked_itself(tokenizer, caplog):
+def test_a_model_that_changes_its_score_afterwards_uses_its_own_forward(tokenizer, caplog):
     class Larger(LlamaForSequenceClassification):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -125,7 +125,7 @@ def test_a_model_that_changes_its_score_afterwards_is_asked_itself(tokenizer, ca
     assert "Larger' computes each prompt once per completion: its output would differ" in caplog.text
 
 
-def test_a_prompt_is_not_shared_where_that_saves_nothing(tokenizer):
+def test_a_prompt_is_not_shared_if_that_saves_nothing(tokenizer):
     reward = RewardModel(make_model(), tokenizer)
     reward.setup("cpu")
     alike = [([1], [5] * length) for length in (1, 9, 30) * 9]  # padding would cost more than the prompts
@@ -133,7 +133,7 @@ def test_a_prompt_is_not_shared_where_that_saves_nothing(tokenizer):
     assert reward._shared_batches([([1] * 20, [5]), ([1] * 20, [6])], size=7) == [[0, 1]]
 
 
-def test_a_cut_prompt_is_cut_for_each_completion_by_itself(rows):
+def test_a_prompt_is_truncated_separately_for_each_completion(rows):
     tokenizer, model = make_tokenizer(), make_model()
     prompts, completions, finished = some_of_each(rows)
     reward = RewardModel(model, tokenizer, max_length=12)
@@ -141,7 +141,7 @@ def test_a_cut_prompt_is_cut_for_each_completion_by_itself(rows):
     torch.testing.assert_close(reward(prompts, completions, finished), torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
 
 
-def test_inputs_of_like_length_go_together(tokenizer):
+def test_inputs_of_similar_length_are_batched_together(tokenizer):
     model, shapes = make_model(), []
     reward = RewardModel(model, tokenizer, batch_size=32)
     reward.setup("cpu")
@@ -153,7 +153,7 @@ def test_inputs_of_like_length_go_together(tokenizer):
     torch.testing.assert_close(together, reward(prompts, completions), atol=1e-4, rtol=1e-4)
 
 
-def test_conversations_go_through_the_template_of_the_reward_model(tokenizer):
+def test_conversations_use_the_chat_template_of_the_reward_model(tokenizer):
     model = make_model()
     prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]
     score = RewardModel(model, tokenizer)([prompt], [completion])
@@ -164,7 +164,7 @@ def test_conversations_go_through_the_template_of_the_reward_model(tokenizer):
 
 
 def test_a_model_in_memory_keeps_its_configuration_and_its_weights(tokenizer, rows):
-    model = make_model("gpt2").train()  # it has dropout, which must not be on
+    model = make_model("gpt2").train()  # its dropout must be off
     before = copy.deepcopy(model.config.to_dict())
     weights = copy.deepcopy(model.state_dict())
     reward = RewardModel(model, tokenizer)
@@ -174,7 +174,7 @@ def test_a_model_in_memory_keeps_its_configuration_and_its_weights(tokenizer, ro
     assert not reward(*rows).requires_grad and all(p.grad is None for p in model.parameters())
 
 
-def test_neither_autocast_nor_the_default_dtype_reaches_the_scores(tokenizer, rows):
+def test_autocast_and_the_default_dtype_do_not_change_the_scores(tokenizer, rows):
     reward = RewardModel(make_model(), tokenizer)
     expected = reward(*rows)
     torch.set_default_dtype(torch.bfloat16)
@@ -186,7 +186,7 @@ def test_neither_autocast_nor_the_default_dtype_reaches_the_scores(tokenizer, ro
     assert torch.equal(scores, expected)
 
 
-def test_dtype_of_the_weights_is_a_choice(rows, tmp_path):
+def test_the_dtype_of_the_weights_is_an_option(rows, tmp_path):
     folder = saved(tmp_path, make_model())
     scores = {dtype: RewardModel(folder, dtype=dtype)(*rows) for dtype in ("auto", "float32", "bfloat16")}
     assert torch.equal(scores["auto"], scores["float32"])
@@ -194,7 +194,7 @@ def test_dtype_of_the_weights_is_a_choice(rows, tmp_path):
     assert scores["bfloat16"].dtype == torch.float32
 
 
-def test_weights_are_loaded_by_setup_and_no_copy_carries_them(tmp_path, rows):
+def test_weights_are_loaded_by_setup_and_are_not_pickled(tmp_path, rows):
     reward = RewardModel(saved(tmp_path, make_model()))
     fresh = len(pickle.dumps(reward))
     assert not isinstance(reward, torch.nn.Module)
@@ -208,7 +208,7 @@ def test_weights_are_loaded_by_setup_and_no_copy_carries_them(tmp_path, rows):
     assert torch.equal(scores.component_rewards["reward_model"].flatten(), reward(*rows))
 
 
-def test_too_long_an_input_is_an_error_or_cut_at_its_start(tokenizer):
+def test_an_input_that_is_too_long_is_an_error_or_truncated_at_its_start(tokenizer):
     model = make_model(positions=16)
     prompts, completions = ["0123456789", "0123456789abc"], ["hello", "hello"]
     with pytest.raises(ValueError, match=r"19 tokens exceeds the 16 positions .* max_length=16"):
@@ -238,7 +238,7 @@ def test_a_wrong_model_is_refused_before_weights_are_loaded(tmp_path, monkeypatc
         RewardModel(str(tmp_path / "nowhere"))
 
 
-def test_a_head_that_would_be_random_is_refused(tmp_path):
+def test_a_model_without_a_trained_head_is_refused(tmp_path):
     model = make_model()
     saved(tmp_path, model)
     causal = make_llama(len(make_tokenizer()))
@@ -250,7 +250,7 @@ def test_a_head_that_would_be_random_is_refused(tmp_path):
         RewardModel(tmp_path).setup("cpu")
 
 
-def test_wrong_arguments_are_sentences(tokenizer):
+def test_wrong_arguments_are_refused(tokenizer):
     model = make_model(positions=16)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         RewardModel(model)
