@@ -104,8 +104,9 @@ def test_online_algorithm_runs(setting, name, workspace):
 def test_llama_configuration_overrides_hh(workspace):
     check_online("hh", "--config", "paper/llama")
     config = yaml.safe_load((workspace / "here" / "version_0" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["updates"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
-    assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert model["updates"]["num_minibatches"] == trainer["accumulate_grad_batches"] == 16
+    assert model["kl_coef"] == 0.1 and trainer["max_epochs"] == 2
 
 
 @pytest.mark.parametrize(
