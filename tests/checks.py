@@ -1,4 +1,4 @@
-"""The type checker of the tests: an int is fine where a float is expected, as for every other tool."""
+"""Runtime type checker of the tests: accepts an int where a float is annotated, as static checkers do (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

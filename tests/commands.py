@@ -1,4 +1,4 @@
-"""Command lines as a user types them, in a folder with a tiny model and data of every kind."""
+"""A workspace with a tiny model and data of every kind, and a command line that trains in it."""
 
 import json
 from pathlib import Path

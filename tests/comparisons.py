@@ -1,4 +1,4 @@
-"""Comparisons to test: a configuration, its table, and runs that write their files at once."""
+"""Helpers for tests of comparisons: configurations, tables, and fake child processes that write result files."""
 
 import csv
 from itertools import accumulate
@@ -10,7 +10,7 @@ TINY = ["--config", "quickstart", "--data.train_size", "16", "--data.val_size", 
 SHORT = ["--model.sampling.max_new_tokens", "4", "--trainer.max_steps", "1"]
 
 SECONDS = [9.0, 9.0, 1.0, 3.0, 2.0]
-"""Of each update of a fake run."""
+"""Duration of each update of a fake run."""
 
 
 def write_config(folder: Path, arms: dict, **options) -> None:

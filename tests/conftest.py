@@ -4,12 +4,12 @@ import torch
 from tiny import make_llama, make_tokenizer
 
 SEEDED = ("algorithms", "callbacks", "evaluation", "training")
-"""Folders of tests that train: their runs have a seed."""
+"""Folders with tests that train: their runs are seeded."""
 
 
 @pytest.fixture(autouse=True)
 def seed(monkeypatch, request):
-    """Set a seed where tests train; drop the one that Lightning's `seed_everything` leaves in the environment."""
+    """Seed tests that train, and remove the seed that Lightning's `seed_everything` leaves in the environment."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     if request.path.parent.name in SEEDED:
         monkeypatch.setenv("PL_GLOBAL_SEED", "7")
@@ -28,7 +28,7 @@ def llama(tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a tiny policy."""
+    """Return a folder with a tiny policy."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer)).save_pretrained(folder)
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ending(tmp_path_factory):
-    """A folder with a policy that ends many of its completions by itself, by one of many EOS tokens."""
+    """Return a folder with a policy that has 65 EOS tokens, so that many of its completions are finished."""
     folder = tmp_path_factory.mktemp("ending")
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer))

@@ -1,4 +1,4 @@
-"""A policy so small that every completion can be listed, in float64: what is expected can be computed exactly."""
+"""A float64 policy so small that all its completions can be enumerated, and expectations computed exactly."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_policy(vocab_size: int, seed: int = 2, spread: float = 0.6) -> Policy:
-    """A GPT-2 of one layer: unlike others it has no part that computes in float32 whatever its dtype."""
+    """Return a one-layer GPT-2: unlike other models, no part of it computes in float32 regardless of its dtype."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "gpt2",
@@ -37,7 +37,7 @@ def make_policy(vocab_size: int, seed: int = 2, spread: float = 0.6) -> Policy:
 
 
 def every_completion(vocab_size: int, length: int) -> list[tuple[int, ...]]:
-    """All completions of at most `length` tokens; those that don't end with EOS have exactly that many."""
+    """Return all completions of at most `length` tokens; those without EOS have exactly `length` tokens."""
     words = range(1, vocab_size)
     ended = [(*body, EOS) for t in range(length) for body in itertools.product(words, repeat=t)]
     return [*ended, *itertools.product(words, repeat=length)]
@@ -51,18 +51,18 @@ def make_prompts(*rows: list[int]) -> Prompts:
 
 
 def make_completions(policy: Policy, prompts: Prompts, groups: list[list[tuple[int, ...]]]) -> Completions:
-    """What the sampler would return, had it drawn these."""
+    """Return these completions in the form that the sampler returns."""
     length = max(len(y) for group in groups for y in group)
     tokens = torch.tensor([[[*y, *[0] * (length - len(y))] for y in group] for group in groups])
     lengths = torch.tensor([[len(y) for y in group] for group in groups])
     mask = torch.arange(length) < lengths.unsqueeze(-1)
     finished = torch.tensor([[y[-1] == EOS for y in group] for group in groups])
-    given = Completions(tokens, mask, torch.zeros(tokens.shape, dtype=torch.float64), finished)
+    completions = Completions(tokens, mask, torch.zeros(tokens.shape, dtype=torch.float64), finished)
     with torch.no_grad():
-        return given.replace(logprobs=policy.logprobs(prompts, given))
+        return completions.replace(logprobs=policy.logprobs(prompts, completions))
 
 
 def plain_logprobs(model: torch.nn.Module, prompt: list[int], completion: tuple[int, ...]) -> torch.Tensor:
-    """Log-probability of each token of a completion by one plain forward, with gradient."""
+    """Return the log-probability of each token of a completion, with gradient, by one plain forward pass."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]

@@ -1,7 +1,7 @@
-"""Expectations of a method's gradient, exactly: every group of completions goes through the real step.
+"""Exact expectation of an algorithm's gradient: the real training step on every possible group of completions.
 
-Each group is weighted with its exact probability, so the mean gradient is an expectation without noise, to be compared
-with the gradient of `E[r] - beta KL` differentiated directly.
+Each group is weighted by its exact probability, so the weighted mean is the expected gradient without sampling noise.
+The reference is the gradient of `E[r] - beta KL` by automatic differentiation.
 """
 
 import copy
@@ -18,36 +18,38 @@ VOCABULARY, LENGTH, BETA = 3, 2, 0.3
 PROMPT = [1, 2, 1]
 ALL = every_completion(VOCABULARY, LENGTH)
 
-DELAYED = {y: (-1) ** i * (i + 1) / 4 for i, y in enumerate(ALL)}  # in eighths: exact in float32 too
+SEQUENCE_REWARDS = {y: (-1) ** i * (i + 1) / 4 for i, y in enumerate(ALL)}  # multiples of 1/4: exact in float32 too
 PREFIXES = sorted({y[: t + 1] for y in ALL for t in range(len(y))})
-IMMEDIATE = {prefix: (i * 3 % 7 - 3) / 4 for i, prefix in enumerate(PREFIXES)}  # of what is written so far, only
+TOKEN_REWARDS = {prefix: (i * 3 % 7 - 3) / 4 for i, prefix in enumerate(PREFIXES)}  # depends only on the prefix
 
 
-def delayed(completion_ids, **kwargs):
-    return [DELAYED[tuple(ids)] for ids in completion_ids]
+def sequence_reward(completion_ids, **kwargs):
+    return [SEQUENCE_REWARDS[tuple(ids)] for ids in completion_ids]
 
 
-def immediate(completion_ids, **kwargs):
-    return [[IMMEDIATE[tuple(ids[: t + 1])] for t in range(len(ids))] for ids in completion_ids]
+def token_reward(completion_ids, **kwargs):
+    return [[TOKEN_REWARDS[tuple(ids[: t + 1])] for t in range(len(ids))] for ids in completion_ids]
 
 
-immediate.token_level = True
+token_reward.token_level = True
 
 
-def finished_only(completion_ids, **kwargs):
-    return [DELAYED[tuple(ids)] if ids[-1] == EOS else None for ids in completion_ids]
+def reward_if_finished(completion_ids, **kwargs):
+    return [SEQUENCE_REWARDS[tuple(ids)] if ids[-1] == EOS else None for ids in completion_ids]
 
 
-def make_module(method=lit_rlhf.RLOO, rewards=(delayed,), moved: float = 0.4, kl_coef: float = BETA, **options):
-    """A method on the enumerable policy, its weights moved away from the reference, its Trainer idle."""
+def make_module(
+    algorithm=lit_rlhf.RLOO, rewards=(sequence_reward,), perturbation: float = 0.4, kl_coef: float = BETA, **options
+):
+    """Return an algorithm with the enumerable policy, perturbed so that it differs from the reference."""
     policy = make_policy(VOCABULARY)
     options = grouped({"max_new_tokens": LENGTH, "kl_coef": kl_coef, **options})
-    module = method(policy, rewards=list(rewards), **options)
+    module = algorithm(policy, rewards=list(rewards), **options)
     module.configure_model()
-    vars(module)["initial"] = copy.deepcopy(policy.causal_lm)  # hidden from `parameters`
+    vars(module)["initial"] = copy.deepcopy(policy.causal_lm)  # not registered: excluded from `parameters()`
     torch.manual_seed(1)
     for parameter in policy.parameters():
-        parameter.data += moved * torch.randn_like(parameter)
+        parameter.data += perturbation * torch.randn_like(parameter)
     module.trainer = make_trainer(".")
     module.log = module.log_dict = lambda *args, **kwargs: None
     return module
@@ -58,7 +60,7 @@ def flat_gradient(module) -> torch.Tensor:
 
 
 def step_gradient(module, group) -> torch.Tensor:
-    """The gradient that the optimizer would be given for one rollout, of this group alone."""
+    """Return the gradient that the optimizer receives for a rollout of this group only."""
     prompts = make_prompts(PROMPT)
     module.sample = lambda prompts: make_completions(module.policy, prompts, [list(group)])
     module.zero_grad()
@@ -72,18 +74,18 @@ def sequence_logprobs(model) -> torch.Tensor:
 
 
 def expected_gradient(module) -> torch.Tensor:
-    """Minus the mean of `step_gradient` over all groups: what the weights climb along."""
+    """Return minus the mean of `step_gradient` over all groups: the expected ascent direction."""
     probabilities = dict(zip(ALL, sequence_logprobs(module.policy.causal_lm).exp().tolist(), strict=True))
     state = module.running_state()
     mean = torch.zeros(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
     for group in itertools.product(ALL, repeat=module.num_samples):
-        module.load_running_state(state)  # every group follows the same history
+        module.load_running_state(state)  # the same running statistics for each group
         mean -= math.prod(probabilities[y] for y in group) * step_gradient(module, group)
     return mean
 
 
 def true_gradient(module, rewards: torch.Tensor) -> torch.Tensor:
-    """Gradient of `E[r] - beta KL(pi || ref)`."""
+    """Return the gradient of `E[r] - beta KL(pi || ref)`."""
     logprobs = sequence_logprobs(module.policy.causal_lm)
     with torch.no_grad():
         reference = sequence_logprobs(module.initial)
@@ -92,16 +94,22 @@ def true_gradient(module, rewards: torch.Tensor) -> torch.Tensor:
     return flat_gradient(module)
 
 
-def totals(rewards) -> torch.Tensor:
-    """The whole reward of every completion."""
-    parts = [torch.tensor(reward(completion_ids=ALL), dtype=torch.float64) for reward in rewards if reward is delayed]
-    parts += [torch.tensor([sum(row) for row in immediate(ALL)], dtype=torch.float64)] * (immediate in rewards)
+def total_rewards(rewards) -> torch.Tensor:
+    """Return the total reward of every completion, token rewards summed."""
+    parts = [
+        torch.tensor(reward(completion_ids=ALL), dtype=torch.float64) for reward in rewards if reward is sequence_reward
+    ]
+    parts += [torch.tensor([sum(row) for row in token_reward(ALL)], dtype=torch.float64)] * (token_reward in rewards)
     return sum(parts)
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.abs().max() > 1e-2  # else nothing is shown
+    assert expected.abs().max() > 1e-2  # otherwise the comparison is trivial
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
-REWARDS = {"delayed": (delayed,), "token-level": (immediate,), "both": (delayed, immediate)}
+REWARDS = {
+    "sequence-level": (sequence_reward,),
+    "token-level": (token_reward,),
+    "both": (sequence_reward, token_reward),
+}

@@ -1,4 +1,4 @@
-"""Fake algorithms for tests of callbacks: the public attributes of the real ones, two weights, synthetic rollouts."""
+"""Fake algorithms for tests of callbacks: public attributes of the real ones, two weights, synthetic rollouts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs to compare between one process and two; as a script, the program of each of the two processes.
+"""Runs to compare between one process and two. As a script, it is the program of each of two processes:
 
 python processes.py FOLDER ROOT
 """
@@ -80,7 +80,7 @@ CASES = {
     "sft": ("SFT", {}),
     "reward model": ("RewardModeling", {}),
 }
-"""Algorithms and options by case; in each, one rollout makes one update, for any number of minibatches."""
+"""Algorithm and options by case. In each, a rollout is one update, for any number of minibatches."""
 
 TARGET = 1.9
 """Target of the adaptive KL: near the KL of the second rollout, so that the step is not clipped."""
@@ -93,7 +93,7 @@ def make_distributed_trainer(root: Path, devices: int, **options):
 
 
 class Metrics(Callback):
-    """Keep the metrics logged with each update, without timings."""
+    """Record the metrics logged with each update, without timings."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, float]] = []
@@ -109,7 +109,7 @@ class Metrics(Callback):
 def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
     """Return weights and metrics of three updates with 8 prompts, distributed over the devices."""
     name, options = CASES[case]
-    torch.manual_seed(0)  # the reward model's head
+    torch.manual_seed(0)  # initialization of the reward model's head
     module = make_module(name, folder, optimizer=sgd, **options)
     module.configure_model()
     start = {n: p.detach().clone() for n, p in module.named_parameters()}

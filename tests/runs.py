@@ -1,4 +1,4 @@
-"""Runs of every method on a tiny model, the same every time."""
+"""Modules, data and Trainers for reproducible runs of every algorithm on a tiny model."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ GROUPS = {
 
 
 def grouped(options: dict) -> dict:
-    """Sort options such as `num_minibatches=2` into the dataclasses that hold them."""
+    """Move options such as `num_minibatches=2` into their dataclasses."""
     options, groups = dict(options), {}
     for group, kind in GROUPS.items():
         names = [field.name for field in dataclasses.fields(kind)]

@@ -1,4 +1,4 @@
-"""Rewards and a scorer call on three prompts, for the tests of rewards."""
+"""Rewards, and a scorer call on three prompts, for tests of rewards."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ def score(rewards, state=None, **columns):
 
 
 def flat(scores):
-    """Weighted sums as a list with one entry per completion."""
+    """Return the weighted sums as a list with one entry per completion."""
     return scores.rewards.flatten().tolist()
 
 

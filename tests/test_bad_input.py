@@ -1,4 +1,4 @@
-"""What a user can get wrong in Python, and the sentence that says so: what is wrong, with its value."""
+"""Error messages for wrong input from Python: each names the wrong value."""
 
 import math
 
@@ -19,8 +19,8 @@ from tiny import make_llama, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def untyped(monkeypatch):
-    """As for users, who have no type checker that would find a misspelt option first."""
+def no_type_checks(monkeypatch):
+    """Disable jaxtyping, which users don't have and which would reject misspelt options first."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "sentence"),
+    ("name", "options", "message"),
     [
         ("RLOO", {"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be 0 or more"),
         ("Reinforce", {"baseline": "nnone"}, "baseline='nnone' must be one of none, mean, exponential"),
@@ -59,13 +59,13 @@ def folder(tmp_path_factory):
     ],
     ids=str,
 )
-def test_an_option_that_can_not_be(name, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_option_out_of_range_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
         make_module(name, "nowhere", **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"max_new_tokens": 4}, r"max_new_tokens is an option of sampling: give sampling=lit_rlhf.Sampling\(max_new"),
         ({"update_epochs": 4}, r"update_epochs is an option of updates: give updates=lit_rlhf.Updates"),
@@ -73,29 +73,30 @@ def test_an_option_that_can_not_be(name, options, sentence):
     ],
     ids=str,
 )
-def test_grouped_options_go_into_their_group(options, sentence):
-    with pytest.raises(TypeError, match=sentence):
+def test_option_outside_its_group_is_refused(options, message):
+    with pytest.raises(TypeError, match=message):
         lit_rlhf.RLOO("nowhere", rewards=[vowels], **options)
 
 
 @pytest.mark.parametrize("name", ["RLOO", "Reinforce", "SFT"])
 @pytest.mark.parametrize("options", [{"lora": {"r": 2}}, {"lora": {}}, {"load": {"dtype": "bfloat16"}}], ids=str)
-def test_a_policy_in_memory_is_not_loaded_again(name, options):
+def test_lora_and_load_are_refused_for_a_policy_in_memory(name, options):
     tokenizer = make_tokenizer()
     policy = lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer)
-    given = {"rewards": [vowels]} if name != "SFT" else {}
+    arguments = {"rewards": [vowels]} if name != "SFT" else {}
     with pytest.raises(ValueError, match=r"`lora` and `load` are for a policy loaded here.*lit_rlhf.Policy"):
-        getattr(lit_rlhf, name)(policy, **given, **options)
+        getattr(lit_rlhf, name)(policy, **arguments, **options)
 
 
 @pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
-def test_an_adapter_that_would_change_the_reference_is_refused(option):
+def test_adapter_that_would_change_the_reference_is_refused(option):
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match="changes the model under the adapter, which is the reference"):
         lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer, lora={"r": 2, **option})
 
 
-def test_half_of_a_new_adapter_does_not_make_a_small_rate_large_enough():
+def test_learning_rate_too_small_for_bfloat16_weights_is_refused():
+    """Even if half of the trained weights, the zeros of a new adapter, can change."""
     policy = lit_rlhf.Policy(make_llama(263, initializer_range=1.0).bfloat16(), make_tokenizer(), lora={"r": 2})
     policy.to(torch.bfloat16)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-7)
@@ -109,7 +110,7 @@ def test_half_of_a_new_adapter_does_not_make_a_small_rate_large_enough():
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_a_reward_model_does_not_start_from_an_adapter(stage, folder, tmp_path, monkeypatch):
+def test_reward_model_from_an_adapter_is_refused(stage, folder, tmp_path, monkeypatch):
     lit_rlhf.Policy.from_pretrained(folder, lora={"r": 2}).save(tmp_path / "adapter")
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
     module = make_module("RewardModeling", tmp_path / "adapter")
@@ -119,42 +120,42 @@ def test_a_reward_model_does_not_start_from_an_adapter(stage, folder, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["RewardModeling", "SFT"])
-def test_a_tokenizer_with_more_tokens_than_the_model(name, tmp_path):
+def test_tokenizer_with_more_tokens_than_the_model_is_refused(name, tmp_path):
     rows = len(make_tokenizer())
     more = write_policy(tmp_path / "more", tokens=["<one>", "<two>"])
     with pytest.raises(ValueError, match=rf"more' has {rows + 2} tokens, but the model embeds {rows}"):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, more), make_data(name))
 
 
-def train_and_hold_out(length: int, **options):
-    """Short prompts to train on, and a held-out one of so many tokens."""
+def make_prompt_data(length: int, **options):
+    """Return short prompts, and one validation prompt of `length` tokens."""
     rows = [{"prompt": text} for text in "abcd"]
     return lit_rlhf.PromptData(train=rows, val=[*rows, {"prompt": "x" * length}], batch_size=2, **options)
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
-def test_a_prompt_and_its_completion_need_positions(stage, tmp_path):
+def test_prompt_and_max_new_tokens_beyond_the_positions_are_refused(stage, tmp_path):
     short = write_policy(tmp_path / "short", max_position_embeddings=32)
 
     def run(data):
         module = make_module("RLOO", short, max_new_tokens=12)
         getattr(make_trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
 
-    sentence = "a prompt of 21 tokens and max_new_tokens=12 exceed the 32 positions .* data.max_prompt_tokens=20"
-    with pytest.raises(ValueError, match=sentence):
-        run(train_and_hold_out(21))
-    run(train_and_hold_out(20))
-    run(train_and_hold_out(21, max_prompt_tokens=20, truncation="truncate"))  # as the sentence says
+    message = "a prompt of 21 tokens and max_new_tokens=12 exceed the 32 positions .* data.max_prompt_tokens=20"
+    with pytest.raises(ValueError, match=message):
+        run(make_prompt_data(21))
+    run(make_prompt_data(20))
+    run(make_prompt_data(21, max_prompt_tokens=20, truncation="truncate"))  # as the message recommends
 
 
 # Data
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
-@pytest.mark.parametrize("cut", [{"num_minibatches": 2}, {"sample_minibatches": 2}, {"update_epochs": 2}], ids=str)
-def test_a_loader_of_ones_own_repeats_no_prompts(cut, folder, tmp_path):
+@pytest.mark.parametrize("options", [{"num_minibatches": 2}, {"sample_minibatches": 2}, {"update_epochs": 2}], ids=str)
+def test_dataloader_without_repeats_is_refused_for_several_steps_per_rollout(options, folder, tmp_path):
     batch = make_prompts([9, 10, 11], [12, 13]).replace(text=["one", "two"])
-    module = make_module("RLOO", folder, **cut)
+    module = make_module("RLOO", folder, **options)
     with pytest.raises(ValueError, match=r"a rollout lasts 2 training steps.*lit_rlhf.PromptData"):
         make_trainer(tmp_path, max_steps=2).fit(module, DataLoader([batch] * 2, batch_size=None))
 
@@ -172,7 +173,7 @@ def test_a_loader_of_ones_own_repeats_no_prompts(cut, folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_file_without_a_row_is_empty(part, name, content, tmp_path):
+def test_file_without_rows_is_refused(part, name, content, tmp_path):
     (tmp_path / name).write_text(content)
     data = lit_rlhf.PromptData(**{"train": [{"prompt": "a"}], part: str(tmp_path / name)}, batch_size=1)
     data.tokenizer = make_tokenizer()
@@ -183,19 +184,19 @@ def test_a_file_without_a_row_is_empty(part, name, content, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data"), [("DPO", "RLOO"), ("RLOO", "DPO"), ("SFT", "DPO"), ("RewardModeling", "SFT")]
 )
-def test_data_of_another_method(name, data, folder, tmp_path):
+def test_data_module_of_another_algorithm_is_refused(name, data, folder, tmp_path):
     with pytest.raises(ValueError, match=f"{name} learns from .* give --data [A-Z][a-z]+Data"):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(data))
 
 
 @pytest.mark.parametrize("name", ["DPO", "SFT", "RewardModeling"])
-def test_a_row_longer_than_the_positions_of_the_model(name, tmp_path):
+def test_row_longer_than_the_positions_is_refused(name, tmp_path):
     folder = write_policy(tmp_path / "short", max_position_embeddings=8)
     with pytest.raises(ValueError, match=r"a row of \d+ tokens exceeds the 8 positions of the"):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(name))
 
 
-def test_an_adapter_that_was_loaded_frozen_is_named(folder, tmp_path):
+def test_adapter_loaded_frozen_is_refused(folder, tmp_path):
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     module = lit_rlhf.RLOO(lit_rlhf.Policy(frozen, make_tokenizer()), rewards=[vowels])
@@ -205,7 +206,7 @@ def test_an_adapter_that_was_loaded_frozen_is_named(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
 @pytest.mark.parametrize("num_minibatches", [1, 2])
-def test_a_loader_from_outside_the_run_is_refused(num_minibatches, folder, tmp_path):
+def test_dataloader_made_outside_the_run_is_refused(num_minibatches, folder, tmp_path):
     data, module = make_data("RLOO"), make_module("RLOO", folder, num_minibatches=num_minibatches)
     data.tokenizer = make_tokenizer()
     data.setup()
@@ -213,7 +214,7 @@ def test_a_loader_from_outside_the_run_is_refused(num_minibatches, folder, tmp_p
         make_trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data.train_dataloader())
 
 
-def test_accumulation_is_not_rescheduled_under_a_rollout(folder, tmp_path):
+def test_gradient_accumulation_scheduler_is_refused_for_rollouts(folder, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, callbacks=[GradientAccumulationScheduler({0: 3})])
     with pytest.raises(ValueError, match=r"GradientAccumulationScheduler .*BatchSchedule"):
         trainer.fit(make_module("PPO", folder, num_minibatches=2), make_data("PPO"))
@@ -222,18 +223,20 @@ def test_accumulation_is_not_rescheduled_under_a_rollout(folder, tmp_path):
 @pytest.mark.parametrize(
     "change", [lambda terms: terms.mean(), lambda terms: terms.sum(1, keepdim=True), lambda terms: terms[..., None]]
 )
-def test_terms_of_another_shape_are_refused(change, folder, tmp_path):
-    class Own(lit_rlhf.RLOO):
+def test_loss_terms_of_a_wrong_shape_are_refused(change, folder, tmp_path):
+    class WrongShape(lit_rlhf.RLOO):
         def loss(self, rollout):
             terms, metrics = super().loss(rollout)
             return change(terms), metrics
 
-    module = Own(str(folder), rewards=[vowels], num_samples=3, sampling=lit_rlhf.Sampling(max_new_tokens=6))
-    with pytest.raises(ValueError, match=r"Own.loss must return terms of shape \(4, 3\) or \(4, 3, \d\), one per"):
+    module = WrongShape(str(folder), rewards=[vowels], num_samples=3, sampling=lit_rlhf.Sampling(max_new_tokens=6))
+    with pytest.raises(
+        ValueError, match=r"WrongShape.loss must return terms of shape \(4, 3\) or \(4, 3, \d\), one per"
+    ):
         make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, make_data("RLOO"))
 
 
-def test_an_empty_prompt_needs_a_token_to_start_with():
+def test_empty_prompt_without_bos_and_eos_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"neither BOS nor EOS: set tokenizer.bos_token"):

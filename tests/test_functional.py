@@ -1,4 +1,4 @@
-"""`functional` against numbers computed by hand and the properties that must hold, in float64."""
+"""`functional` against hand-computed numbers and mathematical properties, in float64."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ assert_close = torch.testing.assert_close
 # Sums over tokens
 
 
-def test_masked_mean_is_over_tokens_with_mask_true_and_0_without_any():
+def test_masked_mean_averages_unmasked_tokens_and_is_0_without_any():
     mask = torch.tensor([[[True, True, False], [False, False, False]]])
     assert torch.equal(F.masked_mean(double([[1, 2, 99], [99, 99, 99]]), mask), double([1.5, 0]))
 
@@ -54,7 +54,7 @@ def test_padding_affects_neither_value_nor_gradient(poison):
         assert torch.equal(value, clean) and torch.equal(gradient[mask], clean_gradient[mask]), name
 
 
-def test_reinforce_loss_applies_a_completion_advantage_to_every_token_with_a_minus_sign():
+def test_reinforce_loss_is_minus_the_advantage_times_the_logprob_of_each_token():
     logprobs = double([[-1, -2, -4], [-8, -16, -32]])
     mask = torch.tensor([[[True, True, False], [True, True, True]]])
     assert torch.equal(F.reinforce_loss(logprobs, double([1, -1]), mask), double([3, -56]))
@@ -73,14 +73,14 @@ def test_padding_does_not_affect_k3():
 
 
 def near_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of five tokens under a policy and a nearby reference, and their exact KL."""
+    """Return log-probabilities of five tokens under a policy and a nearby reference, and the exact KL."""
     logits, change = rewards_of(2, 5)
     logprobs, reference = logits.log_softmax(-1), (logits + 0.3 * change).log_softmax(-1)
     return logprobs, reference, (logprobs.exp() * (logprobs - reference)).sum()
 
 
 @pytest.mark.parametrize("estimator", [F.kl_k1, F.kl_k3])
-def test_the_kl_estimators_are_unbiased(estimator):
+def test_kl_estimators_are_unbiased(estimator):
     logprobs, reference, kl = near_pair()
     assert_close((logprobs.exp() * estimator(logprobs, reference)).sum(), kl, atol=1e-12, rtol=0)
 
@@ -122,9 +122,9 @@ def test_token_logprobs_gradient():
     tokens = torch.tensor([4, 0, 2])
     assert torch.autograd.gradcheck(lambda logits: F.token_logprobs(logits, tokens), logits)
     assert torch.autograd.gradcheck(lambda logits: F.token_logprobs(logits[0], tokens[0]), logits)
-    (found,) = torch.autograd.grad(F.token_logprobs(logits, tokens) @ double([1, -2, 3])[0], logits)
+    (actual,) = torch.autograd.grad(F.token_logprobs(logits, tokens) @ double([1, -2, 3])[0], logits)
     (expected,) = torch.autograd.grad(logits.log_softmax(-1)[torch.arange(3), tokens] @ double([1, -2, 3])[0], logits)
-    assert_close(found, expected, atol=1e-12, rtol=0)
+    assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_entropy_with_zero_probability_tokens():
@@ -210,8 +210,8 @@ def test_sequence_reward_goes_to_the_last_token():
     ],
 )
 def test_ppo_clip_loss_is_pessimistic(ratio, advantage, loss, is_clipped):
-    found, clipped = F.ppo_clip_loss(double(ratio).log(), double(0.0), double(advantage), 0.2)
-    assert_close(found, double(loss), atol=1e-12, rtol=0)
+    actual, clipped = F.ppo_clip_loss(double(ratio).log(), double(0.0), double(advantage), 0.2)
+    assert_close(actual, double(loss), atol=1e-12, rtol=0)
     assert clipped.tolist() == [is_clipped]
     unclipped, clipped = F.ppo_clip_loss(double(ratio).log(), double(0.0), double(advantage), None)
     assert_close(unclipped, -double(ratio * advantage))
@@ -224,14 +224,14 @@ def test_importance_ratio_within_the_bound_is_the_plain_exponential():
     assert log_ratio.abs().max() < F.MAX_LOG_RATIO
     plain, ratio = log_ratio.exp(), F.importance_ratio(logprobs, old)
     assert torch.equal(ratio, plain)
-    (expected,), (found,) = (torch.autograd.grad(x.sum(), logprobs, retain_graph=True) for x in (plain, ratio))
-    assert torch.equal(found, expected)
+    (expected,), (actual,) = (torch.autograd.grad(x.sum(), logprobs, retain_graph=True) for x in (plain, ratio))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("clip_range", [None, 0.2])
 @pytest.mark.parametrize("log_ratio", [90.0, -90.0])
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
-def test_an_extreme_log_ratio_gives_a_finite_loss_and_no_gradient(log_ratio, advantage, clip_range):
+def test_extreme_log_ratio_gives_a_finite_loss_and_zero_gradient(log_ratio, advantage, clip_range):
     """In float32, `exp(90)` is infinite."""
     logprobs = torch.tensor([log_ratio, 0.0], requires_grad=True)
     advantages = torch.full((2,), advantage)

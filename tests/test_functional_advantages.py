@@ -1,4 +1,4 @@
-"""Group-relative advantages (RLOO, GRPO, Dr. GRPO) against numbers computed by hand and loops, in float64."""
+"""Group-relative advantages (RLOO, GRPO, Dr. GRPO) against hand-computed numbers and loops, in float64."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ assert_close = torch.testing.assert_close
 
 
 def loop_leave_one_out(rewards: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Leave-one-out advantages by definition, one completion at a time."""
+    """Compute leave-one-out advantages by definition, one completion at a time."""
     result = torch.zeros_like(rewards)
     for i, j in valid.nonzero().tolist():
         siblings = [rewards[i, s] for s in range(rewards.shape[1]) if s != j and valid[i, s]]
@@ -31,8 +31,8 @@ def test_rloo_matches_hand_computed_advantages():
 
 
 def test_rloo_with_binary_rewards():
-    right = double([1, 0, 0, 1, 0, 1, 0, 0])
-    assert_close(F.rloo_advantages(right), right * 5 / 7 - (1 - right) * 3 / 7, atol=1e-12, rtol=0)
+    binary = double([1, 0, 0, 1, 0, 1, 0, 0])
+    assert_close(F.rloo_advantages(binary), binary * 5 / 7 - (1 - binary) * 3 / 7, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
@@ -61,7 +61,7 @@ def test_rloo_loss_for_k_2_is_half_the_reward_difference_times_the_logprob_diffe
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero_rloo_advantages(dtype):
-    """Adam would scale a rounding error up to the size of any other gradient."""
+    """Otherwise Adam would scale a rounding error up to the size of any other gradient."""
     rewards = torch.tensor([[0.7] * 3, [0.0] * 3, [-1e5 / 3] * 3], dtype=dtype)
     assert (F.rloo_advantages(rewards) == 0).all()
     valid = torch.tensor([True, False, True]).expand(3, 3)
@@ -70,7 +70,7 @@ def test_equal_rewards_give_exactly_zero_rloo_advantages(dtype):
 
 @pytest.mark.parametrize("trial", range(5))
 def test_rloo_ignores_invalid_completions(trial):
-    """They get no advantage and enter neither baselines nor divisors, whatever their value."""
+    """Their advantages are 0, and their values affect neither baselines nor divisors."""
     generator = torch.Generator().manual_seed(trial)
     valid = torch.rand(6, 4, generator=generator) < 0.6
     rewards = rewards_of(6, 4, trial).where(valid, torch.nan)
@@ -99,15 +99,15 @@ def test_token_level_rloo_ignores_invalid_completions_at_every_token():
 
 
 def loop_group_advantages(returns: torch.Tensor, valid: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """Advantages by definition, one group at a time; without normalization if `eps` is None."""
+    """Compute advantages by definition, one group at a time; without normalization if `eps` is None."""
     result = torch.zeros_like(returns)
     for i, row in enumerate(returns.tolist()):
-        kept = [j for j in range(len(row)) if valid[i, j]]
-        if len(kept) < 2:
+        indices = [j for j in range(len(row)) if valid[i, j]]
+        if len(indices) < 2:
             continue
-        mean = statistics.fmean(row[j] for j in kept)
-        scale = 1.0 if eps is None else statistics.stdev([row[j] for j in kept]) + eps
-        for j in kept:
+        mean = statistics.fmean(row[j] for j in indices)
+        scale = 1.0 if eps is None else statistics.stdev([row[j] for j in indices]) + eps
+        for j in indices:
             result[i, j] = (row[j] - mean) / scale
     return result
 
@@ -126,11 +126,11 @@ def test_group_advantages_match_hand_computed_numbers():
 
 
 def test_group_advantages_with_binary_rewards():
-    right = double([1, 0, 0, 1, 0, 1, 0, 0])
-    valid = all_valid(right)
-    assert_close(F.group_centered_advantages(right, valid), right * 0.625 - (1 - right) * 0.375, atol=1e-12, rtol=0)
-    normalized = F.group_normalized_advantages(right, valid, eps=0.0)
-    assert_close(normalized, right * 1.2076 - (1 - right) * 0.7246, atol=5e-5, rtol=0)
+    binary = double([1, 0, 0, 1, 0, 1, 0, 0])
+    valid = all_valid(binary)
+    assert_close(F.group_centered_advantages(binary, valid), binary * 0.625 - (1 - binary) * 0.375, atol=1e-12, rtol=0)
+    normalized = F.group_normalized_advantages(binary, valid, eps=0.0)
+    assert_close(normalized, binary * 1.2076 - (1 - binary) * 0.7246, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("trial", range(5))

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom."""
+"""The shipped notebooks run from top to bottom."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 @pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_notebook_runs(name, tmp_path, monkeypatch):
+def test_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would wait for those of the tests beside
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads would compete with those of parallel tests
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

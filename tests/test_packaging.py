@@ -1,4 +1,4 @@
-"""What setuptools is told is what there is: a forgotten package works from the checkout, not from the wheel."""
+"""The package list of pyproject.toml is complete: a missing package breaks the wheel but not the checkout."""
 
 import tomllib
 from pathlib import Path
@@ -9,16 +9,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_package_is_listed():
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [ROOT / "lit_rlhf", *(path for path in (ROOT / "lit_rlhf").rglob("*") if path.is_dir())]
     found = {".".join(path.relative_to(ROOT).parts) for path in folders if (path / "__init__.py").is_file()}
-    assert found | {"lit_rlhf.callbacks", "lit_rlhf.configs"} == set(told)
+    assert found | {"lit_rlhf.callbacks", "lit_rlhf.configs"} == set(listed)
 
 
-def test_callbacks_and_configs_are_those_at_the_top_level():
+def test_callbacks_and_configs_link_to_the_top_level_folders():
     for name in ("callbacks", "configs"):
         assert (ROOT / "lit_rlhf" / name).resolve() == ROOT / name
 
 
-def test_the_version_stands_in_one_way():
+def test_version_matches_pyproject():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == lit_rlhf.__version__

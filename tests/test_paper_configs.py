@@ -1,4 +1,4 @@
-"""The paper's runs, step by step as their configurations say, with tiny local stand-ins for models and data."""
+"""Runs of the paper configurations, step by step, with tiny local models and data."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ ONLINE = {
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer), max_position_embeddings=1024).save_pretrained("tiny")
@@ -73,10 +73,10 @@ def run(config, rows, *args):
         pytest.param("tldr", "dpo", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_before_or_instead_of_sampling(setting, step, place):
+def test_offline_step_runs_and_exports_a_policy(setting, step, workspace):
     rows = SETTINGS[setting]["demonstrations" if step == "sft" else "pairs"]
     run(f"paper/{setting}_{step}", rows, "--data.batch_size=4", "--trainer.accumulate_grad_batches=1")
-    assert (place / "here" / "policy" / "last" / "model.safetensors").is_file()
+    assert (workspace / "here" / "policy" / "last" / "model.safetensors").is_file()
 
 
 REWARDS = "[{class_path: lit_rlhf.RewardModel, init_args: {model: judge}}]"
@@ -90,55 +90,54 @@ def check_online(setting, *args):
     assert any(row["val/win_rate"] and row["val/perplexity"] for row in rows)
 
 
-def test_rloo_samples(place):
+def test_rloo_runs(workspace):
     check_online("tldr")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ONLINE)
-def test_every_method_that_samples(setting, name, place):
+def test_online_algorithm_runs(setting, name, workspace):
     check_online(setting, *ONLINE[name])
 
 
-def test_llama_differs_where_it_should(place):
+def test_llama_configuration_overrides_hh(workspace):
     check_online("hh", "--config", "paper/llama")
-    config = yaml.safe_load((place / "here" / "version_0" / "config.yaml").read_text())
-    assert (
-        config["model"]["init_args"]["updates"]["num_minibatches"] == config["trainer"]["accumulate_grad_batches"] == 16
-    )
-    assert config["model"]["init_args"]["kl_coef"] == 0.1 and config["trainer"]["max_epochs"] == 2
+    config = yaml.safe_load((workspace / "here" / "version_0" / "config.yaml").read_text())
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    assert model["updates"]["num_minibatches"] == trainer["accumulate_grad_batches"] == 16
+    assert model["kl_coef"] == 0.1 and trainer["max_epochs"] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "completions", "updates"), [("tldr", 512, 2), ("hh", 512, 2), ("llama", 2048, 1)]
 )  # Back to Basics, appendix C
-def test_every_command_has_as_many_completions_as_the_paper_says(name, completions, updates):
-    """The commands that a configuration gives at its head: what the files say, with what is overridden."""
+def test_commands_have_the_batch_sizes_of_the_paper(name, completions, updates):
+    """Check the commands in the header of a configuration: options of its files, with overrides."""
     lines = (CONFIGS / "paper" / f"{name}.yaml").read_text().splitlines()
     commands = [
         line.partition("lit-rlhf fit ")[2].partition("  #")[0].split() for line in lines if "  lit-rlhf" in line
     ]
-    methods = []
+    algorithms = []
     for words in commands:
         pairs = list(zip(words[::2], words[1::2], strict=True))
-        given = {}
+        options = {}
         for flag, value in pairs:
-            given |= flat(CONFIGS / f"{value}.yaml") if flag == "--config" else {flag[2:]: value}
+            options |= flat(CONFIGS / f"{value}.yaml") if flag == "--config" else {flag[2:]: value}
         if pairs[0][1] not in ("paper/tldr", "paper/hh"):
-            continue  # a step before or instead of sampling
+            continue  # an offline step
         batch_size, samples, devices, minibatches, accumulate, prompt, new = (
-            int(given[key])
+            int(options[key])
             for key in (
                 "data.batch_size", "model.num_samples", "trainer.devices", "model.updates.num_minibatches",
                 "trainer.accumulate_grad_batches", "data.max_prompt_tokens", "model.sampling.max_new_tokens",
             )
         )  # fmt: skip
         assert batch_size * samples * devices == completions
-        assert minibatches // accumulate == updates  # of a rollout
+        assert minibatches // accumulate == updates  # per rollout
         assert prompt + new == 512
-        methods.append((given["model"], samples))
-    assert methods == [("RLOO", 4), ("RAFT", 4), ("RLOO", 2), ("Reinforce", 1), ("VanillaPG", 1), ("PPO", 1)]
+        algorithms.append((options["model"], samples))
+    assert algorithms == [("RLOO", 4), ("RAFT", 4), ("RLOO", 2), ("Reinforce", 1), ("VanillaPG", 1), ("PPO", 1)]
 
 
 CONTEXT = {"tldr": {"data.max_prompt_tokens": 448}, "hh": {"data.max_prompt_tokens": 348}}
@@ -153,19 +152,19 @@ HYPERPARAMETERS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("step", ["sft", "reward_model", "dpo", None])
-def test_the_hyperparameters_are_the_papers(setting, step):
-    given = flat(CONFIGS / "paper" / f"{setting}_{step}.yaml" if step else CONFIGS / "paper" / f"{setting}.yaml")
+def test_hyperparameters_match_the_paper(setting, step):
+    options = flat(CONFIGS / "paper" / f"{setting}_{step}.yaml" if step else CONFIGS / "paper" / f"{setting}.yaml")
     expected = HYPERPARAMETERS[step or setting] | CONTEXT[setting] | {"model.lr_scheduler.warmup": 0.03}
-    assert {name: given.get(name) for name in expected} == expected
+    assert {name: options.get(name) for name in expected} == expected
     if step:
-        assert given["data.max_prompt_tokens"] + given["data.max_completion_tokens"] == 512
-        assert step == "sft" or given["model.policy"] == f"runs/paper/{setting}/sft/policy/last"
+        assert options["data.max_prompt_tokens"] + options["data.max_completion_tokens"] == 512
+        assert step == "sft" or options["model.policy"] == f"runs/paper/{setting}/sft/policy/last"
     else:
-        assert "model.lr_scheduler.decay" not in given  # constant
+        assert "model.lr_scheduler.decay" not in options  # constant
 
 
 def flat(path):
-    """The options of a configuration by the flags that override them."""
+    """Return the options of a configuration by the flag that overrides each."""
     options = {}
 
     def add(flag, value):
@@ -174,8 +173,8 @@ def flat(path):
             return
         if "class_path" in value:
             options[flag] = value["class_path"]
-        for name, inner in value.get("init_args", value).items():
-            add(f"{flag}.{name}", inner)
+        for name, nested in value.get("init_args", value).items():
+            add(f"{flag}.{name}", nested)
 
     for part, values in yaml.safe_load(path.read_text()).items():
         add(part, values)

@@ -1,4 +1,4 @@
-"""Tokenization of prompts and completions, with tokenizers and templates that treat the ends of a text differently."""
+"""Tokenization of prompts and completions, with tokenizers and chat templates that differ at text boundaries."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -13,7 +13,7 @@ DIALOGUE = "Human: hi\n\nAssistant:"
 
 @pytest.fixture
 def llama_2_style():
-    """A tokenizer that adds a space before every text and removes the first one of decoded texts, as Llama 2's does."""
+    """Return a tokenizer that, like Llama 2's, prepends a space to each text and strips the first one on decoding."""
     characters = "▁\n:;" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters, "▁g", "▁go"])}
     backend = Tokenizer(models.BPE(vocabulary, [("▁", "g"), ("▁g", "o")], unk_token="<unk>"))
@@ -23,7 +23,7 @@ def llama_2_style():
 
 
 @pytest.mark.parametrize("completion", [" good", "good", "\ngood"])
-def test_prompt_and_completion_ids_concatenate_to_those_of_the_whole_text(completion, llama_2_style):
+def test_prompt_and_completion_ids_concatenate_to_the_ids_of_the_full_text(completion, llama_2_style):
     ids = encode_prompt(llama_2_style, DIALOGUE) + encode_completion(
         llama_2_style, DIALOGUE, completion, finished=False
     )
@@ -31,7 +31,7 @@ def test_prompt_and_completion_ids_concatenate_to_those_of_the_whole_text(comple
 
 
 def test_decoding_a_completion_does_not_depend_on_the_batch(llama_2_style, monkeypatch):
-    """Also if one of the batch merges with its context."""
+    """Even if one text of the batch merges with its context."""
     ids = [encode_completion(llama_2_style, DIALOGUE, text) for text in (" good", "merging")]
     original = type(llama_2_style).batch_decode
 
@@ -49,12 +49,12 @@ def test_completions_round_trip_as_continuations_of_a_prompt(completion, llama_2
     assert decode_completions(llama_2_style, [ids, ids[:-1]]) == [completion] * 2
 
 
-def test_a_completion_without_a_prompt_is_encoded_as_a_text_of_its_own(llama_2_style):
+def test_completion_without_a_prompt_is_encoded_as_a_standalone_text(llama_2_style):
     assert encode_completion(llama_2_style, "", "good", finished=False) == llama_2_style("good")["input_ids"]
 
 
-def test_a_turn_ends_with_the_end_token_of_its_template(tokenizer):
-    """It is not the tokenizer's EOS, as in Gemma and Phi; what the template adds after it is never sampled."""
+def test_turn_ends_with_the_end_token_of_the_chat_template(tokenizer):
+    """It differs from the tokenizer's EOS, as in Gemma and Phi. What the template adds after it is never sampled."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
@@ -67,7 +67,7 @@ def test_a_turn_ends_with_the_end_token_of_its_template(tokenizer):
     assert decoded == {True: "good<end>", False: "good"}
 
 
-def test_an_assistant_turn_at_the_end_of_the_prompt_is_continued(tokenizer):
+def test_assistant_turn_at_the_end_of_the_prompt_is_continued(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -79,8 +79,8 @@ def test_an_assistant_turn_at_the_end_of_the_prompt_is_continued(tokenizer):
 
 
 @pytest.mark.parametrize("suffix", ["", "\n", "\n<eos>"])
-def test_a_policy_stops_at_the_end_token_of_its_template(suffix, tokenizer, tmp_path):
-    """Also if the base model's generation config lacks it; the saved policy's config has it."""
+def test_policy_stops_at_the_end_token_of_its_chat_template(suffix, tokenizer, tmp_path):
+    """Even if the base model's generation config lacks it. The saved generation config contains it."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>" + suffix + "{% endfor %}"
@@ -93,7 +93,7 @@ def test_a_policy_stops_at_the_end_token_of_its_template(suffix, tokenizer, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [2, end]
 
 
-def test_a_special_token_inside_a_turn_does_not_end_it(tokenizer):
+def test_special_token_inside_a_turn_does_not_end_it(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "a<bos>b"}]
     assert tokenizer.decode(encode_completion(tokenizer, prompt, answer)).endswith("a<bos>b<eos>")

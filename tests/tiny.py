@@ -1,16 +1,16 @@
-"""Tiny models and tokenizers, made on the spot: no test reaches the network."""
+"""Tiny models and tokenizers, built in memory: no test needs the network."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what lightning calls
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # from calls in Lightning
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # two pytest workers with two threads each take many times as long on two cores
+torch.set_num_threads(1)  # two workers with two threads each are many times slower on two cores
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}<eos>\n{% endfor %}"
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that can write any text, with <pad>, <bos>, <eos> and <unk>."""
+    """Return a byte-level tokenizer, able to encode any text, with <pad>, <bos>, <eos> and <unk>."""
     specials = ["<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}

@@ -1,4 +1,4 @@
-"""Learning from pairs."""
+"""DPO and IPO: loss, gradient, and reference log-probabilities."""
 
 import math
 
@@ -21,22 +21,22 @@ def fit(module, root, **options):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_first_loss_is_log_two(precision, tiny, tmp_path):
+def test_initial_loss_is_log_2(precision, tiny, tmp_path):
     metrics = fit(make_module("DPO", tiny, optimizer=sgd), tmp_path, max_steps=1, precision=precision)
     assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["train/reward_margin"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["DPO", "IPO"])
-def test_the_gradient_is_that_of_the_equation(name, tiny, tmp_path):
+def test_gradient_matches_the_published_loss(name, tiny, tmp_path):
     module = make_module(name, tiny, optimizer=sgd, beta=0.3)
-    fit(module, tmp_path, max_steps=1)  # the policy has left its reference
+    fit(module, tmp_path, max_steps=1)  # so that the policy differs from its reference
     data = make_data(name)
     data.tokenizer = module.tokenizer
     data.setup()
     batch = next(iter(data.train_dataloader()))
 
-    def totals(model):
+    def sequence_logprobs(model):
         prompts, rows = batch.prompts, []
         for i, j in [(i, j) for i in range(len(prompts)) for j in range(2)]:
             prompt, tokens = prompts.tokens[i][prompts.mask[i]], batch.tokens[i, j][batch.mask[i, j]]
@@ -45,9 +45,9 @@ def test_the_gradient_is_that_of_the_equation(name, tiny, tmp_path):
         return torch.stack(rows).view(-1, 2)
 
     with torch.no_grad():
-        reference = totals(module.reference._policy.causal_lm)
-    gained = totals(module.policy.causal_lm) - reference
-    margin = gained[:, 0] - gained[:, 1]
+        reference = sequence_logprobs(module.reference._policy.causal_lm)
+    log_ratios = sequence_logprobs(module.policy.causal_lm) - reference
+    margin = log_ratios[:, 0] - log_ratios[:, 1]
     loss = -torch.nn.functional.logsigmoid(0.3 * margin) if name == "DPO" else (margin - 1 / 0.6) ** 2
     module.zero_grad()
     loss.mean().backward()
@@ -61,25 +61,25 @@ def test_the_gradient_is_that_of_the_equation(name, tiny, tmp_path):
         torch.testing.assert_close(p.grad, expected[n], atol=1e-4, rtol=1e-3, msg=n)
 
 
-def test_the_reference_is_asked_once_for_each_pair(tiny, tmp_path, monkeypatch):
-    asked = []
-    ask = lit_rlhf.models.policy.Reference.logprobs
+def test_reference_logprobs_are_computed_once_per_pair(tiny, tmp_path, monkeypatch):
+    indices = []
+    original = lit_rlhf.models.policy.Reference.logprobs
 
-    def counting(self, prompts, completions, temperature=1.0):
-        asked.extend(prompts.index.tolist())
-        return ask(self, prompts, completions, temperature)
+    def recording(self, prompts, completions, temperature=1.0):
+        indices.extend(prompts.index.tolist())
+        return original(self, prompts, completions, temperature)
 
-    monkeypatch.setattr(lit_rlhf.models.policy.Reference, "logprobs", counting)
+    monkeypatch.setattr(lit_rlhf.models.policy.Reference, "logprobs", recording)
     module = make_module("DPO", tiny)
     fit(module, tmp_path, max_epochs=3)
     held_out = module.held_out_reference_logprobs
-    assert sorted(asked) == sorted(set(asked)) == sorted([*module.reference_logprobs, *held_out])
+    assert sorted(indices) == sorted(set(indices)) == sorted([*module.reference_logprobs, *held_out])
     assert len(held_out) == 3
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
-def test_a_loader_of_ones_own_trains_the_same(tiny, tmp_path):
-    """Without a data module the reference is asked at every step."""
+def test_dataloader_and_data_module_train_the_same_weights(tiny, tmp_path):
+    """Without a data module, the reference log-probabilities are computed in every step."""
     options = dict(max_steps=3, limit_val_batches=0)
     expected = make_module("DPO", tiny, optimizer=sgd)
     make_trainer(tmp_path, **options).fit(expected, data := make_data("DPO"))
@@ -95,7 +95,7 @@ def test_a_loader_of_ones_own_trains_the_same(tiny, tmp_path):
     assert max(moved) > 1e-3
 
 
-def test_training_prefers_what_was_chosen(tiny, tmp_path):
+def test_training_prefers_the_chosen_completions(tiny, tmp_path):
     module = make_module("DPO", tiny, lr=1e-3)
     metrics = fit(module, tmp_path, max_epochs=8)
     assert metrics["val/accuracy"] == 1.0
@@ -107,7 +107,7 @@ def test_beta_must_be_positive(tiny):
         lit_rlhf.DPO(str(tiny), beta=0)
 
 
-def test_a_trial_does_not_score_the_whole_data_set(tiny, tmp_path):
+def test_fast_dev_run_does_not_compute_reference_logprobs_of_all_pairs(tiny, tmp_path):
     module = make_module("DPO", tiny)
     make_trainer(tmp_path, fast_dev_run=True).fit(module, make_data("DPO"))
     assert not module.reference_logprobs

@@ -1,4 +1,4 @@
-"""GRPO and Dr. GRPO against their formulas, written out token by token. See `enumeration`."""
+"""GRPO and Dr. GRPO against their formulas, written token by token (see `enumeration`)."""
 
 import statistics
 
@@ -10,15 +10,15 @@ from enumerable import make_completions, make_prompts, plain_logprobs
 from enumeration import (
     ALL,
     BETA,
-    DELAYED,
     LENGTH,
     PROMPT,
+    SEQUENCE_REWARDS,
     assert_same,
-    delayed,
     flat_gradient,
-    immediate,
     make_module,
+    sequence_reward,
     step_gradient,
+    token_reward,
 )
 
 GROUP = [ALL[4], ALL[1], ALL[5], ALL[0]]
@@ -31,7 +31,7 @@ def advantages(name: str, returns: list[float]) -> list[float]:
 
 
 def expected_group_gradient(module, old) -> torch.Tensor:
-    """Gradient of the published loss of GRPO or Dr. GRPO, with a loop over completions and tokens."""
+    """Return the gradient of the published loss of GRPO or Dr. GRPO, with a loop over completions and tokens."""
     name, total = type(module).__name__, 0.0
     for y, advantage, before in zip(GROUP, module.rollout.advantages[0].tolist(), old, strict=True):
         now, reference = plain_logprobs(module.policy.causal_lm, PROMPT, y), plain_logprobs(module.initial, PROMPT, y)
@@ -49,7 +49,7 @@ def expected_group_gradient(module, old) -> torch.Tensor:
 
 @pytest.mark.parametrize("kl_coef", [0.0, BETA])
 @pytest.mark.parametrize("name", ["GRPO", "DrGRPO"])
-def test_gradient_is_the_published_one_in_the_first_update_and_later(name, kl_coef):
+def test_gradient_matches_the_published_loss_in_the_first_update_and_the_next(name, kl_coef):
     module = make_module(getattr(lit_rlhf, name), num_samples=4, kl_coef=kl_coef, update_epochs=2)
     prompts, logged = make_prompts(PROMPT), {}
     completions = make_completions(module.policy, prompts, [GROUP])
@@ -61,7 +61,7 @@ def test_gradient_is_the_published_one_in_the_first_update_and_later(name, kl_co
         module.training_step(prompts, step).backward()
         module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
         actual = flat_gradient(module)
-        expected = advantages(name, [DELAYED[y] for y in GROUP])
+        expected = advantages(name, [SEQUENCE_REWARDS[y] for y in GROUP])
         assert module.rollout.advantages[0].tolist() == pytest.approx(expected, rel=1e-6)  # float32, as rewards are
         assert_same(actual, expected_group_gradient(module, old))
         assert (logged["train/clip_fraction"] > 0) == (step == 1)
@@ -70,26 +70,28 @@ def test_gradient_is_the_published_one_in_the_first_update_and_later(name, kl_co
             parameter.data += 0.2 * torch.randn_like(parameter)
 
 
-def test_token_level_rewards_enter_as_their_sum():
+def test_token_level_rewards_are_summed():
     options = dict(num_samples=4, kl_coef=0.0)
-    tokens = make_module(lit_rlhf.GRPO, (immediate,), **options)
+    token_level = make_module(lit_rlhf.GRPO, (token_reward,), **options)
 
     def summed(completion_ids, **kwargs):
-        return [sum(row) for row in immediate(completion_ids)]
+        return [sum(row) for row in token_reward(completion_ids)]
 
-    assert_same(step_gradient(tokens, GROUP), step_gradient(make_module(lit_rlhf.GRPO, (summed,), **options), GROUP))
+    assert_same(
+        step_gradient(token_level, GROUP), step_gradient(make_module(lit_rlhf.GRPO, (summed,), **options), GROUP)
+    )
 
 
-def test_dr_grpo_is_rloo_times_a_constant():
-    """At one update per rollout: `(k - 1) / k` by the baseline, and the constant maximum length."""
+def test_dr_grpo_gradient_is_proportional_to_that_of_rloo():
+    """With one update per rollout, the factor is `(k - 1) / k`, of the baseline, over the constant maximum length."""
     options = dict(num_samples=4, kl_coef=0.0)
-    rloo = step_gradient(make_module(lit_rlhf.RLOO, (delayed,), **options), GROUP)
-    dr_grpo = step_gradient(make_module(lit_rlhf.DrGRPO, (delayed,), **options), GROUP)
+    rloo = step_gradient(make_module(lit_rlhf.RLOO, (sequence_reward,), **options), GROUP)
+    dr_grpo = step_gradient(make_module(lit_rlhf.DrGRPO, (sequence_reward,), **options), GROUP)
     assert_same(dr_grpo * LENGTH * 4 / 3, rloo)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "DrGRPO"])
-def test_a_group_with_equal_rewards_has_no_gradient(name):
+def test_group_with_equal_rewards_has_zero_gradient(name):
     def constant(completion_ids, **kwargs):
         return [0.7] * len(completion_ids)
 
@@ -101,4 +103,4 @@ def test_a_group_with_equal_rewards_has_no_gradient(name):
 def test_options_out_of_range_are_refused(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        lit_rlhf.GRPO("testbed", rewards=[delayed], **options)
+        lit_rlhf.GRPO("testbed", rewards=[sequence_reward], **options)

@@ -1,4 +1,4 @@
-"""Where the KL may go, by enumeration. See `enumeration`."""
+"""Gradients of the KL penalties k1_reward, k2_loss and k3_loss, by enumeration (see `enumeration`)."""
 
 import contextlib
 
@@ -19,33 +19,33 @@ from enumeration import (
 )
 
 
-def kl_gradient(module, of) -> torch.Tensor:
-    """Gradient of what `of` makes of the log-probabilities of all completions under the policy and the reference."""
+def kl_gradient(module, kl) -> torch.Tensor:
+    """Return the gradient of `kl(logprobs, reference)`, given the log-probabilities of all completions."""
     logprobs = sequence_logprobs(module.policy.causal_lm)
     with torch.no_grad():
         reference = sequence_logprobs(module.initial)
     module.zero_grad()
-    of(logprobs, reference).backward()
+    kl(logprobs, reference).backward()
     return flat_gradient(module)
 
 
-def reversed_kl_a_token(module) -> torch.Tensor:
-    """Gradient of KL(ref || pi) at every prefix, the prefixes drawn from the policy."""
+def reverse_kl_gradient(module) -> torch.Tensor:
+    """Return the gradient of KL(ref || pi), summed over prefixes sampled from the policy."""
     module.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     prefixes = {(): 1.0}
     for _ in range(LENGTH):
-        following = {}
+        next_prefixes = {}
         for prefix, probability in prefixes.items():
             ids = torch.tensor([[*PROMPT, *prefix]])
             policy = module.policy.causal_lm(ids).logits[0, -1].log_softmax(-1)
             with torch.no_grad():
                 reference = module.initial(ids).logits[0, -1].log_softmax(-1)
             total = total + probability * (reference.exp() * (reference - policy)).sum()
-            following |= {
+            next_prefixes |= {
                 (*prefix, i): probability * float(policy[i].detach().exp()) for i in range(VOCABULARY) if i != EOS
             }
-        prefixes = following
+        prefixes = next_prefixes
     total.backward()
     return flat_gradient(module)
 
@@ -53,30 +53,30 @@ def reversed_kl_a_token(module) -> torch.Tensor:
 EXACT = ("k1_reward", "k2_loss")
 
 
-METHODS = {
+ALGORITHMS = {
     "RLOO": {"num_samples": 2},
     "Reinforce": {"num_samples": 1},
     "VanillaPG": {"num_samples": 1, "critic": "head", "vf_coef": 1e-30},
 }
 
 
-def penalised(kl_penalty: str, name: str = "RLOO") -> tuple[torch.Tensor, torch.Tensor]:
-    """What a KL penalty takes off the expected gradient; and the gradient of the KL itself."""
-    method, options = getattr(lit_rlhf, name), METHODS[name]
-    plain = make_module(method, kl_coef=0.0, **options)
+def penalty_and_kl_gradient(kl_penalty: str, name: str = "RLOO") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the change in the expected gradient due to a KL penalty, and the gradient of the KL."""
+    algorithm, options = getattr(lit_rlhf, name), ALGORITHMS[name]
+    plain = make_module(algorithm, kl_coef=0.0, **options)
     with pytest.warns(UserWarning, match=kl_penalty) if kl_penalty not in EXACT else contextlib.nullcontext():
-        module = make_module(method, kl_coef=1.0, kl_penalty=kl_penalty, **options)
+        module = make_module(algorithm, kl_coef=1.0, kl_penalty=kl_penalty, **options)
     truth = kl_gradient(module, lambda logprobs, reference: (logprobs.exp() * (logprobs - reference)).sum())
     return expected_gradient(plain) - expected_gradient(module), truth
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("kl_penalty", EXACT)
-def test_two_places_of_the_kl_are_exact(kl_penalty, name):
-    assert_same(*penalised(kl_penalty, name))
+def test_k1_reward_and_k2_loss_have_the_exact_kl_gradient(kl_penalty, name):
+    assert_same(*penalty_and_kl_gradient(kl_penalty, name))
 
 
-def test_k3_in_the_loss_warns_and_has_the_gradient_of_the_reverse_kl():
-    effect, truth = penalised("k3_loss")
-    assert (effect - truth).abs().max() > 1e-2 * truth.abs().max()
-    assert_same(effect, reversed_kl_a_token(make_module(num_samples=2)))
+def test_k3_loss_warns_and_has_the_gradient_of_the_reverse_kl():
+    gradient, truth = penalty_and_kl_gradient("k3_loss")
+    assert (gradient - truth).abs().max() > 1e-2 * truth.abs().max()
+    assert_same(gradient, reverse_kl_gradient(make_module(num_samples=2)))

@@ -1,4 +1,4 @@
-"""`loss` is a pure function of a record: it can be called on one made by hand."""
+"""`loss` is a pure function of a rollout, and can be called on one built by hand."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from runs import ONLINE, make_module
 
 
 def hand_made_rollout(rollout_type: type[Rollout], **changes) -> Rollout:
-    """Two prompts, three completions of up to four tokens; log-probabilities are leaves that require gradient."""
+    """Return a rollout of two prompts and three completions of up to four tokens, with leaves that require gradient."""
     generator = torch.Generator().manual_seed(3)
 
     def random():
@@ -20,7 +20,7 @@ def hand_made_rollout(rollout_type: type[Rollout], **changes) -> Rollout:
     completions = Completions(torch.ones(2, 3, 4, dtype=torch.long), mask, random(), mask[..., -1])
     fields = {"logprobs": random().requires_grad_(), "old_logprobs": random(), "old_values": random()}
     fields |= {"values": random().requires_grad_(), "value_targets": random()}
-    known = {name: value for name, value in fields.items() if name in rollout_type.__dataclass_fields__}
+    existing = {name: value for name, value in fields.items() if name in rollout_type.__dataclass_fields__}
     return rollout_type(
         prompts=make_prompts([5, 6], [7]),
         completions=completions,
@@ -29,7 +29,7 @@ def hand_made_rollout(rollout_type: type[Rollout], **changes) -> Rollout:
         component_rewards={},
         valid=torch.ones(2, 3, dtype=torch.bool),
         returns=torch.zeros(2, 3),
-        **{**known, **changes},
+        **{**existing, **changes},
     )
 
 
@@ -39,8 +39,8 @@ def make_advantages(algorithm: lit_rlhf.OnlineAlgorithm) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_loss_is_a_function_of_the_record(name):
-    """It needs no model and no Trainer, returns the same twice, and changes nothing."""
+def test_loss_is_a_pure_function_of_the_rollout(name):
+    """It needs neither a model nor a Trainer, is deterministic, and has no side effects."""
     algorithm = make_module(name, "nowhere")
     part = hand_made_rollout(algorithm.rollout_type, advantages=make_advantages(algorithm))
     state = dict(vars(algorithm))
@@ -54,7 +54,7 @@ def test_loss_is_a_function_of_the_record(name):
 @pytest.mark.parametrize("name", ["PPO", "GRPO", "DrGRPO"])
 @pytest.mark.parametrize("clip_range", [0.2, None])
 @pytest.mark.parametrize("log_ratio", [90.0, -90.0, 3000.0])
-def test_a_large_log_ratio_has_a_finite_loss_and_gradient(name, clip_range, log_ratio):
+def test_large_log_ratio_has_finite_loss_and_gradient(name, clip_range, log_ratio):
     algorithm = make_module(name, "nowhere", clip_range=clip_range)
     logprobs = torch.full((2, 3, 4), -1.0, requires_grad=True)
     changes = dict(logprobs=logprobs, old_logprobs=logprobs.detach() - log_ratio)

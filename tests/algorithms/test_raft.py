@@ -1,4 +1,4 @@
-"""RAFT trains on the kept completions alone."""
+"""RAFT trains only on the best completion of each group."""
 
 import torch
 
@@ -11,19 +11,20 @@ def length(completions, **kwargs):
     return [float(len(text)) for text in completions]
 
 
-def test_only_what_is_kept_is_computed_also_where_prompts_are_shorter_than_groups(tmp_path, monkeypatch):
-    policy, computed = lit_rlhf.Policy(make_llama(len(make_tokenizer())), make_tokenizer()), []
+def test_training_forward_computes_only_the_best_completions(tmp_path, monkeypatch):
+    """Even if prompts are shorter than groups."""
+    policy, forwards = lit_rlhf.Policy(make_llama(len(make_tokenizer())), make_tokenizer()), []
     module = lit_rlhf.RAFT(policy, rewards=[length], num_samples=5, sampling=lit_rlhf.Sampling(max_new_tokens=4))
     features = lit_rlhf.Policy.features
 
     def recording(self, prompts, completions):
-        computed.append((tuple(completions.mask.shape[:2]), torch.is_grad_enabled()))
+        forwards.append((tuple(completions.mask.shape[:2]), torch.is_grad_enabled()))
         return features(self, prompts, completions)
 
     monkeypatch.setattr(lit_rlhf.Policy, "features", recording)
     data = lit_rlhf.PromptData(train=[{"prompt": c} for c in "abcdefgh"], batch_size=4)
     make_trainer(tmp_path, max_steps=1).fit(module, data)
-    assert [shape for shape, with_gradient in computed if with_gradient] == [(4, 1)]
-    assert module.rollout.valid.all(), "rewards are shown for all"
+    assert [shape for shape, with_gradient in forwards if with_gradient] == [(4, 1)]
+    assert module.rollout.valid.all(), "rewards of all completions are kept"
     assert module.rollout.advantages.sum(1).tolist() == [1, 1, 1, 1]
     assert (module.rollout.returns.argmax(1) == module.rollout.advantages.argmax(1)).all()

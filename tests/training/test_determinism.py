@@ -1,4 +1,4 @@
-"""The same input and seed give the same bits, on several threads too and without a flag."""
+"""Training is bitwise deterministic on a CPU with several threads, without a flag."""
 
 import pytest
 import torch
@@ -19,23 +19,23 @@ def two_threads():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_runs_of_one_seed_end_with_the_same_weights(name, ending, tmp_path):
+def test_two_runs_with_the_same_seed_have_equal_weights(name, ending, tmp_path):
     def train():
-        torch.manual_seed(0)  # the reward model's head
+        torch.manual_seed(0)  # initialization of the reward model's head
         module = make_module(name, ending)
         make_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(module, make_data(name))
         return {n: weight.clone() for n, weight in module.state_dict().items()}
 
-    first, again = train(), train()
-    assert not [n for n, weight in first.items() if not torch.equal(weight, again[n])]
+    first, second = train(), train()
+    assert not [n for n, weight in first.items() if not torch.equal(weight, second[n])]
 
 
 PROMPTS, SAMPLES, LENGTH = 33, 16, 24
-"""Enough numbers for PyTorch to divide the gradient of an indexed cache between threads (2**15 and more)."""
+"""Large enough for PyTorch to split the gradient of an indexed cache over threads (2**15 elements or more)."""
 
 
 def make_batch() -> Demonstrations:
-    """Completions of very different lengths, which are computed in groups that hold the prompts in no order."""
+    """Return completions of very different lengths, which are computed in length groups with prompts out of order."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(7, 263, (PROMPTS, 20), generator=generator)
     prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(PROMPTS))
@@ -56,7 +56,7 @@ def critic_and_output(batch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["policy", "critic"])
-def test_a_gradient_that_threads_share_is_added_up_in_one_order(kind, tmp_path):
+def test_multithreaded_gradients_are_bitwise_deterministic(kind, tmp_path):
     batch = make_batch()
     model, compute = policy_and_output(batch) if kind == "policy" else critic_and_output(batch, tmp_path)
     gradients = []
@@ -64,5 +64,5 @@ def test_a_gradient_that_threads_share_is_added_up_in_one_order(kind, tmp_path):
         model.zero_grad()
         compute().sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    for again in gradients[1:]:
-        assert not [n for n, gradient in gradients[0].items() if not torch.equal(gradient, again[n])]
+    for second in gradients[1:]:
+        assert not [n for n, gradient in gradients[0].items() if not torch.equal(gradient, second[n])]

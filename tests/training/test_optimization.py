@@ -1,4 +1,4 @@
-"""The optimizer of a run: which implementation, and what it does to the weights."""
+"""Fused Adam and gradient clipping."""
 
 import pytest
 import torch
@@ -16,35 +16,35 @@ def fit(tiny, root, precision="32-true", max_steps=2, **options):
     return module, trainer.optimizers[0]
 
 
-def test_adam_goes_over_the_weights_once_to_the_same_result(tiny, tmp_path):
-    """Of the same gradients: those of a longer training are of other weights, by a rounding that it makes more of."""
+def test_fused_adam_is_the_default_and_matches_the_loop(tiny, tmp_path):
+    """Given the same gradients. Two training runs would not compare: they amplify rounding differences."""
     _, fused = fit(tiny, tmp_path, max_steps=1)
-    _, loops = fit(tiny, tmp_path, max_steps=1, foreach=False)
+    _, loop = fit(tiny, tmp_path, max_steps=1, foreach=False)
     assert all(group["fused"] for group in fused.param_groups)
-    assert not any(group["fused"] for group in loops.param_groups)
+    assert not any(group["fused"] for group in loop.param_groups)
     pairs = [
         pair
-        for groups in zip(fused.param_groups, loops.param_groups, strict=True)
+        for groups in zip(fused.param_groups, loop.param_groups, strict=True)
         for pair in zip(groups[0]["params"], groups[1]["params"], strict=True)
     ]
     torch.manual_seed(0)
     for _ in range(4):
-        for ours, plain in pairs:
-            ours.grad = torch.randn_like(ours)
-            plain.grad = ours.grad.clone()
+        for weight, reference in pairs:
+            weight.grad = torch.randn_like(weight)
+            reference.grad = weight.grad.clone()
         fused.step()
-        loops.step()
-    for ours, plain in pairs:
-        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+        loop.step()
+    for weight, reference in pairs:
+        torch.testing.assert_close(weight, reference, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"fused": False}, {"foreach": True}], ids=str)
-def test_what_a_user_has_chosen_stays(options, tiny, tmp_path):
+def test_options_of_the_user_disable_fused_adam(options, tiny, tmp_path):
     _, optimizer = fit(tiny, tmp_path, **options)
     assert not any(group["fused"] for group in optimizer.param_groups)
 
 
-def test_gradients_are_clipped_under_bfloat16_too(tiny, tmp_path):
+def test_gradients_are_clipped_with_fused_adam_and_bf16_mixed(tiny, tmp_path):
     _, optimizer = fit(tiny, tmp_path, precision="bf16-mixed")
     assert all(group["fused"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:

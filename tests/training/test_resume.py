@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends bitwise where the run that was never stopped does."""
+"""Resume is bitwise exact: a stopped and resumed run ends with the same state as an uninterrupted one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from runs import METHODS, ONLINE, grouped, make_data, make_module, make_trainer,
 
 
 class SaveEverywhere(Callback):
-    """Saves at the end of every training batch, in the middle of updates too."""
+    """Save a checkpoint after every training step, also within updates."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -22,8 +22,8 @@ class SaveEverywhere(Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx:02d}.ckpt")
 
 
-def state_of(trainer) -> dict:
-    """All that training goes on from."""
+def training_state(trainer) -> dict:
+    """Return weights, optimizer state, learning rates and the number of updates."""
     optimizer = trainer.optimizers[0].state_dict()["state"]
     moments = {f"{i}.{name}": torch.as_tensor(v) for i, state in optimizer.items() for name, v in state.items()}
     schedule = [torch.tensor(c.scheduler.get_last_lr()) for c in trainer.lr_scheduler_configs]
@@ -34,71 +34,74 @@ def state_of(trainer) -> dict:
 def run(name, folder, root, ckpt_path=None, callbacks=(), data=None, trainer=None, **options):
     options.setdefault("lr_scheduler", lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4, decay="cosine"))
     runner = make_trainer(root, callbacks=list(callbacks), max_epochs=2, gradient_clip_val=0.5, **(trainer or {}))
-    torch.manual_seed(0)  # the reward model's head
+    torch.manual_seed(0)  # initialization of the reward model's head
     runner.fit(make_module(name, folder, **options), make_data(name, **(data or {})), ckpt_path=ckpt_path)
-    return state_of(runner)
+    return training_state(runner)
 
 
-def differing(a: dict, b: dict) -> list[str]:
+def differing_tensors(a: dict, b: dict) -> list[str]:
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 CASES = {
     "plain": {},
-    "mid-rollout": {"num_minibatches": 2, "trainer": {}},
-    "two updates a rollout": {"num_minibatches": 4, "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4}},
-    "two rollouts an update": {"data": {"rows": 16}, "trainer": {"accumulate_grad_batches": 2}},
-    "two epochs a rollout": {"num_minibatches": 2, "sample_minibatches": 3, "update_epochs": 2},
+    "inside a rollout": {"num_minibatches": 2, "trainer": {}},
+    "two updates per rollout": {
+        "num_minibatches": 4,
+        "trainer": {"accumulate_grad_batches": 2, "val_check_interval": 4},
+    },
+    "two rollouts per update": {"data": {"rows": 16}, "trainer": {"accumulate_grad_batches": 2}},
+    "two epochs per rollout": {"num_minibatches": 2, "sample_minibatches": 3, "update_epochs": 2},
 }
 
 
-def check_resumes(name, case, tiny, root, places) -> None:
+def check_resumes(name, case, tiny, root, checkpoints) -> None:
     options = dict(CASES[case])
     if name not in ONLINE:
-        if case in ("mid-rollout", "two epochs a rollout"):
-            pytest.skip("only a rollout is cut into slices")
+        if case in ("inside a rollout", "two epochs per rollout"):
+            pytest.skip("only rollouts have minibatches")
         if options.pop("num_minibatches", None):
             options["trainer"] = {"accumulate_grad_batches": 3, "val_check_interval": 2}
-    if name == "RAFT":  # trains on one completion a prompt
+    if name == "RAFT":  # trains on one completion per prompt
         options.pop("sample_minibatches", None)
-    straight = run(name, tiny, root, callbacks=[SaveEverywhere(root)], **options)
-    for path in sorted(root.glob("*.ckpt"))[places]:
-        assert not differing(straight, run(name, tiny, root, ckpt_path=path, **options)), path.name
+    uninterrupted = run(name, tiny, root, callbacks=[SaveEverywhere(root)], **options)
+    for path in sorted(root.glob("*.ckpt"))[checkpoints]:
+        assert not differing_tensors(uninterrupted, run(name, tiny, root, ckpt_path=path, **options)), path.name
 
 
 @pytest.mark.filterwarnings("ignore:(4|12) updates per rollout")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [(n, c) for n in METHODS for c in CASES if n in ("RLOO", "PPO", "DPO") or c == "two updates a rollout"],
+    [(n, c) for n in METHODS for c in CASES if n in ("RLOO", "PPO", "DPO") or c == "two updates per rollout"],
 )
-def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(name, case, tiny, tmp_path):
-    """Stopped early (in the middle of an update where there is one) and late in the first epoch, or in the second."""
-    check_resumes(name, case, tiny, tmp_path, slice(0, None, 19 if case == "two epochs a rollout" else 6))
+def test_resume_is_bitwise_exact(name, case, tiny, tmp_path):
+    """From checkpoints early and late in the first epoch, or in the second, also within updates."""
+    check_resumes(name, case, tiny, tmp_path, slice(0, None, 19 if case == "two epochs per rollout" else 6))
 
 
-def test_a_module_that_has_trained_goes_back_to_a_rollout_of_before(tiny, tmp_path):
+def test_resume_of_a_trained_module_from_an_earlier_rollout_is_bitwise_exact(tiny, tmp_path):
     schedule = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
     module = make_module("RLOO", tiny, num_minibatches=2, **schedule)
     trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[SaveEverywhere(tmp_path)])
     trainer.fit(module, make_data("RLOO"))
-    expected = state_of(trainer)
+    expected = training_state(trainer)
     trainer = make_trainer(tmp_path, max_epochs=2)
-    trainer.fit(module, make_data("RLOO"), ckpt_path=tmp_path / "0-02.ckpt")  # one of two slices is done
-    assert not differing(expected, state_of(trainer))
+    trainer.fit(module, make_data("RLOO"), ckpt_path=tmp_path / "0-02.ckpt")  # after the first of two minibatches
+    assert not differing_tensors(expected, training_state(trainer))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(4|12) updates per rollout")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_can_be_resumed_from_every_step(name, case, tiny, tmp_path):
+def test_resume_from_every_step_is_bitwise_exact(name, case, tiny, tmp_path):
     check_resumes(name, case, tiny, tmp_path, slice(None))
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_a_critic_that_is_a_head_on_the_policy_resumes_too(lora, tiny, tmp_path):
-    """In mid-rollout, and with what is logged of the rollout's slices."""
+def test_resume_with_a_value_head_on_the_policy_is_bitwise_exact(lora, tiny, tmp_path):
+    """Inside a rollout, including the metrics averaged over its minibatches."""
 
     def fit(**options):
         warm_up = dict(lr_scheduler=lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4))
@@ -106,24 +109,24 @@ def test_a_critic_that_is_a_head_on_the_policy_resumes_too(lora, tiny, tmp_path)
         limits = dict(max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=0.5, limit_val_batches=0)
         trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
         trainer.fit(module, make_data("PPO", rows=8), **options)
-        told = {n: trainer.callback_metrics[n] for n in ("train/ratio", "train/clip_fraction", "train/value_loss")}
-        return {**state_of(trainer), **told}
+        metrics = {n: trainer.callback_metrics[n] for n in ("train/ratio", "train/clip_fraction", "train/value_loss")}
+        return {**training_state(trainer), **metrics}
 
-    straight = fit(callbacks=[SaveEverywhere(tmp_path)])
+    uninterrupted = fit(callbacks=[SaveEverywhere(tmp_path)])
     for path in sorted(tmp_path.glob("*.ckpt"))[-5:-1]:
-        assert not differing(straight, fit(ckpt_path=path)), path.name
+        assert not differing_tensors(uninterrupted, fit(ckpt_path=path)), path.name
 
 
-def test_training_depends_on_the_seed_alone(tiny, tmp_path, monkeypatch):
-    first, again = (run("RLOO", tiny, tmp_path) for _ in range(2))
-    assert not differing(first, again)
+def test_training_depends_only_on_the_seed(tiny, tmp_path, monkeypatch):
+    first, second = (run("RLOO", tiny, tmp_path) for _ in range(2))
+    assert not differing_tensors(first, second)
     monkeypatch.setenv("PL_GLOBAL_SEED", "8")
-    assert differing(first, run("RLOO", tiny, tmp_path))
+    assert differing_tensors(first, run("RLOO", tiny, tmp_path))
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
-def test_max_steps_then_more(stop, tiny, tmp_path):
-    """Stopped by `max_steps`, in the middle or at the end of an epoch, and then allowed more."""
+def test_resume_with_a_larger_max_steps_is_bitwise_exact(stop, tiny, tmp_path):
+    """After `max_steps` in the middle or at the end of an epoch."""
 
     def train(max_steps, ckpt_path=None):
         runner = make_trainer(tmp_path, max_steps=max_steps, accumulate_grad_batches=2)
@@ -133,13 +136,13 @@ def test_max_steps_then_more(stop, tiny, tmp_path):
     path = tmp_path / "stopped.ckpt"
     train(stop).save_checkpoint(path)
     resumed = train(12, path)
-    straight = train(12)
+    uninterrupted = train(12)
     weights = resumed.lightning_module.state_dict()
-    assert resumed.global_step == straight.global_step == 12
-    assert all(torch.equal(v, weights[n]) for n, v in straight.lightning_module.state_dict().items())
+    assert resumed.global_step == uninterrupted.global_step == 12
+    assert all(torch.equal(v, weights[n]) for n, v in uninterrupted.lightning_module.state_dict().items())
 
 
-def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one(tiny, tmp_path):
+def test_checkpoint_of_two_processes_inside_a_rollout_can_be_tested_but_not_resumed_by_one(tiny, tmp_path):
     options = dict(num_minibatches=2)
     trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0)
     trainer.fit(make_module("RLOO", tiny, **options), make_data("RLOO"))
@@ -147,83 +150,83 @@ def test_a_checkpoint_of_several_processes_within_a_rollout_can_be_tested_by_one
     checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert "rollout" in checkpoint["in_flight"][0]
     torch.save({**checkpoint, "in_flight": checkpoint["in_flight"] * 2}, tmp_path / "two.ckpt")
-    given = make_module("RLOO", tiny, **options), make_data("RLOO")
-    assert make_trainer(tmp_path).test(*given, ckpt_path=tmp_path / "two.ckpt", verbose=False)
+    module_and_data = make_module("RLOO", tiny, **options), make_data("RLOO")
+    assert make_trainer(tmp_path).test(*module_and_data, ckpt_path=tmp_path / "two.ckpt", verbose=False)
     with pytest.raises(ValueError, match="by 2 processes, and there are 1 now"):
-        make_trainer(tmp_path, max_steps=4).fit(*given, ckpt_path=tmp_path / "two.ckpt")
+        make_trainer(tmp_path, max_steps=4).fit(*module_and_data, ckpt_path=tmp_path / "two.ckpt")
 
 
-def test_a_rollout_that_the_end_of_an_epoch_cut_off_is_not_taken_up_in_the_next(tiny, tmp_path):
+def test_rollout_cut_off_by_the_end_of_an_epoch_is_not_resumed(tiny, tmp_path):
     options = dict(num_minibatches=2, trainer={"limit_train_batches": 3})
-    straight = run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
+    uninterrupted = run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], **options)
     last = tmp_path / "0-02.ckpt"
     assert "rollout" in torch.load(last, weights_only=True)["in_flight"][0]
-    assert not differing(straight, run("RLOO", tiny, tmp_path, ckpt_path=last, **options))
+    assert not differing_tensors(uninterrupted, run("RLOO", tiny, tmp_path, ckpt_path=last, **options))
 
 
-def test_between_two_rollouts_a_run_goes_on_with_other_minibatches(tiny, tmp_path):
-    """As after memory has run out: the same updates, of more steps each."""
+def test_resume_between_rollouts_may_change_num_minibatches(tiny, tmp_path):
+    """As after running out of memory: the same updates, with more steps each."""
 
-    def fit(minibatches, **options):
-        limits = dict(max_epochs=1, accumulate_grad_batches=minibatches, limit_val_batches=0)
+    def fit(num_minibatches, **options):
+        limits = dict(max_epochs=1, accumulate_grad_batches=num_minibatches, limit_val_batches=0)
         trainer = make_trainer(tmp_path, callbacks=options.pop("callbacks", []), **limits)
         seen = []
-        module = make_module("RLOO", tiny, num_minibatches=minibatches)
+        module = make_module("RLOO", tiny, num_minibatches=num_minibatches)
         collect = module.collect
         module.collect = lambda prompts: seen.append(prompts.index.tolist()) or collect(prompts)
         trainer.fit(module, make_data("RLOO", rows=16), **options)
         return trainer, seen
 
-    _, straight = fit(1, callbacks=[SaveEverywhere(tmp_path)])
-    assert len(straight) == 4
+    _, uninterrupted = fit(1, callbacks=[SaveEverywhere(tmp_path)])
+    assert len(uninterrupted) == 4
     resumed, seen = fit(2, ckpt_path=tmp_path / "0-01.ckpt")
-    assert seen == straight[2:] and resumed.global_step == 4
+    assert seen == uninterrupted[2:] and resumed.global_step == 4
     fit(2, callbacks=[SaveEverywhere(tmp_path)])
     _, seen = fit(1, ckpt_path=tmp_path / "0-03.ckpt")
-    assert seen == straight[2:]
+    assert seen == uninterrupted[2:]
     with pytest.raises(ValueError, match="with steps_per_rollout=2 and accumulate_grad_batches=2"):
         fit(4, ckpt_path=tmp_path / "0-02.ckpt")
 
 
-def test_what_is_saved_after_an_error_has_nothing_of_the_lost_rollout(tiny, tmp_path):
+def test_running_state_after_an_error_excludes_the_failed_rollout(tiny, tmp_path):
     module = make_module("Reinforce", tiny, normalize=True)
-    kept = []
+    states = []
     loss = module.loss
 
     def failing(rollout):
-        if len(kept) == 2:
-            assert statistics()["baseline"] != kept[-1]["baseline"]
+        if len(states) == 2:
+            assert running_state()["baseline"] != states[-1]["baseline"]
             raise MemoryError
-        kept.append(statistics())
+        states.append(running_state())
         return loss(rollout)
 
-    def statistics():
+    def running_state():
         return module.running_state()
 
     module.loss = failing
     with pytest.raises(MemoryError):
         make_trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, make_data("Reinforce"))
-    assert kept[1] == statistics() and kept[1]["rewards"]["count"] > 0
+    assert states[1] == running_state() and states[1]["rewards"]["count"] > 0
 
 
 @pytest.mark.parametrize("change", [{"rows": 16}, {"batch_size": 6}], ids=str)
-def test_a_rollout_is_not_taken_up_with_other_prompts(change, tiny, tmp_path):
+def test_resume_inside_a_rollout_with_other_prompts_is_refused(change, tiny, tmp_path):
     run("RLOO", tiny, tmp_path, callbacks=[SaveEverywhere(tmp_path)], num_minibatches=2)
     with pytest.raises(ValueError, match=r"saved inside a rollout of the rows \[.*resume with the data"):
         run("RLOO", tiny, tmp_path, ckpt_path=tmp_path / "0-00.ckpt", num_minibatches=2, data=change)
 
 
 @dataclass
-class WithMore(Rollout):
+class ExtendedRollout(Rollout):
     difficulty: torch.Tensor | None = None
     features: torch.Tensor | None = None
     baseline: Completions | None = None
 
 
-class More(lit_rlhf.RLOO):
-    """A method whose rollout holds something of each prompt, something of each completion, and other completions."""
+class WithExtendedRollout(lit_rlhf.RLOO):
+    """Algorithm with extra rollout fields: one per prompt, one per completion, and other completions."""
 
-    rollout_type = WithMore
+    rollout_type = ExtendedRollout
 
     def prepare(self, rollout):
         n, k = rollout.rewards.shape
@@ -238,10 +241,10 @@ class More(lit_rlhf.RLOO):
 
 
 @pytest.mark.filterwarnings("ignore:4 updates per rollout")
-def test_what_a_method_adds_to_a_rollout_is_cut_and_resumed_with_it(tiny, tmp_path):
+def test_fields_added_to_a_rollout_are_split_and_resumed(tiny, tmp_path):
     def train(ckpt_path=None, callbacks=()):
         options = dict(num_samples=4, max_new_tokens=6, num_minibatches=2, sample_minibatches=2)
-        module = More(str(tiny), rewards=[vowels], **grouped(options))
+        module = WithExtendedRollout(str(tiny), rewards=[vowels], **grouped(options))
         module.seen = []
         trainer = make_trainer(tmp_path, max_steps=4, limit_val_batches=0, callbacks=list(callbacks))
         trainer.fit(module, make_data("RLOO"), ckpt_path=ckpt_path)
@@ -251,5 +254,5 @@ def test_what_a_method_adds_to_a_rollout_is_cut_and_resumed_with_it(tiny, tmp_pa
     difficulty, features, tokens = seen[3]
     assert difficulty.tolist() == [2, 3] and tokens.shape == (2, 2, 9)
     assert torch.equal(features, torch.arange(640.0).view(4, 4, 40)[2:, 2:])
-    again = train(ckpt_path=tmp_path / "0-01.ckpt")
-    assert len(again) == 2 and all(torch.equal(a, b) for a, b in zip(again[1], seen[3], strict=True))
+    second = train(ckpt_path=tmp_path / "0-01.ckpt")
+    assert len(second) == 2 and all(torch.equal(a, b) for a, b in zip(second[1], seen[3], strict=True))
