@@ -52,9 +52,9 @@ class GRPO(OnlineAlgorithm):
         assert part.logprobs is not None and part.old_logprobs is not None and part.advantages is not None
         advantages = part.advantages.unsqueeze(-1).expand_as(part.logprobs)
         terms, clipped = F.ppo_clip_loss(part.logprobs, part.old_logprobs, advantages, self.clip_range)
-        return F.masked_sum(terms, part.completions.mask) / self.token_divisor(part), {
-            "clip_fraction": (clipped, part.loss_mask)
-        }
+        ratio = F.importance_ratio(part.logprobs.detach(), part.old_logprobs)
+        metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio, part.loss_mask)}
+        return F.masked_sum(terms, part.completions.mask) / self.token_divisor(part), metrics
 
     def token_divisor(self, part: Rollout) -> Tensor | float:
         """Length of each completion."""
