@@ -87,7 +87,7 @@ def rollout_samples(rollout: Rollout, tokenizer: Any, count: int) -> list[dict[s
     return [
         {
             "prompt": _prompt(rollout, tokenizer, i),
-            "completion": rollout.texts[i][j],
+            "completion": _completion(rollout, tokenizer, i, j),
             "reward": float(rewards[i, j]) if rollout.valid[i, j] else None,
             "component_rewards": {name: float(values[i, j]) for name, values in rollout.component_rewards.items()},
             "kl": float(kl[i, j]),
@@ -114,6 +114,13 @@ def _content(message: dict[str, Any]) -> Any:
 def _prompt(rollout: Rollout, tokenizer: Any, i: int) -> Any:
     prompts = rollout.prompts
     return prompts.text[i] if prompts.text else tokenizer.decode(prompts.tokens[i][prompts.mask[i]].tolist())
+
+
+def _completion(rollout: Rollout, tokenizer: Any, i: int, j: int) -> Any:
+    if rollout.texts:
+        return rollout.texts[i][j]
+    tokens, mask = rollout.completions.tokens[i, j], rollout.completions.mask[i, j]
+    return tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=True)
 
 
 def jsonable(value: Any) -> Any:

@@ -54,7 +54,8 @@ class Record:
     """Fields whose first axis is `prompts`. Indexing, moving and saving run over all fields, a subclass's too.
 
     Fields that a subclass of `Rollout` adds may be tensors `[prompts]`, `[prompts, samples]` or
-    `[prompts, samples, tokens]`, lists of lists `[prompts][samples]`, `Completions`, or dicts of these.
+    `[prompts, samples, tokens]`, lists `[prompts]` or lists of lists `[prompts][samples]`, `Completions`, or dicts of
+    these.
 
     Treat records as immutable and make changed copies with `replace`. They are not frozen because Lightning refuses
     frozen dataclasses when it casts a batch (the precisions `bf16-true` and `64-true`).
@@ -202,7 +203,8 @@ class Rollout(Record):
     def samples(self: RolloutT, index: slice) -> RolloutT:
         """Return the samples of each prompt that `index` selects. Group statistics must have been computed before."""
         return self._cut(
-            lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor, lambda items: [row[index] for row in items]
+            lambda tensor: tensor[:, index] if tensor.ndim > 1 else tensor,
+            lambda items: [row[index] if isinstance(row, list) else row for row in items],
         )
 
     def pick(self: RolloutT, sample: Int[Tensor, " prompts"]) -> RolloutT:
@@ -210,7 +212,7 @@ class Rollout(Record):
         rows, chosen = torch.arange(len(sample), device=sample.device), sample.tolist()
         return self._cut(
             lambda tensor: tensor[rows, sample].unsqueeze(1) if tensor.ndim > 1 else tensor,
-            lambda items: [[row[i]] for row, i in zip(items, chosen, strict=False)],
+            lambda items: [[row[i]] if isinstance(row, list) else row for row, i in zip(items, chosen, strict=False)],
         )
 
     def _cut(

@@ -236,6 +236,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
             evaluated, terms, mask, metrics = self.loss_terms(part)
             loss = self.reduce_loss(terms, mask, self.rollout.rewards.numel() / self.updates.minibatches_per_epoch)
         if part.old_logprobs is not None and evaluated.old_logprobs is not None:
+            checks.check_same_shape(type(self).__name__, part, evaluated)
             part.old_logprobs.copy_(evaluated.old_logprobs)  # a view of the rollout's, for later epochs
         if step == 0 and evaluated.logprobs is not None:
             completions = evaluated.completions
@@ -260,7 +261,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
             part = part.replace(old_logprobs=part.old_logprobs.where(known, part.logprobs.detach()))
         terms, metrics = self.loss(part)
         checks.check_loss_terms(type(self).__name__, terms, part)
-        if self.kl_place == "loss":
+        if self.kl_place == "loss" and self.kl_coef:
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
         return part, terms, part.valid if terms.ndim == 2 else part.loss_mask, metrics
 

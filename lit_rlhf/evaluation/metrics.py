@@ -109,7 +109,7 @@ class Perplexity(Metric):
     def update(self, logprobs: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> None:
         """Add tokens by their log-probabilities in nats; `mask` is False for padding."""
         self.logprob += F.to_float64(logprobs.masked_fill(~mask, 0.0)).sum()
-        self.count += mask.sum()
+        self.count += F.to_float64(mask).sum()
 
     def compute(self) -> Tensor:
         """Return the perplexity."""

@@ -26,7 +26,9 @@ def score(
     n, k, length = completions.tokens.shape
     ids, finished = completions.ids(), completions.finished.tolist()
     nested = [ids[i * k : (i + 1) * k] for i in range(n)]
-    scores = scorer(prompts.text, texts, nested, finished, prompts.columns, state).to(completions.tokens.device)
+    texts_of_prompts = prompts.text or [""] * n
+    scores = scorer(texts_of_prompts, texts, nested, finished, prompts.columns, state)
+    scores = scores.to(completions.tokens.device)
     if scores.token_rewards is None:
         return scores
     missing = length - scores.token_rewards.shape[-1]  # columns that no completion fills

@@ -58,7 +58,8 @@ def cpu_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # type: ignore[no-untyped-call]
+        with contextlib.suppress(KeyError):  # another thread has removed it
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]  # type: ignore[no-untyped-call]
 
 
 def attention(

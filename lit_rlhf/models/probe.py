@@ -74,11 +74,13 @@ def probe_scores(
         prompts, tokens = probe_input(forward.vocabulary, forward.device)
         starts = [ids[mask].tolist() for ids, mask in zip(prompts.tokens, prompts.mask, strict=True)]
         rows = [starts[i // 2] + completion for i, completion in enumerate(tokens.tolist())]
-        with eval_mode(forward.model):
+        owner, lengths = prompt_of_row(2, 2), [tokens.shape[1]] * len(rows)
+        with eval_mode(forward.model), torch.autocast(forward.device.type, enabled=False):
+            whole, _, features, noise, _ = probe_plain(forward)  # a head of zeros hides what the trunk does
+            reason = fallback_reason(lambda: shared_features(forward, whole, tokens, owner), features, noise)
             expected, alone = plain(rows), torch.cat([plain([row]) for row in rows])
-            lengths = [tokens.shape[1]] * len(rows)
-            reason = fallback_reason(
-                lambda: shared(prompts, tokens, prompt_of_row(2, 2), lengths), expected, rms(expected - alone)
+            reason = reason or fallback_reason(
+                lambda: shared(prompts, tokens, owner, lengths), expected, rms(expected - alone)
             )
     forward.shares_prompt = reason is None
     if reason is not None:

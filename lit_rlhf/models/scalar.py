@@ -188,6 +188,7 @@ class Critic(ScalarModel):
         super().__init__(model, name, trained)
         if not hasattr(self.classifier, "score"):
             raise InputError(f"{name} is a {type(self.classifier).__name__}: give a decoder-only model")
+        self.model_forward.head_apart = True
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lora: dict[str, Any] | None = None, **options: Any) -> Critic:

@@ -201,7 +201,9 @@ def _called(model: str | Path | PreTrainedModel) -> str:
 def _read_config(model: str | Path) -> PreTrainedConfig:
     try:
         return read_config(model, _called(model))
-    except OSError as error:
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{_called(model)} has no readable config: give a folder with a config.json or a hub id"
         ) from error

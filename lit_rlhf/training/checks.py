@@ -246,3 +246,13 @@ def check_kl_in_loss(algorithm: str, terms: Tensor, part: Rollout) -> None:
     """Check that a KL per completion can be added to the loss terms."""
     if terms.ndim != 2 or part.logprobs is None:
         raise InputError(f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward'")
+
+
+def check_same_shape(algorithm: str, part: Rollout, evaluated: Rollout) -> None:
+    """Check that `evaluate` of an algorithm with an importance ratio keeps every completion of the minibatch."""
+    before, after = part.completions.mask.shape, evaluated.completions.mask.shape
+    if before != after:
+        raise InputError(
+            f"{algorithm}.evaluate turns completions of shape {tuple(before)} into {tuple(after)}: with an importance "
+            "ratio it must keep them all"
+        )

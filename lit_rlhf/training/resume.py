@@ -122,7 +122,9 @@ def load_progress(checkpoint: dict[str, Any], layout: StepLayout, world_size: in
     Raises:
         ValueError: If something was in flight, and the number of processes or the layout has changed.
     """
-    ranks = checkpoint.get("in_flight", [{}])
+    if "in_flight" not in checkpoint:
+        raise InputError("the checkpoint was written by an older or another program, so its run can't be resumed")
+    ranks = checkpoint["in_flight"]
     before = StepLayout(**checkpoint.get("step_layout", dataclasses.asdict(layout)))
     if not any(ranks):
         if "loops" in checkpoint:

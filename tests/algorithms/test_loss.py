@@ -1,5 +1,7 @@
 """`loss` is a pure function of a rollout, and can be called on one built by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -63,3 +65,25 @@ def test_large_log_ratio_has_finite_loss_and_gradient(name, clip_range, log_rati
     assert terms.isfinite().all()
     assert torch.autograd.grad(terms.sum(), logprobs)[0].isfinite().all()
     assert all(torch.as_tensor(value).isfinite().all() for value, _ in metrics.values())
+
+
+def test_lists_per_prompt_are_kept_and_lists_per_sample_are_cut():
+    @dataclasses.dataclass
+    class WithTopics(Rollout):
+        topics: list = dataclasses.field(default_factory=list)
+
+    texts = [["a", "b", "c"], ["d", "e", "f"]]
+    rollout = hand_made_rollout(WithTopics, texts=texts, topics=["science", "sports"])
+    assert rollout.samples(slice(0, 2)).texts == [["a", "b"], ["d", "e"]]
+    assert rollout.pick(torch.tensor([2, 0])).texts == [["c"], ["d"]]
+    assert rollout.samples(slice(0, 2)).topics == rollout.pick(torch.tensor([2, 0])).topics == ["science", "sports"]
+
+
+def test_without_a_coefficient_no_kl_is_computed():
+    """Its k3 of a far policy is infinite, and 0 times that is NaN."""
+    algorithm = make_module("DrGRPO", "nowhere", kl_coef=0.0)
+    logprobs = torch.full((2, 3, 4), -1.0, requires_grad=True)
+    changes = dict(logprobs=logprobs, old_logprobs=logprobs.detach(), reference_logprobs=logprobs.detach() + 99)
+    part = hand_made_rollout(algorithm.rollout_type, advantages=make_advantages(algorithm)).replace(**changes)
+    algorithm.evaluate = lambda part: part
+    assert algorithm.loss_terms(part)[1].isfinite().all()

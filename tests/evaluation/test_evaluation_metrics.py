@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerState
 
 import lit_rlhf
+from enumerable import make_prompts
 from judged import judge, predict, rows_of, token_sum, validate
+from lit_rlhf.evaluation.scoring import score
+from lit_rlhf.types import Completions
 from runs import make_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt without a reward")
@@ -115,3 +119,13 @@ def test_reward_of_none_is_not_zero_in_predictions(tiny, tmp_path):
             assert row["reward"] is None or math.isnan(row["reward"])
         else:
             assert row["reward"] == row["component_rewards"]["reward_even_prompts"] == 5
+
+
+def test_prompts_without_text_are_scored():
+    """Those of a loader that gives token ids only."""
+    scorer = lit_rlhf.rewards.Scorer([lambda completions, **kwargs: [float(len(text)) for text in completions]])
+    prompts = make_prompts([5, 6], [7]).replace(text=[])
+    ones = torch.ones(2, 3, 4)
+    completions = Completions(ones.long(), ones.bool(), ones, torch.ones(2, 3, dtype=torch.bool))
+    scores = score(scorer, prompts, completions, [["a", "bb", "ccc"]] * 2, TrainerState())
+    assert scores.total().tolist() == [[1.0, 2.0, 3.0]] * 2

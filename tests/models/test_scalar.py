@@ -312,3 +312,35 @@ def test_later_passes_compare_with_the_log_probabilities_before_the_first(tiny, 
         make_trainer(tmp_path, max_steps=2 * minibatches).fit(module, make_data("PPO"))
     assert ratios[1][0] < 1e-4 and ratios[1][1] > 1e-3
     assert ratios[2][0] < 1e-4 and min(ratios[2][1:]) > 1e-3
+
+
+def trained_critic(folder) -> Critic:
+    critic = Critic.from_pretrained(folder)
+    torch.nn.init.normal_(critic.classifier.score.weight)
+    return critic
+
+
+@pytest.mark.parametrize("make", [Critic.from_pretrained, trained_critic], ids=["new head", "trained head"])
+def test_the_probe_is_the_same_under_autocast(make, tiny):
+    """Else a resumed run in bf16-mixed would compute its prompts another way than the run before."""
+    critic = make(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        critic.probe()
+    assert critic.shares_prompt
+
+
+def test_the_probe_sees_a_wrong_cache_through_a_head_of_zeros(tiny, monkeypatch):
+    import lit_rlhf.models.shared_prompt as shared_prompt
+
+    select = shared_prompt.select_cache_rows
+
+    def disturbed(cache, rows):
+        chosen = select(cache, rows)
+        for layer in chosen.layers:
+            layer.keys = torch.randn_like(layer.keys)
+        return chosen
+
+    monkeypatch.setattr(shared_prompt, "select_cache_rows", disturbed)
+    critic = Critic.from_pretrained(tiny)
+    critic.probe()
+    assert not critic.shares_prompt
