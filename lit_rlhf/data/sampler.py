@@ -65,7 +65,7 @@ class BlockSampler(DistributedSampler[list[int]]):
 
     @property
     def min_rows(self) -> int:
-        """Rows, over all ranks, of an epoch of one window (`max(accumulate, repeats)` steps), at the largest block size."""
+        """Rows of an epoch of one window (see `accumulate`) over all ranks, at the largest block size."""
         return self.rows_for(max(size for _, size in self.sizes))
 
     def rows_for(self, batch_size: int) -> int:
