@@ -17,8 +17,8 @@ class PredictionWriter(Callback):
     """Write one JSON object per completion, batch by batch, sorted in the order of the data at the end.
 
     Args:
-        path: Output file; None means `predictions.jsonl` in `default_root_dir`. An existing file is replaced once the
-            new one is complete.
+        path: Output file; `predictions.jsonl` in `default_root_dir` by default. An existing file is replaced once
+            the new one is complete.
     """
 
     def __init__(self, path: str | None = None) -> None:

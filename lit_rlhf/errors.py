@@ -1,4 +1,4 @@
-"""Errors in what a user gave: options, data, models. The command line prints their message without a traceback."""
+"""Errors in user input: options, data, models. The command line prints their message without a traceback."""
 
 __all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "input_error"]
 

@@ -318,7 +318,7 @@ def ppo_clip_loss(
     Schulman et al., 2017, arXiv 1707.06347, equation 7.
 
     Returns:
-        The loss, and a mask of the tokens whose ratio is clipped; all False with `clip_range=None`.
+        The loss, and a mask of the tokens whose clipped term is active; all False with `clip_range=None`.
     """
     ratio = importance_ratio(logprobs, old_logprobs)
     unclipped = ratio * advantages

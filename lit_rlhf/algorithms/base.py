@@ -276,14 +276,14 @@ class Algorithm(LightningModule, ABC):
             vars(record).update(state.get(name, {}))
 
     def in_flight_state(self, steps_done: int) -> InFlight:
-        """Return what this rank needs to resume after so many steps of the epoch."""
+        """Return what this rank needs to resume after `steps_done` steps of the epoch."""
         state = InFlight()
         if steps_done % self.trainer.accumulate_grad_batches:
             state.add_update(self.named_parameters(), self._loss_sums)
         return state
 
     def on_train_start(self) -> None:
-        """Restore an update in progress; find out early whether the model can be saved."""
+        """Restore an update in progress, and fail early if the model cannot be saved."""
         self._updates_loaded = None
         self._snapshot = self._snapshot or self.export_snapshot()
         if "policy" in self._modules:

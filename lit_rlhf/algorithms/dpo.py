@@ -89,7 +89,7 @@ class DPO(Algorithm):
     # The reference
 
     def setup(self, stage: str) -> None:
-        """Drop the reference's log-probabilities of other held-out data."""
+        """Drop cached reference log-probabilities, which may be of other held-out data."""
         super().setup(stage)
         self.held_out_reference_logprobs = {}
 

@@ -1,7 +1,7 @@
 """Dr. GRPO: GRPO without its two biases, the division by the group's std and by each completion's length.
 
-Liu et al., 2025, arXiv 2503.20783, section 3. With one update per rollout and `max_new_tokens` factored out, its
-gradient is (k - 1) / k times RLOO's.
+Liu et al., 2025, arXiv 2503.20783, section 3. With one update per rollout, `kl_coef` 0 and `max_new_tokens` factored
+out, its gradient is (k - 1) / k times RLOO's.
 """
 
 from __future__ import annotations

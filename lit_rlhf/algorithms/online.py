@@ -58,7 +58,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         kl_coef: Coefficient of the KL to the reference (beta); typically 0.01 to 0.5.
         kl_penalty: Estimator of the KL, and whether it is subtracted from the reward or added to the loss:
             `k1_reward` and `k2_loss` have the exact gradient of the KL in the first update of a rollout, `k3_loss` has
-            another one. `train/kl` is always k1.
+            a different gradient. `train/kl` is always k1.
         sampling: How completions are sampled.
         updates: How a rollout is split into minibatches, and how often it is reused.
         shaping: Reward shaping.
@@ -115,7 +115,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
 
     @abstractmethod
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
-        """Return the loss terms of a minibatch, per completion or per token, and metrics: a function of the record.
+        """Return the loss terms of a minibatch, per completion or per token, and metrics. Must depend on `part` only.
 
         The base takes the mean of the terms that count: over completions for terms `[prompts, samples]`, over tokens
         for terms `[prompts, samples, tokens]`.
@@ -139,7 +139,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         return rollout
 
     def evaluate(self, part: Rollout) -> Rollout:
-        """Add what the loss needs of the current weights to a minibatch, with gradient: the log-probabilities."""
+        """Add the log-probabilities under the current policy, with gradient."""
         return part.replace(logprobs=self.logprobs(part))
 
     def token_divisor(self, part: Rollout) -> Tensor | float:

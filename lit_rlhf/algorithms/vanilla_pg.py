@@ -46,7 +46,7 @@ class VanillaPG(OnlineAlgorithm):
         *args: See `OnlineAlgorithm`.
         critic: `policy`: a second model that starts from the same weights as the policy; a folder or hub id: a second
             model that starts from a reward model (with its head) or a policy; `head`: a value head on the policy's own
-            trunk. With `lora`, a second model is trained by an adapter with the same options.
+            trunk. With `lora`, a second model also gets an adapter with these options.
         critic_lr: The critic's learning rate; the policy's if null.
         vf_coef: Coefficient of the value loss (c); of little effect for a second model.
         **kwargs: See `OnlineAlgorithm`.
@@ -111,7 +111,7 @@ class VanillaPG(OnlineAlgorithm):
         return rollout.value_targets - rollout.old_values
 
     def evaluate(self, part: Rollout) -> Rollout:
-        """Add log-probabilities and values; of a shared trunk by one forward."""
+        """Add log-probabilities and values; with a value head, both from one forward pass."""
         assert isinstance(part, ValuedRollout)
         if isinstance(self.critic, Critic):
             return part.replace(logprobs=self.logprobs(part), values=self.values(part))

@@ -65,11 +65,11 @@ class BlockSampler(DistributedSampler[list[int]]):
 
     @property
     def min_rows(self) -> int:
-        """Rows that an epoch of one window takes with the largest block size, over all ranks."""
+        """Rows of an epoch of one window (see `accumulate`) over all ranks, at the largest block size."""
         return self.rows_for(max(size for _, size in self.sizes))
 
     def rows_for(self, batch_size: int) -> int:
-        """Return the rows that an epoch of one window takes over all ranks, at `batch_size` rows per block and rank."""
+        """Return the rows of an epoch of one window over all ranks, with `batch_size` rows per block and rank."""
         return self.num_replicas * batch_size * math.ceil(self.window / self.repeats)
 
     def _runs(self) -> Iterator[tuple[int, int, int]]:

@@ -82,7 +82,7 @@ class Evaluator:
 
     @torch.inference_mode(False)
     def start(self, updates: int) -> None:
-        """Reset the metrics; forget scores of the opponent that would not be comparable any more.
+        """Reset the metrics, and drop cached opponent scores that are no longer comparable.
 
         Args:
             updates: Updates of the policy so far, which the weights of rewards may depend on.

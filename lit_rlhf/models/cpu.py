@@ -1,7 +1,7 @@
 """Faster kernels for a CPU. Nothing in this file changes what an accelerator computes.
 
-`cpu_attention` replaces the way in which `transformers` calls `scaled_dot_product_attention` of PyTorch, which suits
-accelerators. On a CPU other ways are faster and need less memory:
+`cpu_attention` replaces the call of PyTorch's `scaled_dot_product_attention` in `transformers`, which suits
+accelerators. On a CPU other computations are faster and need less memory:
 
 - With grouped queries and a mask, `transformers` repeats the keys and values for every query head, and the backward
   pass keeps all of that. The kernel here reads them shared, with the same result.

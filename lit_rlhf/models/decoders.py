@@ -131,9 +131,9 @@ def prepared_linears(model: nn.Module) -> Iterator[None]:
     """Let the model's linear layers compute, within this context, with a prepared copy of their weights.
 
     On a CPU the copy has the layout of the kernel (see `lit_rlhf.models.cpu`). Elsewhere, under autocast, it has the
-    dtype of the product: autocast reads a weight in float32, and writes and reads it in bfloat16, which is four times
-    the reading that a token of few rows waits for. The copies carry no gradient and are dropped afterwards. Layers that
-    are not a plain `torch.nn.Linear`, or gain nothing, stay as they are.
+    dtype of the product: autocast casts every weight for every token, four times the memory traffic of a bfloat16 copy,
+    which limits the speed of decoding with few rows. The copies carry no gradient and are dropped afterwards. Layers
+    that are not a plain `torch.nn.Linear`, or gain nothing, stay as they are.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_plain(layer)]
     products = {layer: product for layer in layers if (product := prepared_product(layer.weight.detach(), layer.bias))}
@@ -147,7 +147,7 @@ def prepared_linears(model: nn.Module) -> Iterator[None]:
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer computes what its class says, with a whole weight that is large enough to gain."""
+    """Whether this is an unmodified `Linear` with an unsharded weight that is large enough to gain."""
     weight = layer.weight
     return (
         type(layer) is nn.Linear

@@ -20,9 +20,9 @@ from lit_rlhf.models.cpu import cpu_attention
 class ModelForward:
     """The forward pass of a `transformers` model.
 
-    Its features are the last hidden states if the head is applied apart from the rest (`project` then applies it), or
-    else the model's own logits. `lit_rlhf.models.probe` finds out which of the two a model allows, and whether the
-    completions of a prompt can share it.
+    Its features are the last hidden states if the head can be applied separately (by `project`), otherwise the model's
+    own logits. `lit_rlhf.models.probe` determines which of the two a model allows, and whether the completions of a
+    prompt can share its computation.
 
     Args:
         model: The model with its head, not wrapped by PEFT.
@@ -73,7 +73,7 @@ class ModelForward:
         cache: DynamicCache | None,
         keep: int,
     ) -> Float[Tensor, "rows keep features"]:
-        """Return the features of the last `keep` columns; with a cache, `ids` follow what it holds."""
+        """Return the features of the last `keep` columns; with a cache, `ids` continue the cached columns."""
         arguments = self._arguments(ids, mask, positions, cache)
         with self.fast_attention():
             if self.head_apart:
@@ -119,7 +119,7 @@ def checkpoints_activations(model: nn.Module) -> bool:
 
 
 def as_sampled(model: nn.Module) -> AbstractContextManager[None]:
-    """Compute as in sampling: in training mode some models do more than dropout, such as noise in expert routing.
+    """Return a context with the model in evaluation mode, as in sampling: without dropout or router noise.
 
     With gradient checkpointing the mode stays, since `transformers` checkpoints in training mode only.
     """

@@ -19,7 +19,7 @@ SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy
 
 
 def resolve(source: str | Path) -> str:
-    """Return the folder or hub id that `source` names; `testbed` is the policy that comes with the package.
+    """Resolve `source` to a folder or hub id; `testbed` is the policy that comes with the package.
 
     Raises:
         FileNotFoundError: If `source` can only be a folder, and there is none.

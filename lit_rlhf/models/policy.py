@@ -164,7 +164,7 @@ class Policy(nn.Module):
         completions: TokenSequences,
         temperature: float = 1.0,
     ) -> Float[Tensor, "prompts samples tokens"]:
-        """Return the same from the features of these completions."""
+        """Return the log-probabilities of completion tokens, as `logprobs` does, from precomputed features."""
         mask = completions.mask
         counted = mask.flatten().nonzero().squeeze(-1)
         features = features.flatten(0, 2).index_select(0, counted)

@@ -1,4 +1,4 @@
-"""What a model allows, found out on a small input: the head applied apart from the trunk, and a shared prompt.
+"""Probe a model on a small input: whether the head can be applied apart from the trunk, and a prompt be shared.
 
 A fast path is used if its output equals that of the plain forward pass, up to the rounding that padding causes.
 Otherwise the plain forward pass is used, and the log gives the reason.
@@ -33,7 +33,7 @@ def probe_policy(forward: ModelForward) -> None:
         prompts, tokens, expected, noise, change = probe_plain(forward)
         if change:
             rank_zero_warn(
-                f"{name} does not leave padding out (its output changes by {change:.0%} where there is more of it): "
+                f"{name} does not ignore padding (its output changes by {change:.0%} with more of it): "
                 "give data.batch_size=1, or prompts of one length"
             )
         forward.head_apart = True
@@ -65,7 +65,7 @@ def probe_scores(
         forward: The model's forward pass.
         plain: Scores of rows of token ids by the model itself.
         shared: Scores of prompts and completions, given also the prompt and the length of each completion.
-        name: What the log calls the model.
+        name: Name in messages.
     """
     if forward.shares_prompt is not None:
         return

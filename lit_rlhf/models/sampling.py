@@ -61,7 +61,7 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether sampling leaves tokens out, which biases a policy gradient."""
+        """Whether sampling excludes tokens, which biases a policy gradient."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0)
 
 
@@ -125,7 +125,7 @@ def decode(
         noise: Uniform numbers, one per row and token; not needed when greedy.
         sampling: The options.
         eos: Ids that end a completion.
-        stops: Finds out from the token ids of completions which of them contain a stop string.
+        stops: Criteria that detect completions with a stop string, by their token ids.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens

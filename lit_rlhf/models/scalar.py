@@ -40,7 +40,7 @@ class ScalarModel(nn.Module):
 
     Args:
         model: A `transformers` sequence-classification model with one label, or a PEFT model around one.
-        name: What messages call it.
+        name: Name in messages.
         trained: Whether it is trained: its dropout is then switched off.
 
     Raises:
@@ -76,7 +76,7 @@ class ScalarModel(nn.Module):
         Args:
             source: The hub id or folder; `testbed` for the shipped policy.
             lora: Options of `peft.LoraConfig` to train an adapter and the head instead of all weights.
-            name: What messages call the model, such as `critic`.
+            name: Name in messages, such as `critic`.
             trained: See the class.
             zero_head: Whether a new head starts at zero, or near zero as `transformers` initializes it.
             **options: Options of `from_pretrained` of `transformers`. Weights load in float32 by default (`dtype`).
@@ -177,7 +177,7 @@ class Critic(ScalarModel):
     Args:
         model: A `transformers` sequence-classification model with one label, such as a reward model, or a PEFT model
             around one.
-        name: What messages call it.
+        name: Name in messages.
         trained: Whether it is trained: its dropout is then switched off.
 
     Raises:
@@ -255,7 +255,7 @@ def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConf
 
     Args:
         source: The hub id or folder.
-        name: What messages call the model.
+        name: Name in messages.
         **options: Options of `from_pretrained`.
 
     Raises:

@@ -133,7 +133,7 @@ def last_features(
 
 
 def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
-    """Return a cache of some rows of another one, which stays as it is.
+    """Return a new cache with the selected rows; the given cache is unchanged.
 
     `reorder_cache` selects by `index_select`, `batch_select_indices` by indexing (see `shared_features`).
     """
@@ -148,7 +148,7 @@ def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> Dynami
 def plain_features(
     forward: ModelForward, prompts: Prompts, tokens: Int[Tensor, "rows tokens"], k: int
 ) -> Float[Tensor, "rows tokens features"]:
-    """Return the same features from one forward pass over prompt and completion, with each prompt computed k times."""
+    """Return the features of `shared_features` from a plain forward pass, with each prompt computed k times."""
     ids = torch.cat([prompts.tokens.repeat_interleave(k, 0), tokens], 1)
     mask = torch.cat([prompts.mask.repeat_interleave(k, 0), torch.ones_like(tokens, dtype=torch.bool)], 1)
     return forward(ids, mask, prompt_positions(mask), None, tokens.shape[1] + 1)[:, :-1]

@@ -28,7 +28,7 @@ class RewardModel:
     Text goes through the model's own tokenizer, and messages through its own chat template. A finished completion ends
     with the model's EOS token and a truncated one does not, as in training. A prompt is computed once for all its
     completions if the model allows it and it saves arithmetic. This is a plain object and not a module, so it is in no
-    checkpoint and no optimizer. `setup` loads the weights, or else the first call does, onto the CPU.
+    checkpoint and no optimizer. `setup(device)` loads the weights; without it the first call loads them onto the CPU.
 
     Args:
         model: A folder, a hub id, or a model in memory (which is put in evaluation mode and moved).

@@ -68,7 +68,7 @@ class Scorer:
     Args:
         rewards: Rewards, bare or `Weighted`. A repeated name gets a suffix: two reward models become `reward_model` and
             `reward_model_2`.
-        role: What the rewards are called in messages.
+        role: Name of the rewards in messages.
 
     Raises:
         ValueError: If the list is empty.

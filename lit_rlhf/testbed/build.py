@@ -65,7 +65,7 @@ def optimizer_options(lr: float) -> dict[str, Any]:
 
 
 def accuracy(reward_model: RewardModel, pairs: list[dict[str, str]]) -> tuple[float, float]:
-    """Return the pairwise accuracy against the raters, and against gold on the pairs that gold does not tie."""
+    """Return the pairwise accuracy against the raters, and against gold, without the pairs that gold ties."""
     prompt_texts, chosen, rejected = ([row[key] for row in pairs] for key in ("prompt", "chosen", "rejected"))
     margin = reward_model([*prompt_texts], [*chosen]) - reward_model([*prompt_texts], [*rejected])
     utilities = [torch.tensor(gold(prompts=prompt_texts, completions=texts)) for texts in (chosen, rejected)]
@@ -115,15 +115,15 @@ def build(
 ) -> None:
     """Write `out/policy` and `out/reward_model`, and print the reward model's accuracy on held-out prompts.
 
-    Raters first compare samples of the SFT policy. A reward model trained on these alone is soon exploited. So RLOO
-    exploits it twice, with two seeds, and the raters then also compare samples of the resulting policies.
+    Raters first compare samples of the SFT policy. A reward model trained on these alone is soon exploited. So two
+    RLOO runs, with two seeds, train on it, and the raters also compare samples of the resulting policies.
 
     Args:
         out: Output folder.
         seed: Seed of the whole pipeline.
         num_demonstrations: Number of reviews for SFT, one epoch.
         num_prompts: Number of training prompts to sample completions for.
-        rounds: Passes over these prompts before RLOO, with two pairs per prompt and pass; three quarters of it after.
+        rounds: Passes over these prompts with the SFT policy, two pairs per prompt; after RLOO three quarters as many.
         updates: Number of RLOO updates.
     """
     seed_everything(seed)

@@ -80,7 +80,7 @@ def check_positions(config: Any, role: str, longest: int, max_new_tokens: int) -
 
     Args:
         config: The model's configuration.
-        role: What the message calls the model.
+        role: Name of the model in messages.
         longest: Tokens of the longest row of the data.
         max_new_tokens: Tokens that are sampled after a prompt; 0 if the rows contain the completions.
     """

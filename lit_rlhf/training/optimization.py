@@ -64,7 +64,7 @@ def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
 def enable_fused_adam(optimizer: Optimizer) -> None:
     """Enable fused Adam unless `fused` or `foreach` was set: one pass over weights and moments instead of many.
 
-    The result is equal to rounding. The flag is set here and not in the constructor, since with the latter Lightning
+    The result is equal up to rounding. The flag is set here and not in the constructor, since with the latter Lightning
     leaves unscaling, and with it gradient clipping, to the optimizer.
     """
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):

@@ -93,7 +93,7 @@ class InFlight:
         return rollout, metric_sums
 
     def drop_rollout(self) -> None:
-        """Forget the rollout, because the end of an epoch has cut it off or it has been restored."""
+        """Drop the rollout: it has been restored, or the end of its epoch has cut it off."""
         self.rollout, self.metric_sums, self.phase_seconds = None, {}, {}
 
     def state_dict(self) -> dict[str, Any]:

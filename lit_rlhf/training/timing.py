@@ -55,7 +55,7 @@ class TrainingTimer:
     """Adds up the seconds of all training steps.
 
     Args:
-        seconds: Seconds of the steps before, of a resumed run.
+        seconds: Seconds before a resume.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:

@@ -108,7 +108,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 HEAD = [
     "| model, prompts x completions, tokens | | s / update | of RLOO's | counted: tokens | multiplications "
-    "| peak memory (MiB) | of that beyond what all hold |",
+    "| peak memory (MiB) | peak minus weights, gradients, optimizer, reference |",
     "|---|---|---|---|---|---|---|---|",
 ]
 

@@ -202,7 +202,7 @@ def test_a_model_that_ignores_the_attention_mask_is_warned_about():
     torch.manual_seed(0)
     config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
-    with pytest.warns(UserWarning, match="RwkvForCausalLM does not leave padding out .*data.batch_size=1"):
+    with pytest.warns(UserWarning, match="RwkvForCausalLM does not ignore padding .*data.batch_size=1"):
         policy.probe()
     assert policy.shares_prompt is False  # it ignores the cache, too
 
