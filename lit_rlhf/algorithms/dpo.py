@@ -31,7 +31,8 @@ class DPO(Algorithm):
     reference's log-probabilities are computed once for the data set, before the first step.
 
     Args:
-        policy: See `Algorithm`. At the start it is also the reference.
+        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory. Its initial
+            state is also the reference.
         beta: Strength of the KL constraint, typically 0.05 to 0.5.
         **options: See `Algorithm`.
 

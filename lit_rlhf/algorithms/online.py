@@ -52,7 +52,8 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
     """An algorithm that learns from its own completions.
 
     Args:
-        policy: See `Algorithm`. At the start it is also the reference policy of the KL.
+        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory. Its initial
+            state is also the reference of the KL.
         rewards: Reward functions: callables, bare or `lit_rlhf.rewards.Weighted`.
         num_samples: Completions of each prompt (k), typically 2 to 8.
         kl_coef: Coefficient of the KL to the reference (beta); typically 0.01 to 0.5.
