@@ -201,9 +201,9 @@ def _called(model: str | Path | PreTrainedModel) -> str:
 def _read_config(model: str | Path) -> PreTrainedConfig:
     try:
         return read_config(model, _called(model))
-    except InputError:
-        raise
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError) and not isinstance(error, OSError):
+            raise
         raise InputError(
             f"{_called(model)} has no readable config: give a folder with a config.json or a hub id"
         ) from error

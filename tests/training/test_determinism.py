@@ -19,15 +19,19 @@ def two_threads():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_runs_with_the_same_seed_have_equal_weights(name, ending, tmp_path):
-    def train():
+def test_two_runs_with_the_same_seed_and_a_resumed_one_have_equal_weights(name, ending, tmp_path):
+    def train(max_steps=4, ckpt_path=None):
         torch.manual_seed(0)  # initialization of the reward model's head
-        module = make_module(name, ending)
-        make_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(module, make_data(name))
-        return {n: weight.clone() for n, weight in module.state_dict().items()}
+        module, trainer = make_module(name, ending), make_trainer(tmp_path, max_steps=max_steps, limit_val_batches=0)
+        trainer.fit(module, make_data(name), ckpt_path=ckpt_path)
+        return trainer, {n: weight.clone() for n, weight in module.state_dict().items()}
 
-    first, second = train(), train()
+    (_, first), (_, second) = train(), train()
     assert not [n for n, weight in first.items() if not torch.equal(weight, second[n])]
+    stopped, _ = train(max_steps=2)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    _, resumed = train(ckpt_path=tmp_path / "stopped.ckpt")
+    assert not [n for n, weight in first.items() if not torch.equal(weight, resumed[n])]
 
 
 PROMPTS, SAMPLES, LENGTH = 33, 16, 24
