@@ -10,6 +10,9 @@ from runs import METHODS, make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
 
+pytestmark = pytest.mark.timeout(900)  # threads wait for each other on a machine that is shared
+
+
 @pytest.fixture(autouse=True)
 def two_threads():
     before = torch.get_num_threads()
