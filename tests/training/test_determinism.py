@@ -9,7 +9,6 @@ from lit_rlhf.types import Demonstrations, Prompts
 from runs import METHODS, make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
-
 pytestmark = pytest.mark.timeout(900)  # threads wait for each other on a machine that is shared
 
 
