@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_rlhf import functional as F
-from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, gather_over_ranks
+from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, concatenate_over_ranks
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
@@ -61,7 +61,7 @@ class AdaptiveKL(RolloutCallback):
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Compute the next coefficient from a new rollout."""
         algorithm: Any = pl_module
-        kl = float(gather_over_ranks(trainer, completion_kl(rollout).flatten()).mean())
+        kl = float(concatenate_over_ranks(trainer, completion_kl(rollout).flatten()).mean())
         self.next_kl_coef = F.adapted_kl_coef(algorithm.kl_coef, kl, self.target, self.gain)
 
     def on_train_batch_end(

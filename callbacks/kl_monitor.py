@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, gather_over_ranks
+from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, concatenate_over_ranks
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
@@ -42,7 +42,7 @@ class KLMonitor(RolloutCallback):
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Log the percentiles of a new rollout and compare its mean with the target."""
-        kl = gather_over_ranks(trainer, completion_kl(rollout).flatten())
+        kl = concatenate_over_ranks(trainer, completion_kl(rollout).flatten())
         for name, quantile in QUANTILES.items():
             pl_module.log(name, torch.quantile(kl, quantile))
         if self.target is not None and (mean := float(kl.mean())) > self.target:

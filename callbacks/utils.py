@@ -47,7 +47,9 @@ def completion_kl(rollout: Rollout) -> Float[Tensor, "prompts samples"]:
     return F.masked_sum(F.kl_k1(completions.logprobs, rollout.reference_logprobs), completions.mask)
 
 
-def gather_over_ranks(trainer: Trainer, values: Float[Tensor, " completions"]) -> Float[Tensor, " all_completions"]:
+def concatenate_over_ranks(
+    trainer: Trainer, values: Float[Tensor, " completions"]
+) -> Float[Tensor, " all_completions"]:
     """Concatenate the values of all ranks, in float32."""
     values = values.detach().float()
     return torch.cat(gather_all_tensors(values)) if trainer.world_size > 1 else values
