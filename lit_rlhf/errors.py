@@ -1,6 +1,8 @@
 """Errors in user input: options, data, models. The command line prints their message without a traceback."""
 
-__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "input_error"]
+from typing import Any
+
+__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "brief", "input_error"]
 
 
 class InputError(ValueError):
@@ -13,6 +15,12 @@ class InputTypeError(InputError, TypeError):
 
 class InputFileNotFoundError(InputError, FileNotFoundError):
     """A file, folder, model or data set that doesn't exist."""
+
+
+def brief(value: Any) -> str:
+    """Return the `repr` of a value for a message, shortened to 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def input_error(error: BaseException) -> InputError | None:

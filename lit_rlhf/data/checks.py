@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from numbers import Integral
 from typing import Any
 
 from lit_rlhf.data.formats import Example
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, InputTypeError, brief
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_minimum(minimum: int, **arguments: int | None) -> None:
-    """Raise a ValueError if an argument is below `minimum`; None passes."""
+    """Raise a ValueError if an argument is below `minimum`, a TypeError if it is no integer; None passes."""
     for name, value in arguments.items():
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise InputTypeError(f"{name}={brief(value)}: it must be a whole number")
         if value is not None and value < minimum:
             raise InputError(f"{name}={value}: it must be at least {minimum}")
 
@@ -23,8 +29,34 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_val(val: Any) -> None:
     """Raise a ValueError if `val` is a number that is neither a count of rows nor a share of them."""
-    if (isinstance(val, float) and not 0 < val < 1) or (isinstance(val, int) and val < 1):
+    if isinstance(val, bool) or (isinstance(val, float) and not 0 < val < 1) or (isinstance(val, int) and val < 1):
         raise InputError(f"val={val}: give a number of rows, a share between 0 and 1, a source, or None")
+
+
+def check_row(row: Any) -> None:
+    """Check that a row is a dict with named columns, and that its texts can be encoded.
+
+    Raises:
+        ValueError: If it is not. Names the column.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"it is a {type(row).__name__}: rows must be dicts, such as {{'prompt': 'Hello'}}")
+    for name, value in row.items():
+        if not isinstance(name, str):
+            raise InputError(f"the column {name!r} has no string as its name: rename it")
+        if _has_lone_surrogate(name) or _has_lone_surrogate(value):
+            raise InputError(
+                f"the column {name!r} contains {brief(value)}, with half of a surrogate pair, which is no character: "
+                "repair the text, or drop the row with a transform"
+            )
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and _LONE_SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(_has_lone_surrogate(item) for pair in value.items() for item in pair)
+    return isinstance(value, (list, tuple)) and any(map(_has_lone_surrogate, value))
 
 
 def check_prompts(examples: dict[int, Example]) -> None:

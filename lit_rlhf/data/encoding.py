@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_rlhf import tokenization
-from lit_rlhf.data.formats import Example
+from lit_rlhf.data.checks import check_row
+from lit_rlhf.data.formats import Example, cut_repeated_prompt
 from lit_rlhf.data.sources import Row
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -50,36 +55,87 @@ def read_examples(
 ) -> dict[int, Example]:
     """Apply `transform` and read each row. Return the examples by row index, without the rows that were dropped.
 
-    A column that only some rows have is None in the others.
+    A column that only some rows have is None in the others. If at least half of the rows repeat their prompt at the
+    start of all their string completions, it is cut off there.
 
     Raises:
-        ValueError: If a row can't be read (names the row index), or if the transform drops every row or returns
-            something other than a dict or None.
+        ValueError: If a row can't be read (names the row index), or if the transform drops every row, raises, or
+            returns something other than a dict or None.
     """
     examples: dict[int, Example] = {}
     total = 0
-    for index, row in enumerate(rows):
+    for index, row in _enumerate(rows):
         total += 1
         try:
-            transformed = row if transform is None else transform(row)
-            if transformed is not None and not isinstance(transformed, dict):
-                raise InputError(f"the transform returned {transformed!r}: return a dict, or None to drop the row")
-            if transformed is not None:
-                examples[index] = read(transformed)
-        except ValueError as error:
+            if (example := _read_example(row, read, transform)) is not None:
+                examples[index] = example
+        except InputError as error:
             raise InputError(f"row {index}: {error}") from error
     _report(total - len(examples), total, "rows were dropped by the transform", "change the transform")
+    examples = _cut_repeated_prompts(examples)
     names = dict.fromkeys(name for example in examples.values() for name in example.columns)
     for example in examples.values():
         example.columns.update({name: None for name in names if name not in example.columns})
     return examples
 
 
+def _enumerate(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    iterator, index = iter(rows), 0
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # such as an image that can't be decoded
+            raise InputError(f"row {index} can't be loaded: {type(error).__name__}: {error}") from error
+        yield index, row
+        index += 1
+
+
+def _read_example(
+    row: Row, read: Callable[[Row], Example], transform: Callable[[Row], Row | None] | None
+) -> Example | None:
+    check_row(row)
+    if transform is not None:
+        name = getattr(getattr(transform, "func", transform), "__name__", type(transform).__name__)
+        transformed = _call(f"the transform {name!r}", transform, dict(row))
+        if transformed is None:
+            return None
+        if not isinstance(transformed, dict):
+            raise InputError(f"the transform returned {brief(transformed)}: return a dict, or None to drop the row")
+        row = transformed
+        check_row(row)
+    return _call("reading the row", read, row)
+
+
+def _call(what: str, function: Callable[[Row], T], row: Row) -> T:
+    """Call a user's function, and name it and the line in the message of its errors."""
+    try:
+        return function(row)
+    except InputError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # without this function
+        where = f" ({Path(frames[0].filename).name}, line {frames[0].lineno})" if frames else ""
+        columns = ", ".join(map(repr, row))
+        raise InputError(f"{what} raised {type(error).__name__}: {error}{where}; the columns are {columns}") from error
+
+
+def _cut_repeated_prompts(examples: dict[int, Example]) -> dict[int, Example]:
+    # a single completion may begin like its prompt by chance ("Hello", "Hello, how are you?"), half of them do not
+    cut = {index: example for index, old in examples.items() if (example := cut_repeated_prompt(old)) is not None}
+    if not cut or 2 * len(cut) < len(examples):
+        return examples
+    rank_zero_info(f"{len(cut)} of {len(examples)} rows repeat the prompt at the start of their completions: cut off")
+    return examples | cut
+
+
 def drop_duplicates(examples: dict[int, Example]) -> dict[int, Example]:
-    """Drop examples whose prompt has occurred before."""
+    """Drop examples whose prompt, with the same arguments of the chat template, has occurred before."""
     first: dict[str, int] = {}
     for index, example in examples.items():
-        first.setdefault(json.dumps(example.prompt, sort_keys=True, default=str), index)
+        key = [example.prompt, example.template_kwargs]
+        first.setdefault(json.dumps(key, sort_keys=True, default=str), index)
     _report(len(examples) - len(first), len(examples), "prompts are duplicates: dropped")
     return {index: examples[index] for index in first.values()}
 

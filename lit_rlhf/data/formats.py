@@ -11,24 +11,25 @@
 
 Prompts and completions are strings or lists of messages. If only one of them is a list of messages, the other becomes
 a message too, of the user or the assistant. Two columns, as in TRL, are per-row arguments of the chat template:
-`chat_template_kwargs` and `tools`.
+`chat_template_kwargs` and `tools`. A `system` column, as in ShareGPT data, is the system message of a conversation.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lit_rlhf.data.messages import is_messages, read_template_kwargs, read_text
 from lit_rlhf.data.sources import Row
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, brief
 from lit_rlhf.types import Message, Text
 
 _CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "chosen", "rejected")
 _OTHER_PROMPTS = {"question", "instruction", "query", "input", "problem"}
-_ROLES = {"human": "user", "gpt": "assistant"}
 SPEAKER = "\n\nAssistant:"
+_FIRST_UNSPACED = 0x2E80
+"""First code point of the scripts that do not separate words by spaces."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,18 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
     """
     name = prompt_column or next((name for name in ("prompt", *_CONVERSATIONS) if name in row), None)
     if name in _CONVERSATIONS:
-        prompt, answer = _split_answer(_text(_get(row, name, "prompt"), name))
+        prompt, answer = _split_answer(_conversation(row, name, is_text_allowed=prompt_column is not None))
         return _example(row, prompt, (), {name}, {"completion": answer} if answer else {})
     if name is None and "chosen" in row and "rejected" in row:
         name = "chosen"  # the prompt is the common prefix of the pair
-        pair = [_text(row[key], key) for key in ("chosen", "rejected")]
+        pair = [_answer(row[key], key) for key in ("chosen", "rejected")]
         _refuse_other_prompt(row, pair)
         prompt, (chosen, rejected) = _split_common(pair)
         return _example(row, prompt, (), {"chosen", "rejected"}, {"chosen": chosen, "rejected": rejected})
     name = name or "prompt"
-    prompt = _text(_get(row, name, "prompt"), name)
-    answers = {
-        key: row[key] for key in _ANSWERS if key in row and (isinstance(row[key], str) or _is_messages(row[key]))
-    }
-    prompt, aligned = _align(prompt, [_text(answer, key) for key, answer in answers.items()])
+    prompt = read_text(_get(row, name, "prompt"), name)
+    answers = {key: row[key] for key in _ANSWERS if key in row and (isinstance(row[key], str) or is_messages(row[key]))}
+    prompt, aligned = _align(prompt, [read_text(answer, key) for key, answer in answers.items()])
     return _example(row, prompt, (), {name, *answers}, dict(zip(answers, aligned, strict=True)))
 
 
@@ -85,12 +84,15 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
             "no demonstrations: expected columns 'prompt' and 'completion', or 'messages', or 'text'; the data have "
             f"{_names(row)}: set completion_column and prompt_column, or add the columns with a transform"
         )
-    completion = _text(_get(row, name, "completion"), name)
+    if name in _CONVERSATIONS:
+        completion = _conversation(row, name, is_text_allowed=completion_column is not None)
+    else:
+        completion = _answer(_get(row, name, "completion"), name)
     if completion_column and prompt_column is None:
         _refuse_other_prompt(row, [completion])
     if prompt_column or name == "completion" or (completion_column and "prompt" in row):
         prompt_name = prompt_column or "prompt"
-        prompt, (completion,) = _align(_text(_get(row, prompt_name, "prompt"), prompt_name), [completion])
+        prompt, (completion,) = _align(read_text(_get(row, prompt_name, "prompt"), prompt_name), [completion])
         return _example(row, prompt, (completion,), {prompt_name, name})
     if isinstance(completion, str):
         return _example(row, "", (completion,), {name})
@@ -112,14 +114,33 @@ def read_preference(
         ValueError: If a column is missing, or a value is neither a string nor messages.
     """
     names = [chosen_column or "chosen", rejected_column or "rejected"]
-    pair = [_text(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
+    pair = [_answer(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
     prompt_name = prompt_column or ("prompt" if "prompt" in row else None)
     if prompt_name is None:
         _refuse_other_prompt(row, pair)
         prompt, pair = _split_common(pair)
     else:
-        prompt, pair = _align(_text(_get(row, prompt_name, "prompt"), prompt_name), pair)
+        prompt, pair = _align(read_text(_get(row, prompt_name, "prompt"), prompt_name), pair)
     return _example(row, prompt, tuple(pair), {*names, prompt_name or names[0]})
+
+
+def cut_repeated_prompt(example: Example) -> Example | None:
+    """Return the example with the prompt removed from its string completions; None if not all begin with it."""
+    prompt = example.prompt
+    answers = {name: example.columns[name] for name in _ANSWERS if name in example.columns}
+    texts = example.completions or tuple(answers.values())
+    if not isinstance(prompt, str) or not prompt or not texts or not all(_repeats(prompt, text) for text in texts):
+        return None
+    if example.completions:
+        return replace(example, completions=tuple(text[len(prompt) :] for text in example.completions))
+    return replace(example, columns={**example.columns, **{k: text[len(prompt) :] for k, text in answers.items()}})
+
+
+def _repeats(prompt: str, text: Any) -> bool:
+    """Return whether a string continues a prompt that it begins with, and not inside a word."""
+    if not isinstance(text, str) or len(text) <= len(prompt) or not text.startswith(prompt):
+        return False
+    return not all(char.isalnum() and ord(char) < _FIRST_UNSPACED for char in text[len(prompt) - 1 : len(prompt) + 1])
 
 
 def _refuse_other_prompt(row: Row, texts: list[Text]) -> None:
@@ -135,10 +156,7 @@ def _example(
     row: Row, prompt: Text, completions: tuple[Text, ...], used: set[str | None], answers: Row | None = None
 ) -> Example:
     columns = {name: value for name, value in row.items() if name not in used} | (answers or {})
-    template = dict(row.get("chat_template_kwargs") or {})
-    if tools := row.get("tools"):
-        template["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return Example(prompt, completions, columns, {key: value for key, value in template.items() if value is not None})
+    return Example(prompt, completions, columns, read_template_kwargs(row))
 
 
 def _get(row: Row, name: str, what: str) -> Any:
@@ -154,25 +172,26 @@ def _names(row: Row) -> str:
     return ", ".join(map(repr, row)) or "no columns"
 
 
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+def _answer(value: Any, name: str) -> Text:
+    text = read_text(value, name)
+    if isinstance(text, list) and not text:
+        raise InputError(f"the column {name!r} contains an empty list: it must be a string or a list of messages")
+    return text
 
 
-def _text(value: Any, name: str) -> Text:
-    if isinstance(value, str):
-        return value
-    if value == [] or _is_messages(value):
-        return [_message(item, name) for item in value]
-    raise InputError(f"the column {name!r} contains {value!r}: it must be a string or a list of messages")
-
-
-def _message(item: Row, name: str) -> Message:
-    """Return a message with `role` and `content`, from ShareGPT's field names too, and without null fields."""
-    if "role" not in item and {"from", "value"} <= item.keys():
-        item = {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"]}
-    if not isinstance(item.get("role"), str):
-        raise InputError(f"the column {name!r} contains the message {item!r}: a message needs 'role' and 'content'")
-    return {key: value for key, value in item.items() if value is not None}
+def _conversation(row: Row, name: str, is_text_allowed: bool) -> Text:
+    """Return the messages in the column `name`, after the system message of a column `system`."""
+    messages = read_text(_get(row, name, "prompt"), name)
+    if isinstance(messages, str):
+        if is_text_allowed:
+            return messages
+        raise InputError(f"the column {name!r} contains {brief(messages)}: it must be a list of messages, or its JSON")
+    system = row.get("system")
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    if not isinstance(system, str):
+        raise InputError(f"the column 'system' contains {brief(system)}: it must be a string")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _align(prompt: Text, completions: list[Text]) -> tuple[Text, list[Text]]:
@@ -241,5 +260,5 @@ def _word_start(texts: list[str]) -> int:
 
 def _inside_word(text: str, cut: int) -> bool:
     around = text[cut - 1 : cut + 1]
-    spaced = all(ord(char) < 0x2E80 for char in around)  # scripts above do not separate words by spaces
+    spaced = all(ord(char) < _FIRST_UNSPACED for char in around)
     return len(around) == 2 and spaced and not any(char.isspace() for char in around)
