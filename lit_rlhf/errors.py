@@ -18,8 +18,8 @@ class InputFileNotFoundError(InputError, FileNotFoundError):
 
 
 def brief(value: Any) -> str:
-    """Return the `repr` of a value for a message, shortened to 100 characters."""
-    text = repr(value)
+    """Return the `repr` of a value for a message, on one line and shortened to 100 characters."""
+    text = repr(value).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

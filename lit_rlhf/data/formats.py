@@ -61,7 +61,7 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
         return _example(row, prompt, (), {name}, {"completion": answer} if answer else {})
     if name is None and "chosen" in row and "rejected" in row:
         name = "chosen"  # the prompt is the common prefix of the pair
-        pair = [_answer(row[key], key) for key in ("chosen", "rejected")]
+        pair = [_nonempty(row[key], key) for key in ("chosen", "rejected")]
         _refuse_other_prompt(row, pair)
         prompt, (chosen, rejected) = _split_common(pair)
         return _example(row, prompt, (), {"chosen", "rejected"}, {"chosen": chosen, "rejected": rejected})
@@ -87,12 +87,12 @@ def read_demonstration(row: Row, prompt_column: str | None = None, completion_co
     if name in _CONVERSATIONS:
         completion = _conversation(row, name, is_text_allowed=completion_column is not None)
     else:
-        completion = _answer(_get(row, name, "completion"), name)
+        completion = _nonempty(_get(row, name, "completion"), name)
     if completion_column and prompt_column is None:
         _refuse_other_prompt(row, [completion])
     if prompt_column or name == "completion" or (completion_column and "prompt" in row):
         prompt_name = prompt_column or "prompt"
-        prompt, (completion,) = _align(read_text(_get(row, prompt_name, "prompt"), prompt_name), [completion])
+        prompt, (completion,) = _align(_nonempty(_get(row, prompt_name, "prompt"), prompt_name), [completion])
         return _example(row, prompt, (completion,), {prompt_name, name})
     if isinstance(completion, str):
         return _example(row, "", (completion,), {name})
@@ -114,13 +114,13 @@ def read_preference(
         ValueError: If a column is missing, or a value is neither a string nor messages.
     """
     names = [chosen_column or "chosen", rejected_column or "rejected"]
-    pair = [_answer(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
+    pair = [_nonempty(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
     prompt_name = prompt_column or ("prompt" if "prompt" in row else None)
     if prompt_name is None:
         _refuse_other_prompt(row, pair)
         prompt, pair = _split_common(pair)
     else:
-        prompt, pair = _align(read_text(_get(row, prompt_name, "prompt"), prompt_name), pair)
+        prompt, pair = _align(_nonempty(_get(row, prompt_name, "prompt"), prompt_name), pair)
     return _example(row, prompt, tuple(pair), {*names, prompt_name or names[0]})
 
 
@@ -172,7 +172,7 @@ def _names(row: Row) -> str:
     return ", ".join(map(repr, row)) or "no columns"
 
 
-def _answer(value: Any, name: str) -> Text:
+def _nonempty(value: Any, name: str) -> Text:
     text = read_text(value, name)
     if isinstance(text, list) and not text:
         raise InputError(f"the column {name!r} contains an empty list: it must be a string or a list of messages")

@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow
@@ -71,17 +71,17 @@ def read_file(path: Path) -> list[Row] | datasets.Dataset:
         raise InputError(f"{name} could not be read: {type(error).__name__}: {error}") from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> Any:
     opener = _OPENERS.get(path.suffix.lower())
-    return cast(BinaryIO, opener(str(path))) if opener else path.open("rb")
+    return opener(str(path)) if opener else path.open("rb")
 
 
-def _open_zip(path: str) -> BinaryIO:
+def _open_zip(path: str) -> Any:
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     if len(names) != 1:
         raise InputError(f"it contains {len(names)} files: give an archive with one file, or the files in a folder")
-    return cast(BinaryIO, archive.open(names[0]))
+    return archive.open(names[0])
 
 
 def _open_text(path: Path, errors: str = "strict") -> io.TextIOWrapper:

@@ -109,7 +109,7 @@ def _load_hub(text: str, split: str | None) -> Any:
     name, _, config = text.partition(":")
     if os.path.exists(name):  # datasets would read what the folder's dataset card says
         raise InputError(
-            f"{text!r} has the configuration {config!r}, but {name!r} is local: give the path of a file in it"
+            f"{name!r} is local and has no configuration {config!r}: give the path of a file or folder in it"
         )
     try:
         return datasets.load_dataset(name, config or None, split=split)
