@@ -42,7 +42,7 @@ def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Prompts:
 
 def _collate_completions(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     tokens, mask = pad([ids for row in rows for ids in row.completions], pad_id, "right")
-    shape = (len(rows), -1, tokens.shape[-1])
+    shape = (len(rows), len(rows[0].completions), tokens.shape[-1])
     return dict(prompts=collate_prompts(rows, pad_id), tokens=tokens.reshape(shape), mask=mask.reshape(shape))
 
 
