@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fake_algorithm import FakeAlgorithm
 from lit_rlhf.callbacks import SaveOnSignal, signals
 from lit_rlhf.rewards import Scorer, calls
 
@@ -72,7 +73,7 @@ def test_a_signal_during_a_hanging_reward_saves_and_ends_the_run(tmp_path, name)
     assert saved["global_step"] == 2
 
 
-def test_a_reward_that_returns_in_time_is_not_interrupted(monkeypatch):
+def test_a_reward_that_returns_in_time_is_not_interrupted(make_trainer, monkeypatch):
     monkeypatch.setattr(signals, "REWARD_SECONDS", 0.2)
     callback = SaveOnSignal()
     before = signal.getsignal(signal.SIGALRM)
@@ -97,7 +98,7 @@ def test_a_reward_that_returns_in_time_is_not_interrupted(monkeypatch):
             calls.RewardInterrupted, match="SIGTERM ended the run while it waited for the reward 'hangs'"
         ):
             call(hangs)
-        callback.on_exception(None, None, None)
+        callback.on_exception(make_trainer(), FakeAlgorithm(), RuntimeError())
         time.sleep(0.3)
         assert signal.getsignal(signal.SIGALRM) == before
     finally:
