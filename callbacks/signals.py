@@ -13,7 +13,10 @@ from rich import get_console
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint, write_checkpoint
 from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
+from lit_rlhf.rewards.calls import interrupt_rewards
 
+REWARD_SECONDS = 5.0
+"""Seconds that rewards may take after a signal, before they are interrupted."""
 SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
@@ -23,8 +26,11 @@ class SaveOnSignal(Callback):
     A signal to any rank makes all ranks save together. `min_epochs`, `min_steps` and a pending validation don't delay
     it, and the accumulation window and the rollout need not be complete. The checkpoint is `PolicyCheckpoint`'s
     `last.ckpt`. `fit` then returns normally, and `stopped` shows that the run is not complete: the command line exits
-    with the exit code of the signal. A second Ctrl-C interrupts immediately. A handler that Slurm's automatic
-    requeueing set on SIGUSR1 is kept. List this callback after the callbacks that keep state.
+    with the exit code of the signal. Rewards that have not returned 5 to 6 s after the signal are interrupted: the
+    batch in progress is dropped, `PolicyCheckpoint` saves the state before it, and `fit` raises `RewardInterrupted`.
+
+    A second Ctrl-C interrupts immediately. A handler that Slurm's automatic requeueing set on SIGUSR1 is kept. List
+    this callback after the callbacks that keep state.
 
     Attributes:
         stopped: The signal that stopped the run (SIGTERM if another rank received it); None if the run was not stopped.
@@ -35,6 +41,7 @@ class SaveOnSignal(Callback):
         self._received: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._limits: tuple[Any, Any, Any] | None = None
+        self._alarm: tuple[Any, tuple[float, float]] | None = None  # handler and timer that were there before
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output folder and restore the handlers of an earlier run."""
@@ -70,7 +77,12 @@ class SaveOnSignal(Callback):
             trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits
             self._limits = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop interrupting rewards."""
+        self._restore_alarm()
+
     def _restore_handlers(self) -> None:
+        self._restore_alarm()
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
@@ -84,8 +96,17 @@ class SaveOnSignal(Callback):
             if number == signal.SIGTERM or signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 self._previous[number] = signal.signal(number, self._receive)
 
+    def _restore_alarm(self) -> None:
+        if self._alarm is not None:
+            signal.signal(signal.SIGALRM, self._alarm[0])
+            signal.setitimer(signal.ITIMER_REAL, *self._alarm[1])
+            self._alarm = None
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        if hasattr(signal, "setitimer") and self._alarm is None:
+            handler = signal.signal(signal.SIGALRM, lambda *_: interrupt_rewards(number, REWARD_SECONDS))
+            self._alarm = handler, signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS, 1.0)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
             os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop immediately\n")

@@ -25,6 +25,7 @@ from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
 from lit_rlhf.errors import input_error
 from lit_rlhf.models.export import export_checkpoint
+from lit_rlhf.rewards.base import RewardInterrupted
 
 CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": callbacks.PolicyCheckpoint,
@@ -94,6 +95,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"{PROGRAM}: interrupted; finished runs are kept, and the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except RewardInterrupted as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
     except (ValueError, TypeError, FileNotFoundError) as error:  # not RuntimeError: a failing reward has its traceback
         known = input_error(error)
         if known is None:

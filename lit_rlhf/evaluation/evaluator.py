@@ -24,7 +24,7 @@ from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.rewards import Scorer, Scores, Weighted
+from lit_rlhf.rewards import Guarded, Scorer, Scores, Weighted
 from lit_rlhf.types import Completions, Prompts, Text
 
 M = TypeVar("M", bound=Metric)
@@ -38,10 +38,10 @@ NUM_EXAMPLES = 8
 def make_judge(judge: Callable[..., Any]) -> Scorer | SymmetricJudge:
     """Wrap a judge that scores one completion, or one that compares two."""
     bare = judge
-    while isinstance(bare, Weighted):
+    while isinstance(bare, Weighted | Guarded):
         bare = bare.reward
     pairwise = getattr(bare, "pairwise", getattr(getattr(bare, "func", None), "pairwise", False))
-    return SymmetricJudge(bare) if pairwise else Scorer([judge], "judge")
+    return SymmetricJudge(judge) if pairwise else Scorer([judge], "judge")
 
 
 class Evaluator:
@@ -110,7 +110,7 @@ class Evaluator:
         """Evaluate a batch of prompts."""
         completions = self.complete(prompts, state)
         texts = completion_texts(self.tokenizer, prompts, completions)
-        scores = score(self.scorer, prompts, completions, texts, state)
+        scores = score(self.scorer, self.tokenizer, prompts, completions, texts, state)
         totals, valid = scores.total()[:, 0], scores.valid[:, 0]
         kl = self.kl(prompts)
         self.moments["reward"].update(totals[valid])
@@ -133,7 +133,7 @@ class Evaluator:
             return self.policy.sample(prompts, 1, self.greedy)
         sampled = self.policy.sample(prompts, self.options.best_of, self.sampled, self.seed, VALIDATION_EPOCH)
         texts = completion_texts(self.tokenizer, prompts, sampled)
-        totals = score(self.scorer, prompts, sampled, texts, state).total()
+        totals = score(self.scorer, self.tokenizer, prompts, sampled, texts, state).total()
         best = totals.nan_to_num(-torch.inf).argmax(1)
         return sampled.map(lambda tensor: tensor[torch.arange(len(best), device=best.device), best].unsqueeze(1))
 
@@ -179,7 +179,7 @@ class Evaluator:
             own = totals
             if self.judge is not self.scorer:
                 nested = [[text] for text in texts]
-                own = score(self.judge, prompts, completions, nested, state).total()[:, 0]
+                own = score(self.judge, self.tokenizer, prompts, completions, nested, state).total()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
             opponents = self._cached(prompts, lambda: self._scored_opponents(prompts, state))
             theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
@@ -216,7 +216,7 @@ class Evaluator:
         """Return the opponent's completions and the judge's scores, NaN for a missing completion."""
         assert isinstance(self.judge, Scorer)
         texts, theirs = self._opponent(prompts)
-        totals = score(self.judge, prompts, theirs, [[text] for text in texts], state).total()[:, 0]
+        totals = score(self.judge, self.tokenizer, prompts, theirs, [[text] for text in texts], state).total()[:, 0]
         return list(zip(texts, totals.where(theirs.mask[:, 0].any(-1), torch.nan).tolist(), strict=True))
 
     def _opponent_texts(self, prompts: Prompts) -> list[Text | None]:

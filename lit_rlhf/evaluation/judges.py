@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.base import RewardSpec
-from lit_rlhf.rewards.calls import call_all, read_numbers
+from lit_rlhf.rewards.calls import call_all
+from lit_rlhf.rewards.outputs import read_numbers
 from lit_rlhf.types import Text
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SymmetricJudge:
         state: TrainerState,
     ) -> Float[Tensor, " pairs"]:
         arguments = dict(prompts=prompts, completions=completions, opponents=opponents, trainer_state=state)
-        (output,) = call_all([self._spec], {**columns, **arguments})
+        (output,) = call_all([self._spec], [{**columns, **arguments}])
         answers = read_numbers(output, len(prompts), self._spec.title, "pairs")
         for i in ((answers < 0) | (answers > 1)).nonzero().flatten().tolist():
             raise InputError(

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
-from transformers import TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 
+from lit_rlhf.evaluation.completions import as_completion
 from lit_rlhf.rewards import Scorer, Scores
+from lit_rlhf.tokenization import decode_completions, end_of_turn
 from lit_rlhf.types import Completions, Prompts, Text
+
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def score(
-    scorer: Scorer, prompts: Prompts, completions: Completions, texts: list[list[Text]], state: TrainerState
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    completions: Completions,
+    texts: list[list[Text]],
+    state: TrainerState,
 ) -> Scores:
     """Return the rewards of every completion, on its device.
 
     Args:
         scorer: The rewards.
+        tokenizer: The policy's tokenizer.
         prompts: The prompts.
         completions: Their completions.
         texts: The completions as text, `[prompt][sample]`.
@@ -27,9 +38,39 @@ def score(
     ids, finished = completions.ids(), completions.finished.tolist()
     nested = [ids[i * k : (i + 1) * k] for i in range(n)]
     texts_of_prompts = prompts.text or [""] * n
-    scores = scorer(texts_of_prompts, texts, nested, finished, prompts.columns, state)
+    scorer.check_hidden_tokens(ids, lambda: answer_tokens(tokenizer))
+    raw = raw_texts(tokenizer, texts_of_prompts, nested) if scorer.special_tokens else None
+    scores = scorer(texts_of_prompts, texts, nested, finished, prompts.columns, state, raw)
     scores = scores.to(completions.tokens.device)
     if scores.token_rewards is None:
         return scores
     missing = length - scores.token_rewards.shape[-1]  # columns that no completion fills
     return dataclasses.replace(scores, token_rewards=torch.nn.functional.pad(scores.token_rewards, (0, missing)))
+
+
+def raw_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Text], completion_ids: list[list[list[int]]]
+) -> list[list[Text]]:
+    """Decode completions with their special tokens, `[prompt][sample]`, without the token that ends them."""
+    ends, special = {tokenizer.eos_token_id, end_of_turn(tokenizer)}, _special(tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        ids = ids[:-1] if ids and ids[-1] in ends else ids
+        runs = [(names, list(run)) for names, run in itertools.groupby(ids, key=special.get)]
+        texts = iter(decode_completions(tokenizer, [run for name, run in runs if name is None]))
+        return "".join(next(texts) if name is None else name * len(run) for name, run in runs)
+
+    return [
+        [as_completion(prompt, decode(ids)) for ids in group]
+        for prompt, group in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the special tokens that may be part of an answer: all but EOS, padding, ... and the end of a turn."""
+    others = {getattr(tokenizer, f"{name}_token_id", None) for name in NAMED_TOKENS} | {end_of_turn(tokenizer)}
+    return {i: token for i, token in _special(tokenizer).items() if i not in others}
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}

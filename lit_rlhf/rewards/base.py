@@ -8,6 +8,7 @@ run concurrently.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
+from lit_rlhf.rewards.guard import Guarded, ServiceError
+from lit_rlhf.rewards.outputs import read_numbers, read_token_rows
 from lit_rlhf.types import Text
 
 Numbers = Sequence[float | None] | Tensor
@@ -32,8 +35,9 @@ class Reward(Protocol):
     """Protocol of a reward; a plain function satisfies it.
 
     With an attribute `token_level = True` it returns, for each completion, one number per token of `completion_ids`
-    (EOS token included). A reward with a model may have `setup(device)`, called once before the first use. A reward
-    that reads columns through `**kwargs` may list them in `required_columns`.
+    (EOS token included). With `special_tokens = True` its completions contain special tokens, such as tags that were
+    added to the tokenizer as special ones. A reward with a model may have `setup(device)`, called once before the first
+    use. A reward that reads columns through `**kwargs` may list them in `required_columns`.
     """
 
     def __call__(
@@ -83,6 +87,18 @@ class Weighted:
         return self.reward(**kwargs)
 
 
+class RewardInterrupted(RuntimeError):
+    """A signal ended the run while it waited for a reward.
+
+    Attributes:
+        number: The signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class RewardSpec:
     """Specification of a reward or judge: name, weights and arguments.
@@ -91,8 +107,10 @@ class RewardSpec:
         name: Unique name in logs and records.
         title: Name in messages: "the reward 'x'".
         weights: The `Weighted` wrappers, whose weights are multiplied.
+        guard: The outermost `Guarded` wrapper, or None.
         reward: The callable.
         token_level: Whether it returns one number per token.
+        special_tokens: Whether its completions contain special tokens.
         accepts: Names of the arguments that it takes, or None for all.
         requires: Names of the arguments without a default, and its `required_columns`.
         ready_on: The device of the last `setup`, as a list of at most one.
@@ -101,8 +119,10 @@ class RewardSpec:
     name: str
     title: str
     weights: tuple[Weighted, ...]
+    guard: Guarded | None
     reward: Callable[..., Any]
     token_level: bool
+    special_tokens: bool
     accepts: frozenset[str] | None
     requires: frozenset[str]
     ready_on: list[torch.device] = field(default_factory=list)
@@ -115,15 +135,23 @@ class RewardSpec:
             TypeError: If it is not a reward.
         """
         weights: list[Weighted] = []
-        while isinstance(reward, Weighted):
-            weights.append(reward)
+        guard: Guarded | None = None
+        while isinstance(reward, Weighted | Guarded):
+            if isinstance(reward, Weighted):
+                weights.append(reward)
+            else:
+                guard = guard or reward
             reward = reward.reward
         name = next((weighted.name for weighted in weights if weighted.name), None)
         _check_is_reward(reward, role)
         bare = reward.func if isinstance(reward, functools.partial) else reward
-        token_level = bool(getattr(reward, "token_level", getattr(bare, "token_level", False)))
+        token_level, special_tokens = (
+            bool(getattr(reward, flag, getattr(bare, flag, False))) for flag in ("token_level", "special_tokens")
+        )
         name = _unique(name or _name(bare), taken)
-        return cls(name, f"the {role} {name!r}", tuple(weights), reward, token_level, *_signature(reward))
+        guard = guard or getattr(reward, "guard", None)
+        options = (tuple(weights), guard, reward, token_level, special_tokens, *_signature(reward))
+        return cls(name, f"the {role} {name!r}", *options)
 
     def weight(self, step: int) -> float:
         """Return the weight after `step` updates."""
@@ -146,20 +174,65 @@ class RewardSpec:
             )
 
     def call(self, arguments: dict[str, Any]) -> Any:
-        """Call the reward with the arguments that it accepts; its exceptions become a RuntimeError."""
+        """Call the reward with copies of the arguments that it accepts; its exceptions become a RuntimeError."""
         self.check(set(arguments))
-        accepted = arguments if self.accepts is None else {k: v for k, v in arguments.items() if k in self.accepts}
         try:
-            return self.reward(**accepted)
-        except Exception as error:
-            raise_reward_error(self.title, error)
+            if self.guard is None:
+                return self.invoke(arguments)
+            return self.guard.run(self.invoke, self._read, arguments, self.title, self.name)
+        except (Exception, SystemExit) as error:
+            self.raise_error(error, arguments)
+
+    def invoke(self, arguments: dict[str, Any]) -> Any:
+        """Call the reward with copies of the arguments that it accepts."""
+        names = arguments if self.accepts is None else self.accepts & arguments.keys()
+        return self.reward(**{name: own_copy(arguments[name]) for name in arguments if name in names})
+
+    def raise_error(self, error: BaseException, arguments: dict[str, Any]) -> NoReturn:
+        """Raise a RuntimeError that names the reward, from an exception of the reward."""
+        if isinstance(error, torch.OutOfMemoryError | RewardInterrupted):
+            raise error  # unchanged, for callers that retry with a smaller batch, and for those that end the run
+        if isinstance(error, ServiceError):
+            raise InputError(f"{self.title}: {error}") from error
+        hint = ""
+        if has_messages(arguments) and not isinstance(error, OSError):
+            hint = (
+                " (the data are conversations, so a prompt or a completion is a list of messages: "
+                "lit_rlhf.rewards.to_text(completion) returns its text)"
+            )
+        raise RuntimeError(f"{self.title} raised {type(error).__name__}: {error}{hint}") from error
+
+    def _read(self, output: Any, arguments: dict[str, Any]) -> list[Any]:
+        """Check what the reward returned, and return it as a list with one entry per completion."""
+        if self.token_level:
+            read_token_rows(output, [len(ids) for ids in arguments["completion_ids"]], self.title)
+        else:
+            read_numbers(output, len(arguments["completions"]), self.title)
+        return list(output)
 
 
-def raise_reward_error(title: str, error: BaseException) -> NoReturn:
-    """Raise a RuntimeError that names the reward, from the exception of the reward."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error  # unchanged, for callers that retry with a smaller batch
-    raise RuntimeError(f"{title} raised {type(error).__name__}: {error}") from error
+def has_messages(arguments: dict[str, Any]) -> bool:
+    """Return whether prompts or completions are lists of messages."""
+    return any(isinstance(text, list) for name in ("prompts", "completions") for text in arguments.get(name, ()))
+
+
+def own_copy(value: Any) -> Any:
+    """Return a copy of an argument of a reward, so that what it changes reaches nothing else."""
+    if isinstance(value, list):
+        return [item if isinstance(item, _IMMUTABLE) else _copy(item) for item in value]
+    return value if callable(value) else _copy(value)
+
+
+_IMMUTABLE = (str, int, float, type(None))
+
+
+def _copy(item: Any) -> Any:
+    if type(item) is list and all(type(entry) is int for entry in item):  # token ids, which deepcopy copies slowly
+        return item.copy()
+    try:
+        return copy.deepcopy(item)
+    except Exception:  # an object of the user's that can't be copied, such as one with a lock
+        return item
 
 
 def _check_is_reward(reward: Any, role: str) -> None:

@@ -1,103 +1,68 @@
-"""Call rewards and judges, sync or async, and check what they return."""
+"""Call rewards and judges, sync or async, so that a signal can interrupt one that hangs."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
+import contextlib
 import inspect
-import math
-import os
+import signal
 import threading
-from collections.abc import Awaitable, Iterable, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from lit_rlhf.rewards.base import RewardInterrupted, RewardSpec
+from lit_rlhf.rewards.threads import in_event_loop, in_thread
 
-from lit_rlhf.errors import InputError
-from lit_rlhf.rewards.base import RewardSpec, raise_reward_error
+_calls: list[tuple[float, str]] = []
+"""When the main thread began to wait for rewards, and for which; at most one entry."""
 
 
-def call_all(specs: Sequence[RewardSpec], arguments: dict[str, Any]) -> list[Any]:
-    """Call rewards, each with the arguments that it accepts; async rewards run concurrently.
+def call_all(specs: Sequence[RewardSpec], arguments: Sequence[dict[str, Any]]) -> list[Any]:
+    """Call each reward with its arguments; async and guarded rewards run concurrently.
 
     Raises:
         RuntimeError: If a reward raises.
     """
+    pairs = list(zip(specs, arguments, strict=True))
     outputs: list[Any] = []
-    try:
-        outputs.extend(spec.call(arguments) for spec in specs)
-    except BaseException:
-        for output in filter(inspect.iscoroutine, outputs):
-            output.close()
-        raise
-    # in a thread, since a notebook has a running loop here; always the same loop, since network clients keep using it
-    waiting = {i: output for i, output in enumerate(outputs) if inspect.isawaitable(output)}
-    if waiting:
-        results = asyncio.run_coroutine_threadsafe(_gather(waiting.values()), _event_loop(os.getpid())).result()
-        for i, result in zip(waiting, results, strict=True):
+    with _interruptible(specs):
+        try:
+            running = {i: in_thread(spec.call, given) for i, (spec, given) in enumerate(pairs) if spec.guard}
+            outputs.extend(running.get(i) or spec.call(given) for i, (spec, given) in enumerate(pairs))
+        except BaseException:
+            for output in filter(inspect.iscoroutine, outputs):
+                output.close()
+            raise
+        waiting = {i: in_event_loop(output) for i, output in enumerate(outputs) if inspect.isawaitable(output)}
+        for i, future in waiting.items():
+            result = future.result()
             if isinstance(result, BaseException):
-                raise_reward_error(specs[i].title, result)
+                pairs[i][0].raise_error(result, pairs[i][1])
             outputs[i] = result
-    return outputs
+        return [output.result() if isinstance(output, Future) else output for output in outputs]
 
 
-@functools.cache
-def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
-    """Return the event loop of async rewards, in its own thread; one per process, as threads don't survive a fork."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"async-rewards-{pid}", daemon=True).start()
-    return loop
-
-
-async def _gather(waiting: Iterable[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*map(_settled, waiting))
-
-
-async def _settled(waiting: Awaitable[Any]) -> Any:
+@contextlib.contextmanager
+def _interruptible(specs: Sequence[RewardSpec]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _calls.append((time.monotonic(), " or ".join(spec.title for spec in specs)))
     try:
-        return await waiting
-    except BaseException as error:  # a SystemExit would end the loop's thread, and every caller would wait forever
-        return error
+        yield
+    finally:
+        _calls.pop()
 
 
-def read_numbers(output: Any, count: int, title: str, per: str = "completions") -> Float[Tensor, " completions"]:
-    """Check and convert the numbers that a reward returned; None becomes NaN."""
-    _check_count(output, count, title, per)
-    values = output.tolist() if hasattr(output, "tolist") else list(output)
-    try:
-        values = [value.item() if hasattr(value, "item") else value for value in values]
-        numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kinds = sorted({type(value).__name__ for value in values})
-        raise InputError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
-    if numbers.ndim != 1:
-        raise InputError(f"{title} returned the shape {tuple(numbers.shape)}: it must return one number each")
-    for i in numbers.isfinite().logical_not().nonzero().flatten().tolist():
-        if values[i] is not None:
-            raise InputError(
-                f"{title} returned {values[i]} at index {i}: return a finite number, or None for no opinion"
-            )
-    return numbers
+def interrupt_rewards(number: int, seconds: float) -> None:
+    """Raise `RewardInterrupted` if the main thread has waited for rewards for some time. For signal handlers.
 
-
-def read_token_rows(output: Any, lengths: list[int], title: str) -> list[Float[Tensor, " _"]]:
-    """Return one row of numbers per completion, as long as its ids; all NaN where the reward had no opinion."""
-    _check_count(output, len(lengths), title, "completions")
-    rows = []
-    for i, (row, length) in enumerate(zip(output, lengths, strict=True)):
-        if row is None:
-            rows.append(torch.full((length,), math.nan, dtype=torch.float32))
-            continue
-        rows.append(read_numbers(row, length, title, f"tokens of completion {i}"))
-        if rows[-1].isnan().any():
-            raise InputError(f"{title} returned None for a token: return None only for a whole completion")
-    return rows
-
-
-def _check_count(output: Any, count: int, title: str, per: str) -> None:
-    if isinstance(output, str | dict) or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
-        raise InputError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
-    if len(output) != count:
-        raise InputError(f"{title} returned {len(output)} values for {count} {per}")
+    Args:
+        number: The signal that ends the run.
+        seconds: How long rewards may take.
+    """
+    if _calls and time.monotonic() - _calls[-1][0] >= seconds:
+        raise RewardInterrupted(
+            f"{signal.Signals(number).name} ended the run while it waited for {_calls[-1][1]}", number
+        )

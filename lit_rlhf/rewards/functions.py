@@ -70,13 +70,15 @@ class RegexMatch:
         pattern: Regular expression, in the syntax of `re`. Inline flags are allowed: `(?i)` to ignore case, `(?s)` for
             a dot that matches newlines.
         full: Whether the pattern must match the full completion, instead of any part of it.
+        special_tokens: Whether completions contain their special tokens, for tags that were added to the tokenizer as
+            such.
 
     Raises:
         ValueError: If the pattern is not a regular expression.
     """
 
-    def __init__(self, pattern: str, full: bool = False) -> None:
-        self.pattern, self.full = _compile(pattern), full
+    def __init__(self, pattern: str, full: bool = False, special_tokens: bool = False) -> None:
+        self.pattern, self.full, self.special_tokens = _compile(pattern), full, special_tokens
 
     def __call__(self, completions: list[Text]) -> list[float]:
         """Return 1 or 0 per completion."""
@@ -87,20 +89,31 @@ class RegexMatch:
 class ExactMatch:
     r"""1 if the completion, or what a pattern extracts from it, equals the reference answer, else 0.
 
-    None (no opinion) if a row has no reference answer.
+    None (no opinion) if a row has no reference answer; with a list of answers, any of them is right.
 
     Args:
         column: Name of the column of reference answers.
         pattern: Regular expression that extracts the answer, such as `"#### (.+)"`: the first group (or all) of the
-            last match. Without a match the reward is 0. By default the full completion is the answer.
-        normalise: Whether to ignore case and to collapse white space.
+            last match. Without a match the reward is 0. By default the full completion is the answer. A reference
+            answer is read by the same pattern, or taken whole where the pattern finds nothing in it.
+        normalise: Whether to ignore case, white space at the ends, its amount elsewhere, and the commas of thousands
+            (1,450 equals 1450). Everything else counts: `18`, `18.0`, `$18` and `18.` are four answers, and a pattern
+            may leave out the sign and the full stop.
+        special_tokens: Whether completions contain their special tokens, for tags that were added to the tokenizer as
+            such.
 
     Raises:
         ValueError: If the pattern is not a regular expression.
     """
 
-    def __init__(self, column: str = "answer", pattern: str | None = None, normalise: bool = True) -> None:
-        self.column, self.normalise = column, normalise
+    def __init__(
+        self,
+        column: str = "answer",
+        pattern: str | None = None,
+        normalise: bool = True,
+        special_tokens: bool = False,
+    ) -> None:
+        self.column, self.normalise, self.special_tokens = column, normalise, special_tokens
         self.pattern = None if pattern is None else _compile(pattern)
         self.required_columns = (column,)
 
@@ -110,18 +123,36 @@ class ExactMatch:
         return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float:
-        answers = {to_text(answer) if isinstance(answer, list) else str(answer)}
-        if isinstance(answer, float) and answer.is_integer():  # a table with an empty field turns integers into floats
-            answers.add(str(int(answer)))
-        if self.pattern is not None:
-            matches = list(self.pattern.finditer(text))
-            if not matches:
-                return 0.0
-            text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
-        return float(self._normalise(text) in map(self._normalise, answers))
+        found = self._extract(text)
+        if found is None:
+            return 0.0
+        references = [self._extract(reference) or reference for reference in _references(answer)]
+        return float(self._normalise(found) in map(self._normalise, references))
+
+    def _extract(self, text: str) -> str | None:
+        """Return the answer in a text, None without one."""
+        if self.pattern is None:
+            return text
+        matches = list(self.pattern.finditer(text))
+        if not matches:
+            return None
+        return (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
 
     def _normalise(self, text: str) -> str:
-        return " ".join(text.casefold().split()) if self.normalise else text
+        return " ".join(_THOUSANDS.sub("", text.casefold()).split()) if self.normalise else text
+
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def _references(answer: Any) -> list[str]:
+    """Return the texts that count as right: of messages, of each answer in a list, or of one value."""
+    if isinstance(answer, list):
+        messages = bool(answer) and isinstance(answer[0], dict)
+        return [to_text(answer)] if messages else [text for item in answer for text in _references(item)]
+    if isinstance(answer, float) and answer.is_integer():  # a table with an empty field turns integers into floats
+        return [str(answer), str(int(answer))]
+    return [str(answer)]
 
 
 class Repetition:

@@ -123,14 +123,11 @@ class RewardModel:
             self.setup("cpu")
         assert self._scorer is not None
         finished = [True] * len(completions) if finished is None else finished
-        starts: dict[int, list[int]] = {}  # a prompt is given once per completion, and encoded once
-        for prompt in prompts:
-            if id(prompt) not in starts:
-                starts[id(prompt)] = encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
-        rows = [
-            self._encode(prompt, starts[id(prompt)], completion, ended)
-            for prompt, completion, ended in zip(prompts, completions, finished, strict=True)
-        ]
+        starts: list[list[int]] = []
+        for i, prompt in enumerate(prompts):  # a prompt is given once per completion, and encoded once
+            again = i > 0 and prompt == prompts[i - 1]
+            starts.append(starts[-1] if again else encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs))
+        rows = [self._encode(*row) for row in zip(prompts, starts, completions, finished, strict=True)]
         scores = torch.empty(len(rows), dtype=torch.float32)
         with torch.autocast(self._scorer.model_forward.device.type, enabled=False):
             if (shared := self._shared_batches(rows, self.batch_size)) is not None:

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
-from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec
-from lit_rlhf.rewards.calls import call_all, read_numbers, read_token_rows
+from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec, own_copy
+from lit_rlhf.rewards.calls import call_all
+from lit_rlhf.rewards.hidden_tokens import find_hidden_tokens
+from lit_rlhf.rewards.messages import check_reads_messages
+from lit_rlhf.rewards.outputs import read_numbers, read_token_rows
 from lit_rlhf.types import Text
 
 if TYPE_CHECKING:
@@ -85,6 +89,7 @@ class Scorer:
         self._specs: list[RewardSpec] = []
         for reward in rewards:
             self._specs.append(RewardSpec.of(reward, {spec.name for spec in self._specs}, role))
+        self._warned_of_hidden_tokens = False
 
     def weights(self, step: int) -> list[float]:
         """Return the weights of the rewards after `step` updates."""
@@ -96,6 +101,11 @@ class Scorer:
         return any("trainer_state" in (spec.accepts or ()) for spec in self._specs)
 
     @property
+    def special_tokens(self) -> bool:
+        """Whether a reward receives completions with special tokens."""
+        return any(spec.special_tokens for spec in self._specs)
+
+    @property
     def names(self) -> list[str]:
         """Names of the rewards in logs."""
         return [spec.name for spec in self._specs]
@@ -105,6 +115,30 @@ class Scorer:
         names = {*columns, *REWARD_ARGUMENTS}
         for spec in self._specs:
             spec.check(names)
+
+    def check_on_row(self, prompt: Text, columns: dict[str, Any]) -> None:
+        """Raise a ValueError if a function can't read messages, tried on one row of conversations. Loads no model."""
+        if isinstance(prompt, list):
+            for spec in self._specs:
+                check_reads_messages(spec, prompt, columns)
+
+    def check_hidden_tokens(self, completion_ids: list[list[int]], tokens: Callable[[], dict[int, str]]) -> None:
+        """Warn once of special tokens that matter to rewards but are not in the completions that they receive.
+
+        Args:
+            completion_ids: Token ids of the completions.
+            tokens: Returns the special tokens, by id.
+        """
+        takes = [spec for spec in self._specs if spec.accepts is None or "completions" in spec.accepts]
+        blind = [spec.reward for spec in takes if not spec.special_tokens]
+        if self._warned_of_hidden_tokens or not blind:
+            return
+        if hidden := find_hidden_tokens(blind, completion_ids, tokens()):
+            self._warned_of_hidden_tokens = True
+            rank_zero_warn(
+                f"rewards don't see {', '.join(hidden[:8])}: special tokens are left out of completions; set "
+                "special_tokens = True on a reward that looks for them"
+            )
 
     def setup(self, device: torch.device | str) -> None:
         """Call the `setup(device)` of the rewards, which loads models; once per device, before the first use."""
@@ -119,6 +153,7 @@ class Scorer:
         finished: list[list[bool]],
         columns: dict[str, list[Any]] | None = None,
         state: TrainerState | None = None,
+        raw_completions: list[list[Text]] | None = None,
     ) -> Scores:
         """Score n prompts with k completions each. Rewards receive flat lists of n * k entries.
 
@@ -129,6 +164,7 @@ class Scorer:
             finished: Whether each completion ended by itself, one list of k per prompt.
             columns: The other columns of the data, one entry per prompt.
             state: Training progress (`global_step`, `max_steps`, `epoch`), for rewards with a schedule.
+            raw_completions: Completions with their special tokens, for rewards with `special_tokens = True`.
 
         Raises:
             RuntimeError: If a reward raises.
@@ -148,7 +184,8 @@ class Scorer:
             "log_extra": log.log_extra,
             "log_metric": log.log_metric,
         }
-        outputs = call_all(self._specs, arguments)
+        raw = arguments if raw_completions is None else {**arguments, "completions": _flatten(raw_completions)}
+        outputs = call_all(self._specs, [raw if spec.special_tokens else arguments for spec in self._specs])
         lengths = [len(ids) for group in completion_ids for ids in group]
         return self._add_up(outputs, lengths, (n, k), log, step=0 if state is None else state.global_step)
 
@@ -221,7 +258,7 @@ class _Log:
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Report one entry per completion, shown with it in `samples.jsonl`."""
-        entries = list(values)
+        entries = own_copy(list(values))
         if len(entries) != self.count:
             raise InputError(f"log_extra({column!r}) got {len(entries)} values for {self.count} completions")
         self.extras[column] = entries

@@ -72,6 +72,8 @@ class OnlineHooks(LightningModule):
         data, accumulate = self.data_module, self.trainer.accumulate_grad_batches
         if callable(columns := getattr(data, "columns", None)):
             checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
+        if rows := getattr(data, "train_set", None) or getattr(data, "val_set", None):
+            self.scorer.check_on_row(rows[0].example.prompt, rows[0].example.columns)
         if stage == "fit":
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
@@ -160,5 +162,5 @@ class OnlineHooks(LightningModule):
         k = 1 if self.sampling.greedy else self.num_samples
         completions = self.policy.sample(batch, k, self.sampling, self.seed)
         texts = completion_texts(self.tokenizer, batch, completions)
-        scores = score(self.scorer, batch, completions, texts, self.trainer_state())
+        scores = score(self.scorer, self.tokenizer, batch, completions, texts, self.trainer_state())
         return prediction_rows(batch, completions, texts, scores)

@@ -12,6 +12,7 @@ from judged import judge, predict, rows_of, token_sum, validate
 from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.types import Completions
 from runs import make_module
+from tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt without a reward")
 
@@ -127,5 +128,5 @@ def test_prompts_without_text_are_scored():
     prompts = make_prompts([5, 6], [7]).replace(text=[])
     ones = torch.ones(2, 3, 4)
     completions = Completions(ones.long(), ones.bool(), ones, torch.ones(2, 3, dtype=torch.bool))
-    scores = score(scorer, prompts, completions, [["a", "bb", "ccc"]] * 2, TrainerState())
+    scores = score(scorer, make_tokenizer(), prompts, completions, [["a", "bb", "ccc"]] * 2, TrainerState())
     assert scores.total().tolist() == [[1.0, 2.0, 3.0]] * 2

@@ -68,6 +68,30 @@ def test_exact_match_compares_with_a_column():
     assert gold(["#### 1 no\n#### 42", messages("#### 42 "), "42"], gold=[42, "42", "42"]) == [1, 1, 0]
 
 
+def test_exact_match_reads_reference_answers_by_the_same_pattern():
+    reward = ExactMatch("solution", pattern=r"#### (.+)")
+    worked = "3 boxes of 24 are 72 pens.\n#### 72"
+    assert reward(["so 72\n#### 72", "#### 71", "72"], solution=[worked] * 3) == [1, 0, 0]
+    assert reward(["#### 72", "#### b"], solution=["72", messages("it is\n#### B")]) == [1, 1]
+    empty = ExactMatch(pattern=r"<a>(.*?)</a>")
+    assert empty(["<a></a>", "<a></a>"], answer=["<a></a>", "<a>x</a>"]) == [0, 0]  # an empty answer is none
+
+
+def test_exact_match_accepts_any_of_a_list_of_answers():
+    assert ExactMatch()(["nyc", "Boston", "5"], answer=[["New York", "NYC"], ["New York", "NYC"], [4, 5.0]]) == [
+        1,
+        0,
+        1,
+    ]
+
+
+def test_exact_match_ignores_the_commas_of_thousands_and_no_other_difference():
+    texts = ["1450", "1,234,567", "1,45", "18.0", "$18", "007"]
+    answers = ["1,450", "1234567", "145", "18", "18", "7"]
+    assert ExactMatch()(texts, answer=answers) == [1, 1, 0, 0, 0, 0]
+    assert ExactMatch(normalise=False)(["1450"], answer=["1,450"]) == [0]
+
+
 def test_exact_match_with_integers_from_a_table_with_an_empty_field(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\na,42\nb,\nc,7\nd,-1\n")
     answers = [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))]

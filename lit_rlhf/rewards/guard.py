@@ -1,0 +1,185 @@
+"""Rewards that may be slow or fail: time-outs, retries, and a limit of failures."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.rewards.threads import call_within, in_thread
+
+MAX_WAIT = 60.0
+"""Longest pause before a retry, in seconds."""
+
+
+class ServiceError(RuntimeError):
+    """A service that computes rewards failed. The message is one sentence that names the service.
+
+    Attributes:
+        retry: Whether another attempt may succeed.
+        wait: Seconds that the service asked to wait.
+    """
+
+    def __init__(self, message: str, retry: bool = True, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry, self.wait = retry, wait
+
+
+class Guarded:
+    """A reward or judge with a time-out, retries, and a limit of failures, such as one that asks a server.
+
+    An attempt fails if it raises, takes too long, or returns something invalid. Completions whose attempts all fail get
+    None (no opinion) and are counted in `train/reward_failures/<name>`. The run stops with the reward's own error if
+    every completion failed in `max_failures` calls in a row, or in the first call, where a mistake in the reward is
+    more likely. The reward runs in a thread, beside the other rewards.
+
+    Args:
+        reward: Any reward, sync or async.
+        timeout: Seconds that one attempt may take; None for no limit. Python can't end a thread, so a sync reward that
+            hangs continues in its thread until the process ends.
+        retries: Further attempts after one that failed.
+        backoff: Seconds before the first retry, doubled before each further one, at most 60.
+        max_failures: Number of failed calls in a row that stops the run.
+        batch_size: Completions per attempt; None for all at once. With 1, one failing completion costs only its own
+            reward.
+        concurrency: Attempts at the same time; above 1 the reward must be thread-safe.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        reward: Callable[..., Any],
+        timeout: float | None = None,
+        retries: int = 2,
+        backoff: float = 1.0,
+        max_failures: int = 3,
+        batch_size: int | None = None,
+        concurrency: int = 1,
+    ) -> None:
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise InputError(f"timeout={timeout} of a reward must be above 0 seconds, or null for no limit")
+        if retries < 0 or not 0 <= backoff < math.inf:
+            raise InputError(f"retries={retries} and backoff={backoff} of a reward must be 0 or more")
+        for name, value in (("max_failures", max_failures), ("batch_size", batch_size), ("concurrency", concurrency)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} of a reward must be at least 1")
+        self.reward, self.timeout, self.retries, self.backoff = reward, timeout, retries, backoff
+        self.max_failures, self.batch_size, self.concurrency = max_failures, batch_size, concurrency
+        self._failed_calls = 0
+        self._answered = self._warned = False
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """Call the reward. The scorer applies the options."""
+        return self.reward(**kwargs)
+
+    def run(
+        self,
+        call: Callable[[dict[str, Any]], Any],
+        read: Callable[[Any, dict[str, Any]], list[Any]],
+        arguments: dict[str, Any],
+        title: str,
+        name: str,
+    ) -> list[Any]:
+        """Call a reward in batches, and return one entry per completion, None where it failed.
+
+        Args:
+            call: Calls the reward with the arguments of a batch.
+            read: Checks what it returned, and makes a list of it.
+            arguments: All arguments of the reward.
+            title: Name in messages.
+            name: Name in metrics.
+
+        Raises:
+            Exception: The reward's own, after too many failures.
+        """
+        count = len(arguments["completions"])
+        size = self.batch_size or max(count, 1)
+        pending = deque(range(0, count, size))
+        outputs: list[Any] = [None] * count
+        errors: dict[int, BaseException] = {}
+        extras: dict[str, list[Any]] = {}
+        stop = threading.Event()
+
+        def work() -> None:
+            while pending and not stop.is_set():
+                try:
+                    start = pending.popleft()
+                except IndexError:  # another worker was faster
+                    return
+                part = _part(arguments, slice(start, start + size), extras)
+                try:
+                    outputs[start : start + size] = self._attempt(call, read, part, stop)
+                except torch.OutOfMemoryError:
+                    raise
+                except BaseException as error:  # also the SystemExit of a reward that calls sys.exit
+                    errors[start] = error
+
+        workers = [in_thread(work) for _ in range(min(self.concurrency, len(pending)))]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            stop.set()
+        for column, values in extras.items():
+            arguments["log_extra"](column, values)
+        failed = sum(min(size, count - start) for start in errors)
+        if "log_metric" in arguments:
+            arguments["log_metric"](f"reward_failures/{name}", failed)
+        self._count_failure(list(errors.values()), failed, count, title)
+        return outputs
+
+    def _attempt(
+        self,
+        call: Callable[[dict[str, Any]], Any],
+        read: Callable[[Any, dict[str, Any]], list[Any]],
+        arguments: dict[str, Any],
+        stop: threading.Event,
+    ) -> list[Any]:
+        for i in range(self.retries + 1):
+            try:
+                return read(call_within(self.timeout, call, arguments), arguments)
+            except Exception as error:
+                final = i == self.retries or isinstance(error, torch.OutOfMemoryError)
+                if final or not (self._answered or getattr(error, "retry", True)):
+                    raise
+                wait = max(self.backoff * 2**i, getattr(error, "wait", 0.0))
+            if stop.wait(min(wait, MAX_WAIT)):
+                break
+        raise TimeoutError("the call was given up")
+
+    def _count_failure(self, errors: list[BaseException], failed: int, count: int, title: str) -> None:
+        if failed < count or not count:
+            self._failed_calls, self._answered = 0, True
+        else:
+            self._failed_calls += 1
+            if not self._answered or self._failed_calls == self.max_failures:
+                raise errors[-1]
+        if errors and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{title} failed for {failed} of {count} completions, which have no reward from it "
+                f"({type(errors[-1]).__name__}: {errors[-1]}); further failures are counted in train/reward_failures",
+                stacklevel=2,
+            )
+
+
+def _part(arguments: dict[str, Any], rows: slice, extras: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return the arguments of some completions; what they report with `log_extra` goes to `extras`."""
+    part = {name: value[rows] if isinstance(value, list) else value for name, value in arguments.items()}
+    count, expected = len(arguments["completions"]), len(part["completions"])
+
+    def log_extra(column: str, values: Iterable[Any]) -> None:
+        entries = list(values)
+        if len(entries) != expected:
+            raise InputError(f"log_extra({column!r}) got {len(entries)} values for {expected} completions")
+        extras.setdefault(column, [None] * count)[rows] = entries
+
+    return {**part, "log_extra": log_extra} if "log_extra" in arguments else part

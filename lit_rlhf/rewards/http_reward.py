@@ -1,0 +1,158 @@
+"""A reward that a server computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.rewards.guard import Guarded, ServiceError
+from lit_rlhf.types import Text
+
+MAX_ANSWER_BYTES = 2**24
+
+
+class HTTPReward:
+    """The scores that a server returns.
+
+    Each request is a POST of `{"prompts": [...], "completions": [...], "columns": {"answer": [...]}}` in JSON, with one
+    entry per completion. Prompts and completions are strings, or lists of messages. The answer is
+    `{"scores": [0.5, null, ...]}`, with null for no opinion. Failures are treated as by `Guarded`: connection errors,
+    429, 5xx and slow answers are retried; other statuses and invalid answers only once the server has answered well.
+
+    Args:
+        url: Address of the server, such as `http://localhost:8000/score`.
+        columns: Columns of the data to send; only these leave the machine.
+        batch_size: Completions per request.
+        concurrency: Requests at the same time.
+        timeout: Seconds that the server may take for a request.
+        retries: Further attempts after a failed request.
+        backoff: Seconds before the first retry, doubled before each further one, at most 60. A longer `Retry-After` of
+            the server has precedence.
+        max_failures: Number of calls in a row without any answer that stops the run.
+        api_key_env: Name of an environment variable with an API key, sent as `Authorization: Bearer ...`. The key
+            itself is in no configuration and no message.
+
+    Raises:
+        ValueError: If the URL is not an HTTP address or holds a password, the environment variable is not set, or a
+            number is out of its range.
+        ImportError: If the package httpx2 is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        columns: Sequence[str] = (),
+        batch_size: int = 32,
+        concurrency: int = 4,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        max_failures: int = 3,
+        api_key_env: str | None = None,
+    ) -> None:
+        try:
+            import httpx2  # noqa: F401
+        except ImportError as error:
+            raise ImportError("HTTPReward needs the package httpx2: pip install 'lit_rlhf[http]'") from error
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"{url!r} is not the address of a server: give a url such as http://localhost:8000/score")
+        if parts.password:
+            raise InputError("the url of HTTPReward holds a password: give it in an environment variable, api_key_env")
+        if isinstance(columns, str):
+            raise InputError(f"columns={columns!r} must be a list of columns: put it in brackets")
+        self.guard = Guarded(self, None, retries, backoff, max_failures, batch_size, concurrency)
+        if not 0 < timeout < float("inf"):
+            raise InputError(f"timeout={timeout} of HTTPReward must be above 0 seconds")
+        self.url, self.timeout, self.api_key_env = url, timeout, api_key_env
+        self.required_columns = tuple(columns)
+        self._shown = f"{parts.scheme}://{parts.netloc}{parts.path}"  # a query may hold a secret
+        self._api_key()
+
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
+        """Send one request, and return one score per completion.
+
+        Raises:
+            RuntimeError: If the server does not return scores.
+            ValueError: If a column can't be sent as JSON.
+        """
+        sent = {name: columns[name] for name in self.required_columns}
+        body = {"prompts": prompts, "completions": completions, "columns": sent}
+        try:
+            content = json.dumps(body, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ServiceError(f"{self._shown}: the request is not JSON: {error}; see columns", retry=False) from error
+        status, answer = self._post(content)
+        return self._read(status, answer, len(completions))
+
+    def _api_key(self) -> str:
+        if self.api_key_env is None:
+            return ""
+        if not (key := os.environ.get(self.api_key_env, "").strip()):
+            raise InputError(f"the environment variable {self.api_key_env} of HTTPReward's api_key_env is not set")
+        return key
+
+    def _post(self, content: bytes) -> tuple[int, str]:
+        """Return status and text of the answer to one request."""
+        import httpx2
+
+        key, end = self._api_key(), time.monotonic() + self.timeout
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        answer = bytearray()
+        try:
+            with (
+                httpx2.Client(timeout=self.timeout) as client,
+                client.stream("POST", self.url, content=content, headers=headers) as response,
+            ):
+                for chunk in response.iter_bytes():
+                    answer += chunk
+                    if time.monotonic() > end:  # the client's own time-out starts again with each chunk
+                        raise httpx2.ReadTimeout("")
+                    if len(answer) > MAX_ANSWER_BYTES:
+                        raise ServiceError(f"{self._shown} sent more than {MAX_ANSWER_BYTES} bytes", retry=False)
+        except httpx2.TimeoutException as error:
+            raise ServiceError(f"{self._shown} did not answer within {self.timeout:g} s") from error
+        except httpx2.RequestError as error:
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise ServiceError(f"{self._shown} can't be reached or broke off ({reason})") from error
+        text = answer.decode("utf-8", errors="replace")
+        text = text.replace(key, "***") if key else text
+        if response.status_code == 429 or response.status_code >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise ServiceError(
+                f"{self._shown} answered with status {response.status_code}: {_short(text)}",
+                wait=float(wait) if wait.isdecimal() else 0.0,
+            )
+        return response.status_code, text
+
+    def _read(self, status: int, text: str, count: int) -> list[float | None]:
+        if status != 200:
+            raise ServiceError(f"{self._shown} answered with status {status}: {_short(text)}", retry=False)
+        try:
+            scores = json.loads(text)["scores"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            scores = None
+        if not isinstance(scores, list):
+            problem = 'which is not JSON of the form {"scores": [...]}'
+        elif len(scores) != count:
+            problem = f"which has {len(scores)} scores for {count} completions"
+        elif wrong := [score for score in scores if not _is_score(score)]:
+            problem = f"where {_short(repr(wrong[0]))} is neither a finite number nor null"
+        else:
+            return scores
+        raise ServiceError(f"{self._shown} answered {_short(text)}, {problem}", retry=False)
+
+
+def _is_score(score: Any) -> bool:
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    return score is None or (number and abs(score) < 3e38)  # NaN is refused too
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 120 else f"{line[:120]}..."

@@ -1,0 +1,92 @@
+"""Run rewards beside the main thread, so that it can wait for them with a time limit and still act on signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import inspect
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+
+def in_thread(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Start a function in a thread that does not delay the end of the process, and return its future."""
+    future: Future[Any] = Future()
+    context, grad = contextvars.copy_context(), torch.is_grad_enabled()
+
+    def work() -> None:
+        try:
+            with torch.set_grad_enabled(grad):
+                future.set_result(context.run(function, *args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="reward", daemon=True).start()
+    return future
+
+
+def in_event_loop(waiting: Awaitable[Any]) -> Future[Any]:
+    """Start an awaitable in the event loop of async rewards, and return its future."""
+    # a thread's loop, since a notebook has a running one; always the same, since network clients keep using it
+    return asyncio.run_coroutine_threadsafe(_settled(waiting), _event_loop(os.getpid()))
+
+
+def call_within(seconds: float | None, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function, sync or async, and return its result.
+
+    Raises:
+        TimeoutError: If it does not return within `seconds`. A thread can't be ended, so the call continues in its own.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    future = in_thread(function, *args)
+    output = _result(future, end, seconds)
+    if inspect.isawaitable(output):
+        future = in_event_loop(output)
+        try:
+            output = _result(future, end, seconds)
+        except TimeoutError:
+            future.cancel()
+            _replace_blocked_loop()
+            raise
+        if isinstance(output, BaseException):
+            raise output
+    return output
+
+
+def _result(future: Future[Any], end: float | None, seconds: float | None) -> Any:
+    try:
+        return future.result(None if end is None else max(0.0, end - time.monotonic()))
+    except TimeoutError as error:
+        if future.done():  # raised by the function itself
+            raise
+        raise TimeoutError(f"it did not return within {seconds:g} s") from error
+
+
+async def _settled(waiting: Awaitable[Any]) -> Any:
+    try:
+        return await waiting
+    except BaseException as error:  # a SystemExit would end the loop's thread, and every caller would wait forever
+        return error
+
+
+@functools.cache
+def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
+    """Return the event loop of async rewards, in its own thread; one per process, as threads don't survive a fork."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"async-rewards-{pid}", daemon=True).start()
+    return loop
+
+
+def _replace_blocked_loop() -> None:
+    """Start another event loop if an async reward blocks the current one, for example by `time.sleep`."""
+    alive = threading.Event()
+    _event_loop(os.getpid()).call_soon_threadsafe(alive.set)
+    if not alive.wait(1.0):
+        _event_loop.cache_clear()
