@@ -45,7 +45,7 @@ def _collate_completions(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]
     shape = (len(rows), -1, tokens.shape[-1])
     learned = None
     if any(row.learned for row in rows):
-        masks = [m for row in rows for m in row.learned or [np.ones(len(ids), np.bool_) for ids in row.completions]]
+        masks = [m for row in rows for m in row.learned or map(np.ones_like, row.completions)]
         learned = pad(masks, 0, "right")[0].bool().reshape(shape)
     batch = dict(tokens=tokens.reshape(shape), mask=mask.reshape(shape), learned=learned)
     return dict(prompts=collate_prompts(rows, pad_id), **batch)

@@ -20,21 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of an example, with the row index in its data source.
 
-    `learned` says which tokens of each completion an assistant wrote; it is empty if all are.
+    `learned` is 1 at the tokens of each completion that an assistant wrote, and 0 at others; empty if there are none.
     """
 
     index: int
     example: Example
     prompt: Ids
     completions: tuple[Ids, ...]
-    learned: tuple[Mask, ...] = ()
+    learned: tuple[Ids, ...] = ()
 
 
 class EncodedRows(Sequence[Encoded]):
@@ -158,7 +157,7 @@ class Encoder:
             tokenization.encode_turns(self.tokenizer, example.prompt, completion, **options)
             for completion in example.completions
         ]
-        learned = [np.asarray(turn.learned or [True] * len(turn.ids), dtype=np.bool_) for turn in turns]
+        learned = [_ids(turn.learned or [1] * len(turn.ids)) for turn in turns]
         row = Encoded(index, example, _ids(prompt), tuple(_ids(turn.ids) for turn in turns))
         if any(turn.learned for turn in turns):
             row = dataclasses.replace(row, learned=tuple(learned))
@@ -193,7 +192,7 @@ class Encoder:
         return dataclasses.replace(row, **cut)
 
 
-def _ids(tokens: list[int]) -> Ids:
+def _ids(tokens: Sequence[int]) -> Ids:
     return np.asarray(tokens, dtype=np.int32)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization.chat import Chat, EncodedTurns
 from lit_rlhf.tokenization.marks import context_ids, encode, encode_after, encode_parts
-from lit_rlhf.tokenization.template import NAMED, read_template, template_source
+from lit_rlhf.tokenization.template import NAMED, is_markup, read_template, template_source
 from lit_rlhf.tokenization.turns import contents
 from lit_rlhf.types import Text
 
@@ -172,6 +172,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     added, control = tokenizer.added_tokens_decoder, read_template(tokenizer).control
     special = [i for i, token in sorted(added.items()) if token.special and control.fullmatch(token.content)]
+    special = [i for i in special if is_markup(added[i].content)]  # not a word that was made the padding token
     named = [getattr(tokenizer, f"{name}_id", None) for name in ("pad_token", "unk_token", "bos_token", *NAMED)]
     ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     return next((int(i) for i in [*named, *special] if i in special and i not in ends), None)

@@ -46,7 +46,7 @@ class Template:
         end: The token that ends an assistant's turn; None if the template writes none.
         lead: What the template writes between an answer and that token.
         header: What the template writes between a user's message and the answer.
-        thinks: Whether the template mentions `</think>`.
+        thinks: Whether the template mentions `<think>` or `</think>`.
     """
 
     special: re.Pattern[str]
@@ -87,7 +87,7 @@ def _read_template(
     everything = source + rendered
     structure = set(named)
     for token, is_special in added.items():
-        between_turns = token in turns and (is_special or _is_markup(token))
+        between_turns = token in turns and (is_special or is_markup(token))
         elsewhere = is_special and token in everything and token not in _pairs(added)
         if (between_turns or elsewhere) and not THINKING.search(token):
             structure.add(token)
@@ -96,11 +96,11 @@ def _read_template(
     end = control.search(tail)
     lead = tail[: end.start()] if end else ""
     header = turns.partition(SEPARATOR)[0]
-    return Template(any_of(special | structure), control, end and end[0], lead, header, "</think>" in source)
+    return Template(any_of(special | structure), control, end and end[0], lead, header, "think>" in source)
 
 
-def _is_markup(token: str) -> bool:
-    """Whether an added token that is not special looks like the ones that separate turns, and unlike a word."""
+def is_markup(token: str) -> bool:
+    """Whether a token looks like the ones that separate turns, and unlike a word."""
     return token[0] in "<[{" and token[-1] in ">]}"
 
 
