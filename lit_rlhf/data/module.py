@@ -237,7 +237,7 @@ class DemonstrationData(TextData):
     Args:
         train: Training rows; see `TextData`.
         completion_column: Name of the completion column. Defaults to `completion`, `messages` or `text`.
-        assistant_turns: Which assistant turns are learned: the last (of `completion`, all of its own), or all.
+        assistant_turns: Which assistant turns are learned: the last (of `completion`, all of them), or all.
         max_completion_tokens: Maximum completion length, EOS token included. `truncation` applies to longer ones too;
             a truncated completion keeps its beginning.
         **rest: See `TextData`.
