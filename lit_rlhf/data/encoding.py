@@ -151,7 +151,7 @@ class Encoder:
         example = dataclasses.replace(example, template_kwargs=template)
         if (split := tokenization.split_turns(example.prompt, example.completions, self.all_turns)) is not None:
             example = dataclasses.replace(example, prompt=split[0], completions=split[1])
-        options = dict(template_kwargs=template, parse_special_tokens=self.parse_special_tokens)
+        options: dict[str, Any] = dict(template_kwargs=template, parse_special_tokens=self.parse_special_tokens)
         prompt = tokenization.encode_prompt(self.tokenizer, example.prompt, **options)
         turns = [
             tokenization.encode_turns(self.tokenizer, example.prompt, completion, **options)
@@ -188,8 +188,8 @@ class Encoder:
         return dataclasses.replace(row, prompt=np.concatenate([start, end]))
 
     def _truncate_completions(self, row: Encoded, limit: int) -> Encoded:
-        cut = {name: tuple(ids[:limit] for ids in getattr(row, name)) for name in ("completions", "learned")}
-        return dataclasses.replace(row, **cut)
+        completions, learned = (tuple(ids[:limit] for ids in rows) for rows in (row.completions, row.learned))
+        return dataclasses.replace(row, completions=completions, learned=learned)
 
 
 def _ids(tokens: Sequence[int]) -> Ids:

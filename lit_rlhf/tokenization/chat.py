@@ -54,7 +54,8 @@ class Chat:
         kwargs: dict[str, Any] | None,
     ) -> None:
         self.tokenizer, self.template = tokenizer, read_template(tokenizer, kwargs)
-        self.kwargs, self.marks, self.rebuilt = dict(kwargs or {}), None, False
+        self.kwargs, self.rebuilt = dict(kwargs or {}), False
+        self.marks: Marks | None = None
         special, control = self.template.special, self.template.control
         messages = [*prompt, *completion]
         given = {name: value for name, value in self.kwargs.items() if name not in RESERVED}
@@ -81,7 +82,8 @@ class Chat:
             role = self.completion[0].get("role") if self.completion else "nobody"
             raise InputError(f"the completion begins with a turn of {role!r}: it must begin with one of the assistant")
         turns = [i for i in range(self.start, len(self.messages)) if is_answer(self.messages[i])]
-        ids, learned = [], []
+        ids: list[int] = []
+        learned: list[bool] = []
         for i, following in zip(turns, [*turns[1:], None], strict=True):
             ended = finished or following is not None
             text, end = self._cut(self._turn(i, ended), ended)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -92,8 +92,7 @@ def _encode_string(
 ) -> list[int]:
     end, template = tokenizer.eos_token_id, read_template(tokenizer)
     if parse_special_tokens:
-        rendered = template.end and template.control.search(template.header) and prompt.endswith(template.header)
-        if rendered:
+        if template.end and template.control.search(template.header) and prompt.endswith(template.header):
             end = tokenizer.convert_tokens_to_ids(template.end)
         for token in (template.end, tokenizer.eos_token):
             if token and completion.rstrip().endswith(token):  # rendered beforehand
@@ -160,7 +159,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if template_source(tokenizer) is None:
         return None
     end = read_template(tokenizer).end
-    return tokenizer.eos_token_id if end is None else int(tokenizer.convert_tokens_to_ids(end))
+    return tokenizer.eos_token_id if end is None else cast(int, tokenizer.convert_tokens_to_ids(end))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
