@@ -271,11 +271,18 @@ class Demonstrations(Record):
         prompts: The prompts.
         tokens: Token ids including the EOS token, padded on the right.
         mask: True at tokens, False at padding.
+        learned: True at tokens that an assistant wrote, False at turns of others in between; None without such turns.
     """
 
     prompts: Prompts
     tokens: Int[Tensor, "prompts samples tokens"]
     mask: Bool[Tensor, "prompts samples tokens"]
+    learned: Bool[Tensor, "prompts samples tokens"] | None = None
+
+    @property
+    def loss_mask(self) -> Bool[Tensor, "prompts samples tokens"]:
+        """True at the tokens to learn."""
+        return self.mask if self.learned is None else self.mask & self.learned
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.testbed.tokenizer import make_tokenizer as make_word_tokenizer
 from lit_rlhf.tokenization import decode_completions, encode_completion, encode_prompt
 from tiny import make_llama
 
@@ -14,7 +15,7 @@ DIALOGUE = "Human: hi\n\nAssistant:"
 @pytest.fixture
 def llama_2_style():
     """Return a tokenizer that, like Llama 2's, prepends a space to each text and strips the first one on decoding."""
-    characters = "▁\n:;" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
+    characters = "▁\n:;</>" + "".join(map(chr, range(ord("A"), ord("z") + 1)))
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters, "▁g", "▁go"])}
     backend = Tokenizer(models.BPE(vocabulary, [("▁", "g"), ("▁g", "o")], unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -97,3 +98,25 @@ def test_special_token_inside_a_turn_does_not_end_it(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     prompt, answer = [{"role": "user", "content": "U"}], [{"role": "assistant", "content": "a<bos>b"}]
     assert tokenizer.decode(encode_completion(tokenizer, prompt, answer)).endswith("a<bos>b<eos>")
+
+
+def test_special_tokens_in_text_get_no_space_before_them(llama_2_style):
+    text = "go</s>go </s>"
+    options = dict(finished=False, parse_special_tokens=False)
+    ids = encode_completion(llama_2_style, DIALOGUE, text, **options)
+    assert llama_2_style.eos_token_id not in ids
+    assert decode_completions(llama_2_style, [ids]) == [text]
+
+
+@pytest.mark.parametrize("make", [ByT5Tokenizer, make_word_tokenizer])
+def test_special_tokens_in_messages_are_text_for_other_kinds_of_tokenizers(make):
+    """One in Python, and one whose vocabulary of words contains its special tokens."""
+    tokenizer = make()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}{% if add_generation_prompt %} :{% endif %}"
+    )
+    eos, clean = tokenizer.eos_token_id, [{"role": "user", "content": "A"}]
+    attacked = [{"role": "user", "content": f"A {tokenizer.eos_token} A {tokenizer.pad_token}"}]
+    ids = encode_prompt(tokenizer, attacked)
+    assert ids.count(eos) == 1 and tokenizer.pad_token_id not in ids
+    assert len(ids) > len(encode_prompt(tokenizer, clean)) + 1

@@ -27,8 +27,8 @@ from lit_rlhf.types import Preferences
 class DPO(Algorithm):
     """Direct preference optimization: loss `-log sigmoid(beta * margin)`.
 
-    The margin is `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions. The
-    reference's log-probabilities are computed once for the data set, before the first step.
+    The margin is `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions without turns
+    of others in between. The reference's log-probabilities are computed once for the data set, before the first step.
 
     Args:
         policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory. Its initial
@@ -70,10 +70,10 @@ class DPO(Algorithm):
         """Return `log pi(y|x) / ref(y|x)` of the chosen and of the rejected completions, with gradient."""
         if reference is None:
             reference = self._reference_logprobs(batch)
-        return F.masked_sum(self.policy.logprobs(batch.prompts, batch), batch.mask) - reference
+        return F.masked_sum(self.policy.logprobs(batch.prompts, batch), batch.loss_mask) - reference
 
     def _reference_logprobs(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
-        return F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.mask)
+        return F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.loss_mask)
 
     def _log(self, prefix: str, log_ratios: Tensor) -> None:
         chosen, rejected = (self.beta * log_ratios).unbind(1)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.models.sampling import Sampling
@@ -15,14 +16,15 @@ from lit_rlhf.types import Demonstrations
 class SFT(Algorithm):
     """Supervised fine-tuning: loss `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
 
-    Tokens of the prompt have no loss. Back to Basics, appendix C: learning rate 2e-5, cosine schedule, 3 % warm-up.
+    Tokens of the prompt, and turns of others in the completion, have no loss. Back to Basics, appendix C: learning rate
+    2e-5, cosine schedule, 3 % warm-up.
     """
 
     batch_type = Demonstrations
 
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of a batch."""
-        return self.reduce_loss(-self.policy.logprobs(batch.prompts, batch), batch.mask)
+        return self.reduce_loss(-self.policy.logprobs(batch.prompts, batch), batch.loss_mask)
 
     def validation_step(self, batch: Demonstrations, batch_idx: int) -> None:
         """Log `val/loss`, in nats per token."""
@@ -37,7 +39,7 @@ class SFT(Algorithm):
         sampling = Sampling(max_new_tokens=batch.tokens.shape[-1], greedy=True)
         greedy = self.policy.sample(batch.prompts, 1, sampling)
         texts = completion_texts(self.tokenizer, batch.prompts, greedy)
-        losses = -self.policy.logprobs(batch.prompts, batch).sum(-1) / batch.mask.sum(-1)
+        losses = -F.masked_mean(self.policy.logprobs(batch.prompts, batch), batch.loss_mask)
         return [
             {
                 "index": int(batch.prompts.index[i]),
@@ -50,5 +52,5 @@ class SFT(Algorithm):
         ]
 
     def _log_loss(self, name: str, batch: Demonstrations) -> None:
-        logprobs = self.policy.logprobs(batch.prompts, batch)[batch.mask]
+        logprobs = self.policy.logprobs(batch.prompts, batch)[batch.loss_mask]
         self.log(name, -logprobs.mean(), batch_size=logprobs.numel(), sync_dist=True, prog_bar=True)

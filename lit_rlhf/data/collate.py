@@ -43,7 +43,12 @@ def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Prompts:
 def _collate_completions(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
     tokens, mask = pad([ids for row in rows for ids in row.completions], pad_id, "right")
     shape = (len(rows), len(rows[0].completions), tokens.shape[-1])
-    return dict(prompts=collate_prompts(rows, pad_id), tokens=tokens.reshape(shape), mask=mask.reshape(shape))
+    learned = None
+    if any(row.learned for row in rows):
+        masks = [m for row in rows for m in row.learned or map(np.ones_like, row.completions)]
+        learned = pad(masks, 0, "right")[0].bool().reshape(shape)
+    batch = dict(tokens=tokens.reshape(shape), mask=mask.reshape(shape), learned=learned)
+    return dict(prompts=collate_prompts(rows, pad_id), **batch)
 
 
 def collate_demonstrations(rows: Sequence[Encoded], pad_id: int) -> Demonstrations:

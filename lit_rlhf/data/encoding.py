@@ -29,12 +29,16 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of an example, with the row index in its data source."""
+    """Token ids of an example, with the row index in its data source.
+
+    `learned` is 1 at the tokens of each completion that an assistant wrote, and 0 at others; empty if there are none.
+    """
 
     index: int
     example: Example
     prompt: Ids
     completions: tuple[Ids, ...]
+    learned: tuple[Ids, ...] = ()
 
 
 class EncodedRows(Sequence[Encoded]):
@@ -151,6 +155,8 @@ class Encoder:
         truncation: "drop" removes rows that are too long. "truncate" keeps the end of a prompt (after its BOS token, if
             it has one) and the beginning of a completion, without EOS.
         template_kwargs: Arguments of the chat template. A row's own `template_kwargs` take precedence.
+        parse_special_tokens: Whether special tokens in plain strings are encoded as such, not as text.
+        all_turns: Whether a demonstration's completion begins with the first assistant turn, not with the last.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -158,14 +164,29 @@ class Encoder:
     max_completion_tokens: int | None = None
     truncation: Literal["drop", "truncate"] = "drop"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    parse_special_tokens: bool = True
+    all_turns: bool = False
 
     def __call__(self, examples: dict[int, Example]) -> list[Encoded]:
         """Encode examples. Drop or truncate long rows, drop pairs of equal completions, and report how many.
 
         Raises:
-            ValueError: If no row is left.
+            ValueError: If a row can't be encoded (names the row index), or if no row is left.
         """
-        rows = [self._encode(index, example) for index, example in examples.items()]
+        rows, rebuilt = [], 0
+        for index, example in examples.items():
+            try:
+                row, is_rebuilt = self._encode(index, example)
+            except ValueError as error:
+                raise InputError(f"row {index}: {error}") from error
+            rows.append(row)
+            rebuilt += is_rebuilt
+        _report(
+            rebuilt,
+            len(rows),
+            "rows have turns that the chat template renders otherwise once they are finished: "
+            "they are encoded as they continue its prompt, thoughts included",
+        )
         rows = self._limit(rows, "prompts", self.max_prompt_tokens, lambda row: [row.prompt], self._truncate_prompt)
         rows = self._limit(
             rows, "completions", self.max_completion_tokens, lambda row: row.completions, self._truncate_completions
@@ -179,15 +200,24 @@ class Encoder:
         )
         return kept
 
-    def _encode(self, index: int, example: Example) -> Encoded:
+    def _encode(self, index: int, example: Example) -> tuple[Encoded, bool]:
+        """Encode an example. Also return whether its ids differ from the rendered conversation."""
+        tokenization.check_template_kwargs(example.template_kwargs, of_a_row=True)
         template = {**self.template_kwargs, **example.template_kwargs}
         example = dataclasses.replace(example, template_kwargs=template)
-        prompt = tokenization.encode_prompt(self.tokenizer, example.prompt, template)
-        completions = (
-            tokenization.encode_completion(self.tokenizer, example.prompt, completion, template_kwargs=template)
+        if (split := tokenization.split_turns(example.prompt, example.completions, self.all_turns)) is not None:
+            example = dataclasses.replace(example, prompt=split[0], completions=split[1])
+        options: dict[str, Any] = dict(template_kwargs=template, parse_special_tokens=self.parse_special_tokens)
+        prompt = tokenization.encode_prompt(self.tokenizer, example.prompt, **options)
+        turns = [
+            tokenization.encode_turns(self.tokenizer, example.prompt, completion, **options)
             for completion in example.completions
-        )
-        return Encoded(index, example, _ids(prompt), tuple(map(_ids, completions)))
+        ]
+        learned = [_ids(turn.learned or [1] * len(turn.ids)) for turn in turns]
+        row = Encoded(index, example, _ids(prompt), tuple(_ids(turn.ids) for turn in turns))
+        if any(turn.learned for turn in turns):
+            row = dataclasses.replace(row, learned=tuple(learned))
+        return row, any(turn.rebuilt for turn in turns)
 
     def _limit(
         self,
@@ -214,10 +244,11 @@ class Encoder:
         return dataclasses.replace(row, prompt=np.concatenate([start, end]))
 
     def _truncate_completions(self, row: Encoded, limit: int) -> Encoded:
-        return dataclasses.replace(row, completions=tuple(ids[:limit] for ids in row.completions))
+        completions, learned = (tuple(ids[:limit] for ids in rows) for rows in (row.completions, row.learned))
+        return dataclasses.replace(row, completions=completions, learned=learned)
 
 
-def _ids(tokens: list[int]) -> Ids:
+def _ids(tokens: Sequence[int]) -> Ids:
     return np.asarray(tokens, dtype=np.int32)
 
 

@@ -20,7 +20,7 @@ from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import Row, Source, load_rows
 from lit_rlhf.data.split import hold_out
 from lit_rlhf.errors import InputError
-from lit_rlhf.tokenization import pad_token_id
+from lit_rlhf.tokenization import check_template_kwargs, pad_token_id
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class TextData(lightning.LightningDataModule):
         transform: Function from row to row, applied first. Rows for which it returns None are dropped.
         drop_duplicates: Keep only the first row of each prompt.
         chat_template_kwargs: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        parse_special_tokens: Whether special tokens in plain strings, which may be rendered chats, are parsed, or text.
         num_workers: Data loading processes. Rarely useful, since rows are in memory.
 
     Raises:
@@ -75,6 +76,7 @@ class TextData(lightning.LightningDataModule):
         transform: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
         drop_duplicates: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        parse_special_tokens: bool = True,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -85,12 +87,14 @@ class TextData(lightning.LightningDataModule):
         checks.check_val(val)
         checks.check_choice("split", split, ("random", "last"))
         checks.check_choice("truncation", truncation, ("drop", "truncate"))
+        check_template_kwargs(chat_template_kwargs or {})
         self.train, self.val, self.split = train, val, split
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.prompt_column, self.transform, self.drop_duplicates = prompt_column, transform, drop_duplicates
         self.max_prompt_tokens, self.truncation = max_prompt_tokens, truncation
         self.max_completion_tokens: int | None = None
         self.chat_template_kwargs, self.num_workers = chat_template_kwargs or {}, num_workers
+        self.parse_special_tokens, self.all_turns = parse_special_tokens, False
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.train_set: EncodedRows | None = None
         self.val_set: EncodedRows | None = None
@@ -159,8 +163,8 @@ class TextData(lightning.LightningDataModule):
         self.check(examples)
         if self.drop_duplicates:
             examples = encoding.drop_duplicates(examples)
-        limits = (self.max_prompt_tokens, self.max_completion_tokens, self.truncation)
-        return Encoder(tokenizer, *limits, self.chat_template_kwargs)(examples)
+        options = (self.max_prompt_tokens, self.max_completion_tokens, self.truncation, self.chat_template_kwargs)
+        return Encoder(tokenizer, *options, self.parse_special_tokens, self.all_turns)(examples)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
@@ -185,7 +189,7 @@ class TextData(lightning.LightningDataModule):
     def _collate(self) -> Callable[[list[Encoded]], Record]:
         assert self._encoded_with is not None
         # a module-level function: a bound method would send the Trainer to worker processes
-        return functools.partial(type(self).collate, pad_id=pad_token_id(self._encoded_with))
+        return functools.partial(type(self).collate, pad_id=pad_token_id(self._encoded_with) or 0)
 
     def train_dataloader(self) -> ResumableLoader:
         """Return a loader of shuffled batches; each batch is repeated for all training steps of its rollout."""
@@ -209,13 +213,7 @@ class TextData(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the loader of validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the loader of validation."""
-        return self.val_dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class PromptData(TextData):
@@ -239,6 +237,7 @@ class DemonstrationData(TextData):
     Args:
         train: Training rows; see `TextData`.
         completion_column: Name of the completion column. Defaults to `completion`, `messages` or `text`.
+        assistant_turns: Which assistant turns are learned: the last (of `completion`, all of them), or all.
         max_completion_tokens: Maximum completion length, EOS token included. `truncation` applies to longer ones too;
             a truncated completion keeps its beginning.
         **rest: See `TextData`.
@@ -252,12 +251,15 @@ class DemonstrationData(TextData):
         train: Source | None = None,
         *,
         completion_column: str | None = None,
+        assistant_turns: Literal["last", "all"] = "last",
         max_completion_tokens: int | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(train, **rest)
         checks.check_minimum(1, max_completion_tokens=max_completion_tokens)
+        checks.check_choice("assistant_turns", assistant_turns, ("last", "all"))
         self.completion_column, self.max_completion_tokens = completion_column, max_completion_tokens
+        self.all_turns = assistant_turns == "all"
 
     def read(self, row: Row) -> Example:
         """Read one row: `prompt` and `completion`, `messages`, or `text`."""

@@ -44,10 +44,12 @@ def column_completions(
     given = prompts.columns[column]
     texts = [as_completion(prompt, text) for prompt, text in zip(prompts.text, given, strict=True)]
     template_kwargs = prompts.template_kwargs or [{}] * len(texts)
-    ids = [
-        encode_completion(tokenizer, prompt, text, template_kwargs=options) or [0]
-        for prompt, text, options in zip(prompts.text, texts, template_kwargs, strict=True)
-    ]
+    ids = []
+    for row, prompt, text, options in zip(prompts.index.tolist(), prompts.text, texts, template_kwargs, strict=True):
+        try:
+            ids.append(encode_completion(tokenizer, prompt, text, template_kwargs=options) or [0])
+        except InputError as error:
+            raise InputError(f"row {row}, column {column!r}: {error}") from error
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     lengths = torch.tensor([0 if text is None else len(row) for text, row in zip(given, ids, strict=True)])
     mask = torch.arange(rows.shape[1]) < lengths.unsqueeze(1)

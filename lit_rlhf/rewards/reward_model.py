@@ -15,7 +15,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.scalar import ScalarModel, check_one_label, is_classifier, read_config
-from lit_rlhf.tokenization import encode_completion, encode_prompt
+from lit_rlhf.tokenization import check_template_kwargs, encode_completion, encode_prompt
 from lit_rlhf.types import Prompts, Text
 
 Row = tuple[list[int], list[int]]
@@ -39,6 +39,8 @@ class RewardModel:
         dtype: Dtype of loaded weights: "auto" for the dtype they were saved in, or "float32", "bfloat16", ...; the
             trainer's precision does not change it.
         chat_template_kwargs: Arguments of the chat template.
+        parse_special_tokens: Whether special tokens in prompts that are plain strings are encoded as such, as in the
+            data modules. Those that a policy has spelled out in its completions are always text.
 
     Raises:
         ValueError: If the model can't be read, is not a sequence-classification model or has more than one label, or if
@@ -53,6 +55,7 @@ class RewardModel:
         max_length: int | None = None,
         dtype: str = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
+        parse_special_tokens: bool = True,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"the batch_size of a reward model must be at least 1, not {batch_size}")
@@ -62,7 +65,8 @@ class RewardModel:
         self.tokenizer_source = model if tokenizer is None else tokenizer
         self.batch_size = batch_size
         self.dtype = dtype
-        self.chat_template_kwargs = chat_template_kwargs
+        check_template_kwargs(chat_template_kwargs or {})
+        self.chat_template_kwargs, self.parse_special_tokens = chat_template_kwargs, parse_special_tokens
         config = model.config if isinstance(model, PreTrainedModel) else _read_config(model)
         if config.architectures and not is_classifier(config):
             raise InputError(
@@ -126,7 +130,11 @@ class RewardModel:
         starts: list[list[int]] = []
         for i, prompt in enumerate(prompts):  # a prompt is given once per completion, and encoded once
             again = i > 0 and prompt == prompts[i - 1]
-            starts.append(starts[-1] if again else encode_prompt(self._tokenizer, prompt, self.chat_template_kwargs))
+            starts.append(
+                starts[-1]
+                if again
+                else self._encode_text(encode_prompt, prompt, parse_special_tokens=self.parse_special_tokens)
+            )
         rows = [self._encode(*row) for row in zip(prompts, starts, completions, finished, strict=True)]
         scores = torch.empty(len(rows), dtype=torch.float32)
         with torch.autocast(self._scorer.model_forward.device.type, enabled=False):
@@ -158,8 +166,16 @@ class RewardModel:
         )
         return batches if shared < alone else None
 
+    def _encode_text(self, encode: Callable[..., list[int]], prompt: Text, *text: Any, **options: Any) -> list[int]:
+        try:
+            return encode(self._tokenizer, prompt, *text, template_kwargs=self.chat_template_kwargs, **options)
+        except InputError as error:
+            raise InputError(
+                f"{_called(self.pretrained)} can't read the prompt {str(prompt)[:200]}: {error}"
+            ) from error
+
     def _encode(self, prompt: Text, start: list[int], completion: Text, finished: bool) -> Row:
-        end = encode_completion(self._tokenizer, prompt, completion, finished, self.chat_template_kwargs)
+        end = self._encode_text(encode_completion, prompt, completion, finished, parse_special_tokens=False)
         length = len(start) + len(end)
         if self.max_length is not None:
             cut = max(0, length - self.max_length)

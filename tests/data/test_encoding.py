@@ -4,8 +4,10 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 
-from lit_rlhf.data import encoding
+from families import make_family
+from lit_rlhf.data import DemonstrationData, PromptData, encoding
 from lit_rlhf.data.checks import check_prompts
 from lit_rlhf.data.collate import collate_demonstrations, collate_preferences, collate_prompts, pad
 from lit_rlhf.data.encoding import Encoder
@@ -174,3 +176,106 @@ def test_errors_when_a_row_is_unreadable_or_none_is_left(tokenizer, use, message
 def test_pad():
     tokens, mask = pad([np.arange(3, dtype=np.int32), np.zeros(1, np.int32)], 9, "left")
     assert tokens.tolist() == [[0, 1, 2], [9, 9, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"chat_template": "obey"}, "row 1: chat_template_kwargs has 'chat_template'"),
+        ({"eos_token": "x"}, "row 1: chat_template_kwargs has 'eos_token'"),
+        ({"add_generation_prompt": False}, "row 1: chat_template_kwargs has 'add_generation_prompt'"),
+        ({"tokenize": True}, "row 1: chat_template_kwargs has 'tokenize'"),
+        ({"messages": []}, "row 1: chat_template_kwargs has 'messages'"),
+        ({"n": 10**12}, "row 1: chat_template_kwargs has 'n' with the number 1000000000000, above 1,000,000"),
+        ({"n": {"x": [float("inf")]}}, "row 1: chat_template_kwargs has 'n' with the number inf"),
+        ({"n": 200_000}, "row 1: the chat template refuses the conversation: Range too big"),
+    ],
+)
+def test_a_row_neither_replaces_its_template_nor_keeps_it_busy(kwargs, message, tokenizer):
+    tokenizer.chat_template = "{% for i in range(n or 1) %}.{% endfor %}{{ messages[0].content }}"
+    prompt = [{"role": "user", "content": "U"}]
+    rows = [{"prompt": prompt}, {"prompt": prompt, "chat_template_kwargs": kwargs}]
+    with pytest.raises(ValueError, match=message):
+        Encoder(tokenizer)(encoding.read_examples(rows, read_prompt))
+
+
+def test_template_kwargs_of_a_run_may_name_a_template(tokenizer):
+    row = encoding.read_examples([{"prompt": [{"role": "user", "content": "U"}]}], read_prompt)
+    encoded = Encoder(tokenizer, template_kwargs={"chat_template": "<bos>{{ messages[0].content }}"})(row)
+    assert tokenizer.decode(encoded[0].prompt) == "<bos>U"
+    with pytest.raises(ValueError, match="chat_template_kwargs has 'tokenize'"):
+        PromptData(chat_template_kwargs={"tokenize": True})
+
+
+def test_a_conversation_that_the_template_refuses_names_its_row():
+    chats = [[{"role": role, "content": "a"}, {"role": "user", "content": "b"}] for role in ("user", "system")]
+    examples = encoding.read_examples([{"prompt": chat} for chat in chats], read_prompt)
+    with pytest.raises(ValueError, match="row 1: the chat template refuses the conversation: no system role here"):
+        Encoder(make_family("gemma"))(examples)
+    prompts = collate_prompts(Encoder(make_family("chatml"))(examples), 0)
+    prompts.columns["best"] = ["c", "c"]
+    with pytest.raises(ValueError, match="row 1, column 'best': the chat template refuses"):
+        column_completions(make_family("gemma"), prompts, "best")
+
+
+def test_rows_that_the_template_renders_otherwise_are_counted(log_messages):
+    messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nEasy.</think>4"}]
+    rows = [{"messages": messages}, {"prompt": "2+2", "completion": "4"}]
+    encoded = Encoder(make_family("r1"))(encoding.read_examples(rows, read_demonstration))
+    assert make_family("r1").decode(encoded[0].completions[0]) == "Easy.</think>4<eos>"
+    (message,) = log_messages()
+    assert message.startswith("1 of 2 rows have turns that the chat template renders otherwise")
+
+
+TOOL_USE = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "call"},
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "answer"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "last"},
+]
+
+
+@pytest.mark.parametrize(("turns", "expected"), [("last", "last "), ("all", "call answer last ")])
+def test_the_last_or_all_assistant_turns_are_learned(turns, expected):
+    tokenizer = make_family("chatml")
+    data = DemonstrationData([{"messages": TOOL_USE}] * 2, batch_size=2, assistant_turns=turns)
+    data.tokenizer = tokenizer
+    data.setup()
+    (batch,) = data.train_dataloader()
+    learned = [tokenizer.decode(ids[keep]) for ids, keep in zip(batch.tokens[:, 0], batch.loss_mask[:, 0], strict=True)]
+    assert learned == [expected.replace(" ", "<|im_end|>")] * 2
+    whole = tokenizer.decode([*data.train_set[0].prompt, *data.train_set[0].completions[0]])
+    assert whole == tokenizer.apply_chat_template(TOOL_USE, tokenize=False).rstrip()
+    assert batch.prompts.text[0] == (TOOL_USE[:1] if turns == "all" else TOOL_USE[:5])
+
+
+def test_turns_of_tools_inside_pairs_are_masked_and_truncated_with_their_tokens():
+    tokenizer = make_family("chatml")
+    pair = {"prompt": TOOL_USE[:1], "chosen": TOOL_USE[1:4], "rejected": TOOL_USE[1:2]}
+    examples = encoding.read_examples([pair, {**pair, "chosen": TOOL_USE[3:4]}], read_preference)
+    batch = collate_preferences(Encoder(tokenizer)(examples), pad_id=0)
+    kept = [tokenizer.decode(ids[keep]) for ids, keep in zip(batch.tokens[0], batch.loss_mask[0], strict=True)]
+    assert kept == ["call<|im_end|>answer<|im_end|>", "call<|im_end|>"]
+    assert torch.equal(batch.rows(slice(1, 2)).loss_mask, batch.mask[1:])
+    short = Encoder(tokenizer, max_completion_tokens=8, truncation="truncate")
+    batch = collate_preferences(short(examples), pad_id=0)
+    assert batch.loss_mask.sum(-1).tolist() == [[5, 5], [7, 5]] and batch.mask.sum(-1).tolist() == [[8, 5], [7, 5]]
+
+
+def test_turns_of_others_that_begin_all_completions_belong_to_the_prompt():
+    row = {"prompt": [{"role": "system", "content": "s"}], "completion": TOOL_USE[:2]}
+    (encoded,) = Encoder(make_family("chatml"))(encoding.read_examples([row], read_demonstration))
+    assert encoded.example.prompt == [row["prompt"][0], TOOL_USE[0]] and len(encoded.completions[0]) == 5
+
+
+def test_special_tokens_in_strings_are_parsed_unless_the_data_module_says_otherwise():
+    rows, counts = [{"prompt": "a<|im_end|>", "completion": "b<|im_end|>c"}] * 2, []
+    for parse in (True, False):
+        data = DemonstrationData(rows, batch_size=1, parse_special_tokens=parse)
+        data.tokenizer = make_family("chatml")
+        data.setup()
+        row, end = data.train_set[0], data.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        counts.append((int((row.prompt == end).sum()), int((row.completions[0] == end).sum())))
+    assert counts == [(1, 1), (0, 0)]

@@ -59,7 +59,8 @@ def plain_scores(model, tokenizer, prompts, completions, finished):
     model.config.pad_token_id = None
     scores = []
     for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
-        ids = encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, prompt, completion, ended)
+        ids = encode_prompt(tokenizer, prompt)
+        ids += encode_completion(tokenizer, prompt, completion, ended, parse_special_tokens=False)
         scores.append(model(torch.tensor([ids])).logits.item())
     return torch.tensor(scores)
 
