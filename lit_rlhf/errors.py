@@ -1,6 +1,6 @@
 """Errors in user input: options, data, models. The command line prints their message without a traceback."""
 
-__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "input_error"]
+__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "MissingPackageError", "input_error"]
 
 
 class InputError(ValueError):
@@ -13,6 +13,10 @@ class InputTypeError(InputError, TypeError):
 
 class InputFileNotFoundError(InputError, FileNotFoundError):
     """A file, folder, model or data set that doesn't exist."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package that an option needs and that is not installed."""
 
 
 def input_error(error: BaseException) -> InputError | None:

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
-from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checks import check_batch_type, check_positions
 from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
 from lit_rlhf.training.optimization import (
@@ -41,7 +41,7 @@ from lit_rlhf.training.resume import (
     load_progress,
     save_progress,
 )
-from lit_rlhf.training.schedules import Warmup
+from lit_rlhf.training.schedules import Warmup, check_schedule
 from lit_rlhf.training.timing import TrainingTimer, peak_memory
 from lit_rlhf.types import Record
 
@@ -154,6 +154,7 @@ class Algorithm(LightningModule, ABC):
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
+        check_schedule(scheduler)
         if isinstance(scheduler, Warmup):
             updates = self.trainer.estimated_stepping_batches
             scheduler.plan(int(updates) if math.isfinite(updates) else 0)
@@ -228,21 +229,26 @@ class Algorithm(LightningModule, ABC):
     def _trained_model(self) -> PreTrainedModel | PeftModel:
         return cast("PreTrainedModel | PeftModel", self.get_submodule(self.export_prefix.removesuffix(".")))
 
+    @property
+    def _base_is_in_memory(self) -> bool:
+        return "policy" in self._modules and not self.policy.loaded
+
     def export_snapshot(self) -> dict[str, Any]:
         """Return everything that an export needs besides the weights."""
-        found = snapshot(self._trained_model, self.tokenizer)
-        if "policy" in self._modules and not self.policy.loaded:
-            return {**found, "source": ""}
-        revision = self.load_options.get("revision") if found["source"] == self.pretrained else None
-        return {**found, "revision": revision}
+        files = self.policy.processor_files if "policy" in self._modules else {}
+        model, in_memory = self._trained_model, self._base_is_in_memory
+        own = self.pretrained and model.config.name_or_path == resolve(self.pretrained)
+        options = self.load_options if own else shared_options(self.load_options)  # the base model of an adapter
+        return snapshot(model, self.tokenizer, files, in_memory, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
 
-        The trained model is the adapter with LoRA, otherwise the whole model, including its frozen layers.
+        The trained model is the adapter with LoRA, if its base model is in a folder; otherwise the whole model,
+        including its frozen layers.
         """
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        if not isinstance(self._trained_model, PeftModel):
+        if not isinstance(self._trained_model, PeftModel) or self._base_is_in_memory:
             frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
