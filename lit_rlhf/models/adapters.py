@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +55,7 @@ def load_adapter(
     base_name = f"{base_source!r}, the base model of {what},"
     load_config(base_source, base_name, **base_options)
     base, _ = load_model(loader, base_source, base_name, **base_options)
-    with explained(what):
+    with explained(what), tied_weights():
         mapping = getattr(base, "_checkpoint_conversion_mapping", {})
         weights = load_peft_weights(str(file.parent), device="cpu", key_mapping=mapping)
         resized = fit_embedding(base, weights, len(tokenizer))
@@ -103,7 +105,8 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
         raise InputError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
     config = lora_config(lora)
     try:
-        return cast(PeftModel, get_peft_model(model, config))
+        with tied_weights():
+            return cast(PeftModel, get_peft_model(model, config))
     except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
         layers = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
         raise InputError(
@@ -141,17 +144,30 @@ def merged(model: PeftModel) -> PreTrainedModel:
 def merge(model: PeftModel) -> PreTrainedModel:
     """Merge an adapter into its base model, and return that.
 
-    If the adapter changes the embedding or the head, the two are no longer tied: each has its own changes.
+    If the adapter changes the embedding or the head, the two are no longer tied: each has changes of its own.
     """
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     inputs, outputs = (plain_layer(layer) for layer in layers)
-    tied = outputs is not None and inputs.weight.data_ptr() == outputs.weight.data_ptr()
-    if tied and [inputs, outputs] != layers:
-        outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
+    if outputs is not None and [inputs, outputs] != layers:
+        if inputs.weight.data_ptr() == outputs.weight.data_ptr():
+            outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=False)
         for config in (base.config, base.config.get_text_config()):
             config.tie_word_embeddings = False
     return cast(PreTrainedModel, model.merge_and_unload())
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write an adapter alone: its base model is in a folder, with its embedding."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@contextlib.contextmanager
+def tied_weights() -> Iterator[None]:
+    """Hide PEFT's warnings of tied weights, which `merge` unties."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|ensure_weight_tying)")
+        yield
 
 
 def plain_layer(layer: Any) -> Any:

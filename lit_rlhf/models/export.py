@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
-from lit_rlhf.models.adapters import merge
+from lit_rlhf.models.adapters import merge, save_adapter, tied_weights
 from lit_rlhf.models.pretrained import load_config, load_model
 
 BASE_CONFIG = "base_config"
@@ -105,7 +105,12 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
     check_replaceable(Path(out), overwrite)
     if not Path(ckpt_path).is_file():
         raise InputFileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise InputError(
+            f"--ckpt_path {str(ckpt_path)!r} can't be read: it is damaged, or holds more than data"
+        ) from error
     if "export" not in checkpoint:
         raise InputError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
     export = checkpoint["export"]
@@ -166,8 +171,7 @@ def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, m
         in_memory = not export["source"]  # the checkpoint then holds the base model's weights
         merging = merging or in_memory
         base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merge` unties them
+        with tied_weights():
             model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
         _load(model, weights, complete=in_memory, assign=True)
         if merging:
@@ -180,7 +184,7 @@ def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, m
     if generation_config.is_file() and not isinstance(model, PeftModel):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
     shutil.rmtree(folder / BASE_CONFIG)
-    model.save_pretrained(str(folder))
+    save_adapter(model, folder) if isinstance(model, PeftModel) else model.save_pretrained(str(folder))
 
 
 def safe_name(name: str) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCri
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.adapters import add_lora, merged
+from lit_rlhf.models.adapters import add_lora, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
 from lit_rlhf.models.forward import ModelForward, eval_mode
 from lit_rlhf.models.loading import (
@@ -120,9 +120,11 @@ class Policy(nn.Module):
 
         An adapter is merged if its base model was given in memory, and so is in no folder.
         """
-        whole = isinstance(self.model, PeftModel) and not self.loaded
-        model = merged(cast(PeftModel, self.model)) if whole else self.model
-        model.save_pretrained(str(folder))
+        if isinstance(self.model, PeftModel) and self.loaded:
+            save_adapter(self.model, folder)
+        else:
+            model = merged(self.model) if isinstance(self.model, PeftModel) else self.model
+            model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         for name, content in self.processor_files.items():
             Path(folder, name).write_bytes(content)
