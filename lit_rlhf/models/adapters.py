@@ -61,7 +61,7 @@ def load_adapter(
         resized = fit_embedding(base, weights, len(tokenizer))
         config.inference_mode, config.task_type = False, "CAUSAL_LM"
         model = PeftModelForCausalLM(base, config)
-        result = set_peft_model_state_dict(model, weights)
+        result: Any = set_peft_model_state_dict(model, weights)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := sorted(trained & set(result.missing_keys)):
         raise InputError(f"{what} lacks {listed(missing, model)}: it does not fit its adapter_config.json")
@@ -144,7 +144,7 @@ def merged(model: PeftModel) -> PreTrainedModel:
 def merge(model: PeftModel) -> PreTrainedModel:
     """Merge an adapter into its base model, and return that.
 
-    If the adapter changes the embedding or the head, the two are no longer tied: each has changes of its own.
+    If the adapter changes the embedding or the head, the two are no longer tied, since they then differ.
     """
     base: Any = model.get_base_model()
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]

@@ -178,7 +178,8 @@ def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, m
             (folder / "adapter_config.json").unlink()
             model = merge(model)
     else:
-        model = architecture(config).to(next(iter(weights.values())).dtype)
+        model = architecture(config)
+        model.to(next(iter(weights.values())).dtype)
         _load(model, weights, complete=True, source=export["source"])
     generation_config = folder / BASE_CONFIG / "generation_config.json"
     if generation_config.is_file() and not isinstance(model, PeftModel):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, InputFileNotFoundError
 
 
 @contextlib.contextmanager
@@ -27,7 +27,9 @@ def explained(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # these libraries raise every kind
-        raise InputError(f"{what} can't be loaded: {explain(error)}") from error
+        reason = explain(error)
+        kind = InputFileNotFoundError if reason.startswith("there is no such folder") else InputError
+        raise kind(f"{what} can't be loaded: {reason}") from error
 
 
 def explain(error: BaseException) -> str:
@@ -48,8 +50,8 @@ def explain(error: BaseException) -> str:
         return "there is no such folder, nor such a model on the hub: check the name; a private one needs a token"
     if "trust_remote_code" in text:
         return (
-            "it needs code of its own, which is not run: read that code and, if you trust it, give `load` "
-            "trust_remote_code: true"
+            "it needs Python code from its folder, which is not run: read that code and, if you trust it, give "
+            "`load` trust_remote_code: true"
         )
     if "no file named" in text or ("not appear to have a file named" in text and "safetensors" in text):
         return (

@@ -32,7 +32,7 @@ def load_causal_lm(
         return adapted, tokenizer, not resized
     config = load_config(source, what, **options)
     if is_classifier(config):
-        raise InputError(f"{what} is a reward model, {config.architectures[0]}: give a causal language model")
+        raise InputError(f"{what} is a reward model, {(config.architectures or [''])[0]}: give a causal language model")
     tokenizer = load_tokenizer(source, **options)
     return load_model(AutoModelForCausalLM, source, what, **options)[0], tokenizer, True
 

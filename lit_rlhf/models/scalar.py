@@ -90,9 +90,8 @@ class ScalarModel(nn.Module):
         """
         name = f"the {name} {str(source)!r}"
         read_config(source, name, **options)
-        model, new = load_model(
-            AutoModelForSequenceClassification, source, name, new_head=True, **options, num_labels=1
-        )
+        model: Any
+        model, new = load_model(AutoModelForSequenceClassification, source, name, True, **options, num_labels=1)
         if new and not trained:
             raise InputError(f"{name} lacks the weights {new}, which would be random: train it as a reward model")
         check_reads_last_token(model, name)
@@ -288,7 +287,7 @@ def check_reads_last_token(model: Any, name: str) -> None:
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
     if not hasattr(model, "score") and not causal:
         raise InputError(
-            f"{name} is a {type(model).__name__}, an encoder with an input format of its own: give a decoder-only "
+            f"{name} is a {type(model).__name__}, an encoder, which has another input format: give a decoder-only "
             "model, or call that one in a reward function"
         )
 

@@ -67,8 +67,10 @@ class RewardModel:
         self.batch_size = batch_size
         self.load_options = {"dtype": dtype, **(load or {})}
         self.chat_template_kwargs = chat_template_kwargs
-        in_memory = isinstance(model, PreTrainedModel)
-        config = model.config if in_memory else read_config(model, _called(model), **self.load_options)
+        if isinstance(model, PreTrainedModel):
+            config: Any = model.config
+        else:
+            config = read_config(model, _called(model), **self.load_options)
         if config.architectures and not is_classifier(config):
             raise InputError(
                 f"{_called(model)} is a {config.architectures[0]}, not a sequence-classification model: train one with "

@@ -115,7 +115,10 @@ INVALID = {
         "accumulate_grad_batches=2 does not fit a rollout of 1 minibatches",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
-    "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is neither a local folder with a model"),
+    "a policy that is not on the hub": (
+        ["--model.policy=nowhere"],
+        "'nowhere' can't be loaded: there is no such folder",
+    ),
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
