@@ -188,7 +188,7 @@ def test_a_bert_that_was_made_a_decoder_samples(tmp_path):
 def test_a_model_whose_configuration_does_not_say_so_is_found_to_attend_to_the_future():
     sizes = dict(vocab_size=SIZE, emb_dim=32, n_layers=2, n_heads=4, pad_index=0, bos_index=1, eos_index=2)
     policy = lit_rlhf.Policy(XLMWithLMHeadModel(XLMConfig(**sizes)), make_tokenizer())
-    with pytest.raises(InputError, match="tokens attend to later ones .*give a decoder-only model"):
+    with pytest.raises(InputError, match=r"tokens attend to later ones .*give a decoder-only model"):
         policy.probe()
 
 
@@ -284,9 +284,7 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(load, tmp_path, monkeyp
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *args: "y")
     if load is not load_tokenizer:
-        with pytest.raises(
-            InputError, match=r"Python code from its folder, which is not run: .*trust_remote_code: true"
-        ):
+        with pytest.raises(InputError, match=r"Python code from its folder, which is not run: .*trust_remote_code"):
             load(folder)
     else:
         try:
@@ -306,7 +304,7 @@ def rename(folder):
 
 def more_layers(folder):
     def change(weights):
-        return {**weights, **{name.replace("layers.1", "layers.7"): weight for name, weight in weights.items()}}
+        return {**weights, **{name.replace("layers.1", "layers.7"): weight.clone() for name, weight in weights.items()}}
 
     change_weights(folder, change, "adapter_model.safetensors")
 
@@ -323,7 +321,7 @@ BROKEN_ADAPTERS = {
     "pickled": (pickle_adapter, "no weights in safetensors format"),
     "a reward model's": (
         lambda f: change_json(f, "adapter_config.json", task_type="SEQ_CLS"),
-        "is an adapter for SEQ_C",
+        "adapter for SEQ_CLS",
     ),
     "no base model": (lambda f: change_json(f, "adapter_config.json", base_model_name_or_path=None), "no base model"),
     "its base model gone": (
@@ -367,7 +365,7 @@ def test_the_base_model_of_an_adapter_is_checked_too(tmp_path):
     [
         (
             {"target_modules": ["query"]},
-            "{'query'} not found.*target_modules can be down_proj, gate_proj, k_proj, lm_h",
+            "{'query'} not found.*target_modules can be down_proj, gate_proj, k_proj",
         ),
         ({"r": 0}, "`r` should be a positive integer"),
         ({"r": "8"}, "lora: no adapter"),
