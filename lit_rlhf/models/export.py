@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -107,7 +106,7 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
         raise InputFileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # damaged files make torch raise every kind
         raise InputError(
             f"--ckpt_path {str(ckpt_path)!r} can't be read: it is damaged, or holds more than data"
         ) from error
@@ -171,8 +170,10 @@ def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, m
         in_memory = not export["source"]  # the checkpoint then holds the base model's weights
         merging = merging or in_memory
         base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
+        peft_config = PeftConfig.from_pretrained(str(folder))
+        peft_config.base_model_name_or_path = export["source"] or None
         with tied_weights():
-            model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
+            model = get_peft_model(base, peft_config)
         _load(model, weights, complete=in_memory, assign=True)
         if merging:
             (folder / "adapter_config.json").unlink()

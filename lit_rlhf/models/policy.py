@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
@@ -52,7 +53,7 @@ class Policy(nn.Module):
     """A causal language model with its tokenizer.
 
     Args:
-        model: A `transformers` causal language model, or a PEFT model around one. Its weights are trained where they
+        model: A `transformers` causal language model, or a PEFT model around one, compiled or not. Its weights are trained where they
             require gradient. Its dropout is switched off.
         tokenizer: Its tokenizer.
         lora: Options of `peft.LoraConfig` to train a new adapter instead of the weights (`{}` for PEFT's defaults).
@@ -64,7 +65,7 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | OptimizedModule,
         tokenizer: PreTrainedTokenizerBase,
         lora: dict[str, Any] | None = None,
     ) -> None:

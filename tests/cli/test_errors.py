@@ -125,7 +125,7 @@ INVALID = {
     ),
     "a layer for LoRA that does not exist": (
         ["--model.lora.target_modules=[query]"],
-        "target_modules can be down_proj",
+        "target_modules can be",
     ),
     "a schedule that follows a metric": (
         ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],

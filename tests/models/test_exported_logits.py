@@ -1,5 +1,7 @@
 """Exported folders, loaded by transformers or PEFT alone, give the logits of the trained policy."""
 
+import warnings
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -59,7 +61,7 @@ FOLDERS = {
     "a trained head beside lora": (tied, lora("q_proj", modules_to_save=["lm_head"])),
     "trained tokens": (tied, lora("q_proj", trainable_token_indices=[8, 9])),
     "dora": (lambda: make_llama(SIZE), lora("q_proj", "lm_head", use_dora=True)),
-    "gpt2": (gpt2, lora("c_attn", "lm_head", fan_in_fan_out=True)),
+    "gpt2": (gpt2, lora("lm_head")),
     "images": (vision, None),
     "images and lora": (vision, lora("q_proj", "lm_head")),
 }
@@ -118,7 +120,8 @@ def check_exports(source, root, **options):
     for folder in (root / "policy", root / "export", root / "merged"):
         is_adapter = (folder / "adapter_config.json").exists()
         loader = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-        exported = loader.from_pretrained(folder, dtype=torch.float32)
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of tied weights
+            exported = loader.from_pretrained(folder, dtype=torch.float32)
         torch.testing.assert_close(logits(exported), expected, atol=2e-5, rtol=0)
         assert not any("_orig_mod" in name for file in folder.glob("*.safetensors") for name in load_file(file))
         again = lit_rlhf.Policy.from_pretrained(folder)
@@ -156,8 +159,8 @@ def test_an_adapter_with_added_tokens_is_trained_on(tmp_path):
     loaded.resize_token_embeddings(len(tokenizer))
     adapter = lora("q_proj", modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False)
     first = lit_rlhf.Policy(loaded, tokenizer, lora=adapter)
-    for part in (first.model, tokenizer):
-        part.save_pretrained(tmp_path / "adapter")
+    first.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path / "adapter")
     again = lit_rlhf.Policy.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(again.model), logits(first.model))
     check_exports(str(tmp_path / "adapter"), tmp_path)
