@@ -53,8 +53,8 @@ class Policy(nn.Module):
     """A causal language model with its tokenizer.
 
     Args:
-        model: A `transformers` causal language model, or a PEFT model around one, compiled or not. Its weights are trained where they
-            require gradient. Its dropout is switched off.
+        model: A `transformers` causal language model, or a PEFT model around one, compiled or not. Its weights are
+            trained where they require gradient. Its dropout is switched off.
         tokenizer: Its tokenizer.
         lora: Options of `peft.LoraConfig` to train a new adapter instead of the weights (`{}` for PEFT's defaults).
 
@@ -70,7 +70,7 @@ class Policy(nn.Module):
         lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        model = unwrapped(model)
+        model = cast(PreTrainedModel | PeftModel, unwrapped(model))
         check_vocabulary(model, tokenizer)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise InputError(
