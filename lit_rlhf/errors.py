@@ -2,7 +2,14 @@
 
 from typing import Any
 
-__all__ = ["InputError", "InputFileNotFoundError", "InputTypeError", "brief", "input_error"]
+__all__ = [
+    "InputError",
+    "InputFileNotFoundError",
+    "InputTypeError",
+    "MissingPackageError",
+    "brief",
+    "input_error",
+]
 
 
 class InputError(ValueError):
@@ -15,6 +22,10 @@ class InputTypeError(InputError, TypeError):
 
 class InputFileNotFoundError(InputError, FileNotFoundError):
     """A file, folder, model or data set that doesn't exist."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package that an option needs and that is not installed."""
 
 
 def brief(value: Any) -> str:

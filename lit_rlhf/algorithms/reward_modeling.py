@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
-from lit_rlhf.models.loading import check_vocabulary, hub_options
+from lit_rlhf.models.adapters import merged
+from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.scalar import ScalarModel, read_config
 from lit_rlhf.tokenization import pad_token_id
@@ -47,7 +47,7 @@ class RewardModeling(Algorithm):
         """Check the model to start from, before it is loaded."""
         super().setup(stage)
         if "reward_model" not in self._modules:
-            read_config(self.pretrained, f"the model {self.pretrained!r}", **hub_options(self.load_options))
+            read_config(self.pretrained, f"the model {self.pretrained!r}", **self.load_options)
 
     def configure_model(self) -> None:
         """Load the trunk of the policy and give it a head of one output, near zero at the start."""
@@ -96,7 +96,6 @@ class RewardModeling(Algorithm):
     def save_model(self, folder: Path) -> None:
         """Write the sequence-classification folder, an adapter merged into its model."""
         model = self.reward_model.model
-        if isinstance(model, PeftModel):
-            model = copy.deepcopy(model).merge_and_unload()
+        model = merged(model) if isinstance(model, PeftModel) else model
         model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(folder)

@@ -17,6 +17,7 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_same_tokens
+from lit_rlhf.models.pretrained import shared_options
 from lit_rlhf.models.scalar import Critic, value_head
 from lit_rlhf.types import Metrics, Rollout
 
@@ -148,7 +149,7 @@ class VanillaPG(OnlineAlgorithm):
             self.critic = new_value_head(self.policy.causal_lm)
             return
         pretrained = self.pretrained if self.critic_pretrained == "policy" else self.critic_pretrained
-        options = {n: v for n, v in self.load_options.items() if n != "revision" or pretrained == self.pretrained}
+        options = self.load_options if pretrained == self.pretrained else shared_options(self.load_options)
         try:
             self.critic = Critic.from_pretrained(pretrained, self.lora, **options)
         except OSError as error:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.models.adapters import merge, save_adapter, tied_weights
+from lit_rlhf.models.pretrained import load_config, load_model
 
 BASE_CONFIG = "base_config"
+MARKER = "lit_rlhf.json"
+"""File of a folder that the package has written, and may replace."""
+BASE_OPTIONS = ("revision", "subfolder", "cache_dir", "variant")
+"""Options of `from_pretrained` with which an export finds the base model again; a token is never saved."""
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -30,67 +37,108 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         write(new)
+        (new / MARKER).write_text(json.dumps({"written_by": "lit_rlhf"}))
         if target.exists():
             target.rename(old)
         new.rename(target)
 
 
-def snapshot(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return everything that a model folder holds except the weights, as plain data for a checkpoint."""
+def snapshot(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    processor_files: Mapping[str, bytes],
+    in_memory: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return everything that a model folder holds except the weights, as plain data for a checkpoint.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        processor_files: Other files of the folder.
+        in_memory: Whether the model was given in memory, so that its weights are in no folder.
+        **options: Options of `from_pretrained` that the model was loaded with.
+    """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inner.config.save_pretrained(folder / BASE_CONFIG)
         if isinstance(model, PeftModel):
             model.peft_config[model.active_adapter].save_pretrained(name)
-        elif inner.can_generate():
+            options["revision"] = model.peft_config[model.active_adapter].revision or options.get("revision")
+        if inner.can_generate():
             inner.generation_config.save_pretrained(folder / BASE_CONFIG)
         tokenizer.save_pretrained(folder)
+        for file, content in processor_files.items():
+            (folder / file).write_bytes(content)
         files = {
             str(path.relative_to(folder)): torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
             for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path.stat().st_size
         }
-    dtype = str(next(inner.parameters()).dtype).removeprefix("torch.")
-    export = {"class": type(inner).__name__, "source": inner.config.name_or_path, "dtype": dtype, "files": files}
+    export = {
+        "class": type(inner).__name__,
+        "source": "" if in_memory else inner.config.name_or_path,
+        "dtype": str(next(inner.parameters()).dtype).removeprefix("torch."),
+        "load": {name: str(options[name]) for name in BASE_OPTIONS if options.get(name)},
+        "files": files,
+    }
     return {**export, "base": fingerprint(inner)} if isinstance(model, PeftModel) else export
 
 
-def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False) -> Path:
+def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False, overwrite: bool = False) -> Path:
     """Write the folder of the model or adapter that a training checkpoint holds.
 
     Args:
         ckpt_path: A checkpoint written while training with one of the package's methods.
-        out: The folder to write; a folder that holds a model is replaced.
+        out: The folder to write; an earlier export there is replaced.
         merge: Merge an adapter into its base model, which is loaded from its original source. Only this needs more than
-            the checkpoint.
+            the checkpoint. An adapter of a base model in memory is always merged.
+        overwrite: Replace a model in `out` that is no export, too.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If the checkpoint was written by another program or lacks weights, if the base model has changed
-            since training, or if the folder holds something other than a model.
+            since training, or if the folder holds something that is not to be replaced.
     """
-    check_replaceable(Path(out))
+    check_replaceable(Path(out), overwrite)
     if not Path(ckpt_path).is_file():
         raise InputFileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make torch raise every kind
+        raise InputError(
+            f"--ckpt_path {str(ckpt_path)!r} can't be read: it is damaged, or holds more than data"
+        ) from error
     if "export" not in checkpoint:
         raise InputError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
     export = checkpoint["export"]
     prefix = export["prefix"]
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    for needed in (ckpt_path, *filter(os.path.isdir, [export["source"]])):
+        if Path(needed).resolve().is_relative_to(Path(out).resolve()):
+            raise InputError(f"--out {str(out)!r} holds {str(needed)!r}, which the export needs: give another folder")
     write_folder(Path(out), lambda folder: _rebuild(export, weights, folder, merge))
     return Path(out)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise a ValueError if a folder holds something other than a model, which would be lost."""
+def check_replaceable(folder: Path, overwrite: bool = False) -> None:
+    """Check that a folder is empty or holds a model that may be replaced.
+
+    Raises:
+        ValueError: If not.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {str(folder)!r} is a file: give a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {"config.json", "adapter_config.json"}:
         some = ", ".join(sorted(names)[:3])
         raise InputError(f"--out {str(folder)!r} holds something other than a model ({some}): give another folder")
+    if names and MARKER not in names and not overwrite:
+        raise InputError(
+            f"--out {str(folder)!r} holds a model that lit_rlhf has not written: give another folder, or "
+            "--overwrite true to replace it"
+        )
 
 
 def fingerprint(model: Any) -> str:
@@ -104,54 +152,80 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:
+def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merging: bool) -> None:
     for name, content in export["files"].items():
-        path = folder / name
+        path = folder / safe_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.numpy().tobytes())
-    model: Any
-    architecture = getattr(transformers, export["class"], None)
-    if architecture is None:
+    architecture: Any = getattr(transformers, export["class"], None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise InputError(
             f"transformers has no class {export['class']!r}, which the model needs: use policy/last or policy/best, "
             "which training has written"
         )
-    config = AutoConfig.from_pretrained(folder / BASE_CONFIG)
+    config = load_config(folder / BASE_CONFIG, "the checkpoint's model")
     config.name_or_path = export["source"]
+    model: Any
     if (folder / "adapter_config.json").is_file():
-        if merge:
-            if not export["source"]:
-                raise InputError(
-                    "the adapter's base model was given in memory: export without --merge, and merge with PEFT"
-                )
-            options = {"revision": export["revision"]} if export.get("revision") else {}
-            base = architecture.from_pretrained(export["source"], config=config, dtype=export["dtype"], **options)
-            if export.get("base", fingerprint(base)) != fingerprint(base):
-                raise InputError(
-                    f"{export['source']!r} has changed since the adapter was trained on it: restore that model, or "
-                    "export without --merge"
-                )
-        else:  # only the adapter is saved, so its base model needs no weights
-            with torch.device("meta"):
-                base = architecture(config)
-        model = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
-        _load(model, weights, complete=False)
-        if merge:
+        in_memory = not export["source"]  # the checkpoint then holds the base model's weights
+        merging = merging or in_memory
+        base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
+        peft_config = PeftConfig.from_pretrained(str(folder))
+        peft_config.base_model_name_or_path = export["source"] or None
+        with tied_weights():
+            model = get_peft_model(base, peft_config)
+        _load(model, weights, complete=in_memory, assign=True)
+        if merging:
             (folder / "adapter_config.json").unlink()
-            model = model.merge_and_unload()
+            model = merge(model)
     else:
-        dtype = next(iter(weights.values())).dtype
-        model = architecture(config).to(dtype)
+        model = architecture(config)
+        model.to(next(iter(weights.values())).dtype)
         _load(model, weights, complete=True, source=export["source"])
-        generation_config = folder / BASE_CONFIG / "generation_config.json"
-        if generation_config.is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
+    generation_config = folder / BASE_CONFIG / "generation_config.json"
+    if generation_config.is_file() and not isinstance(model, PeftModel):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
     shutil.rmtree(folder / BASE_CONFIG)
-    model.save_pretrained(str(folder))
+    save_adapter(model, folder) if isinstance(model, PeftModel) else model.save_pretrained(str(folder))
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "") -> None:
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=not complete)
+def safe_name(name: str) -> str:
+    """Return the name of a file that a checkpoint holds.
+
+    Raises:
+        ValueError: If it leads out of the exported folder.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
+        raise InputError(f"the checkpoint would write {name!r}, outside of --out: it is not as lit_rlhf wrote it")
+    return name
+
+
+def base_model(architecture: Any, config: PreTrainedConfig, export: dict[str, Any]) -> PreTrainedModel:
+    """Load the base model of an adapter from where training loaded it.
+
+    Raises:
+        ValueError: If it can't be loaded, or has changed since.
+    """
+    source, options = export["source"], {**export["load"], "config": config, "dtype": export["dtype"]}
+    new_head = architecture.__name__.endswith("ForSequenceClassification")
+    base, _ = load_model(architecture, source, f"{source!r}, the adapter's base model,", new_head, **options)
+    if export["base"] != fingerprint(base):
+        raise InputError(
+            f"{source!r} has changed since the adapter was trained on it: restore that model, or export without --merge"
+        )
+    return base
+
+
+def empty(architecture: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model whose weights have no storage."""
+    with torch.device("meta"):
+        model: PreTrainedModel = architecture(config)
+    return model
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "", assign: bool = False) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=assign)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or (complete and set(missing) - tied):
         names = sorted(unexpected or set(missing) - tied)

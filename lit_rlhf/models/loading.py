@@ -6,102 +6,84 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from torch._dynamo import OptimizedModule
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import load_adapter
+from lit_rlhf.models.pretrained import is_adapter, is_classifier, load_config, load_model, load_tokenizer, resolve
 from lit_rlhf.tokenization import end_of_turn
 
-SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
-"""Folders of the models that come with the package, by name."""
+
+def load_causal_lm(
+    source: str | Path, **options: Any
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, bool]:
+    """Load a causal language model, or a PEFT adapter with the model that it was trained on.
+
+    Returns:
+        The model, its tokenizer, and whether its base model is what its source holds: an adapter may have resized it.
+    """
+    what = f"the policy {str(source)!r}"
+    if is_adapter(resolve(source), **options):
+        tokenizer = load_tokenizer(source, **options)
+        adapted, resized = load_adapter(AutoModelForCausalLM, source, tokenizer, what, **options)
+        return adapted, tokenizer, not resized
+    config = load_config(source, what, **options)
+    if is_classifier(config):
+        raise InputError(f"{what} is a reward model, {(config.architectures or [''])[0]}: give a causal language model")
+    tokenizer = load_tokenizer(source, **options)
+    return load_model(AutoModelForCausalLM, source, what, **options)[0], tokenizer, True
 
 
-def resolve(source: str | Path) -> str:
-    """Resolve `source` to a folder or hub id; `testbed` is the policy that comes with the package.
+def check_decoder(model: Any) -> None:
+    """Check that no token of a causal language model attends to later ones, as far as its configuration says.
 
     Raises:
-        FileNotFoundError: If `source` can only be a folder, and there is none.
+        ValueError: If they do.
     """
-    text = str(source)
-    if text in SHIPPED:
-        return str(SHIPPED[text])
-    looks_like_a_path = text.count("/") > 1 or text.startswith((".", "/", "~"))
-    if looks_like_a_path and not Path(text).expanduser().is_dir():
-        raise InputFileNotFoundError(f"{text!r}: there is no such folder; give a folder or a model's id on the hub")
-    return str(Path(text).expanduser().resolve()) if Path(text).expanduser().is_dir() else text
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a folder or hub id holds a PEFT adapter."""
-    return find_adapter_config_file(name) is not None
-
-
-def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; of the options only `revision`, `token` and `trust_remote_code` are used.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    name = resolve(source)
-    try:
-        return AutoTokenizer.from_pretrained(name, **hub_options(options))
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir() and is_adapter(name):  # PEFT itself saves no tokenizer with an adapter
-            options = {key: value for key, value in options.items() if key != "revision"}
-            return load_tokenizer(str(PeftConfig.from_pretrained(name).base_model_name_or_path), **options)
+    config = model.config.get_text_config()
+    attention = {module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    bidirectional = getattr(config, "is_decoder", None) is False or getattr(config, "use_bidirectional_attention", None)
+    if getattr(model.config, "is_encoder_decoder", False) or (bidirectional and attention == {False}):
         raise InputError(
-            f"{str(source)!r} is neither a local folder with a model and its tokenizer nor loadable from the hub: "
-            f"{error}"
-        ) from error
+            f"the policy is a {type(model).__name__} that does not generate from left to right (an encoder attends to "
+            "the future): give a decoder-only model"
+        )
 
 
-def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return those options of `from_pretrained` that tokenizers and configurations accept, too."""
-    return {key: options[key] for key in ("revision", "token", "trust_remote_code") if key in options}
-
-
-def load_causal_lm(source: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, or a PEFT adapter with the model that it was trained on, and its tokenizer."""
-    name = resolve(source)
-    options = {"dtype": torch.float32, **options}
-    tokenizer = load_tokenizer(name, **options)
-    if is_adapter(name):
-        return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), tokenizer
-    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
-
-
-def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftModel:
-    """Wrap a model with a new LoRA adapter.
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Check with a small input that no token of a causal language model attends to later ones.
 
     Raises:
-        ValueError: If the model has an adapter already, or `peft.LoraConfig` does not know an option.
+        ValueError: If they do.
     """
-    if isinstance(model, PeftModel):
-        raise InputError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
-    return cast(PeftModel, get_peft_model(model, lora_config(lora)))
-
-
-def lora_config(options: dict[str, Any]) -> LoraConfig:
-    """Build a `peft.LoraConfig`.
-
-    Raises:
-        ValueError: If there is no such option, or if one changes the model under the adapter, which is the reference.
-    """
-    known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
-    for name, allowed in known.items():
-        if (value := options.get(name, allowed[0])) not in allowed:
-            raise InputError(
-                f"lora: {name}={value!r} changes the model under the adapter, which is the reference when the adapter "
-                f"is off: use one of {', '.join(map(repr, allowed))}"
-            )
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
-    except TypeError as error:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(3, 11, device=model.device).repeat(2, 1) * 7919 % vocabulary
+    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    with torch.autocast(ids.device.type, enabled=False):
+        first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    change = (first - second).norm() / first.norm()
+    if change > max(1e-4, 4 * torch.finfo(model.dtype).eps):
         raise InputError(
-            f"lora: {error}; the options are those of peft.LoraConfig, such as r and lora_alpha"
-        ) from error
+            f"the policy is a {type(model).__name__} whose tokens attend to later ones (a change of the last token "
+            f"moves the others' logits by {change:.1%}): give a decoder-only model"
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """Replace wrappers of `torch.compile` in a model by the compiled modules: they rename the weights."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, OptimizedModule) and not isinstance(module, OptimizedModule):
+                setattr(module, name, unwrapped(child))
+    if not isinstance(model, OptimizedModule):
+        return model
+    inner = unwrapped(model._orig_mod)
+    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
+    return inner
 
 
 def embedding_rows(model: nn.Module) -> int:

@@ -18,22 +18,27 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import add_lora, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
 from lit_rlhf.models.forward import ModelForward, eval_mode
 from lit_rlhf.models.loading import (
-    add_lora,
     add_stop_id,
+    check_causal,
+    check_decoder,
     check_vocabulary,
     disable_dropout,
     end_of_sequence_ids,
     load_causal_lm,
     make_savable,
+    unwrapped,
 )
+from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding
@@ -48,22 +53,24 @@ class Policy(nn.Module):
     """A causal language model with its tokenizer.
 
     Args:
-        model: A `transformers` causal language model, or a PEFT model around one. Its weights are trained where they
-            require gradient. Its dropout is switched off.
+        model: A `transformers` causal language model, or a PEFT model around one, compiled or not. Its weights are
+            trained where they require gradient. Its dropout is switched off.
         tokenizer: Its tokenizer.
         lora: Options of `peft.LoraConfig` to train a new adapter instead of the weights (`{}` for PEFT's defaults).
 
     Raises:
-        ValueError: If the tokenizer does not fit the model, or LoRA is asked for on top of an adapter.
+        ValueError: If the tokenizer does not fit the model, the model is no decoder, or LoRA is asked for on top of an
+            adapter.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | OptimizedModule,
         tokenizer: PreTrainedTokenizerBase,
         lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        model = cast(PreTrainedModel | PeftModel, unwrapped(model))
         check_vocabulary(model, tokenizer)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise InputError(
@@ -71,8 +78,10 @@ class Policy(nn.Module):
             )
         self.new_adapter = lora is not None
         self.model = model if lora is None else add_lora(model, lora)
+        check_decoder(self.causal_lm)
         self.tokenizer = tokenizer
-        self.loaded = False
+        self.loaded = False  # whether the base model can be read again from its source
+        self.processor_files = processor_files(self.causal_lm.config, local_files_only=True)
         self.model_forward = ModelForward(self.causal_lm)
         disable_dropout(self.model)
         self.train()  # Lightning warns of modules in evaluation mode
@@ -89,11 +98,17 @@ class Policy(nn.Module):
         Args:
             source: The hub id or folder; `testbed` for the shipped one.
             lora: See the class.
-            **options: Options of `from_pretrained` of `transformers`. Weights load in float32 by default (`dtype`).
+            **options: Options of `from_pretrained` of `transformers`, which reach the tokenizer and an adapter, too.
+                Weights load in float32 by default (`dtype`). Code in the folder is run only with
+                `trust_remote_code=True`, and pickled weights are read only with `use_safetensors=False`.
+
+        Raises:
+            ValueError: If it can't be loaded with all its weights, or is no causal language model.
         """
-        model, tokenizer = load_causal_lm(source, **options)
+        model, tokenizer, as_saved = load_causal_lm(source, **options)
         policy = cls(model, tokenizer, lora)
-        policy.loaded = True  # an export may read the source again
+        policy.loaded = as_saved
+        policy.processor_files = processor_files(policy.causal_lm.config, **options)
         return policy
 
     @property
@@ -102,9 +117,18 @@ class Policy(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `transformers` (or PEFT, for an adapter) loads, tokenizer and chat template included."""
-        self.model.save_pretrained(str(folder))
+        """Write a folder that `transformers` (or PEFT, for an adapter) loads, tokenizer and chat template included.
+
+        An adapter is merged if its base model was given in memory, and so is in no folder.
+        """
+        if isinstance(self.model, PeftModel) and self.loaded:
+            save_adapter(self.model, folder)
+        else:
+            model = merged(self.model) if isinstance(self.model, PeftModel) else self.model
+            model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
+        for name, content in self.processor_files.items():
+            Path(folder, name).write_bytes(content)
 
     def reference(self) -> Reference:
         """Return the policy as it is now, frozen: a new adapter switched off, or else a copy of the trained weights."""
@@ -196,6 +220,9 @@ class Policy(nn.Module):
 
     def probe(self) -> None:
         """Find out, once, whether this model allows chunked logits and a shared prompt; log the reason if not."""
+        if self.model_forward.shares_prompt is None:
+            with eval_mode(self.model):
+                check_causal(self.causal_lm)
         probe_policy(self.model_forward)
 
     @property

@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.adapters import add_lora
 from lit_rlhf.models.forward import ModelForward, as_sampled
-from lit_rlhf.models.loading import add_lora, disable_dropout, embedding_rows, hub_options, is_adapter, resolve
+from lit_rlhf.models.loading import disable_dropout, embedding_rows, unwrapped
+from lit_rlhf.models.pretrained import is_adapter, is_classifier, load_config, load_model, resolve
 from lit_rlhf.models.probe import probe_scores
 from lit_rlhf.models.shared_prompt import (
     TokenSequences,
@@ -44,12 +46,14 @@ class ScalarModel(nn.Module):
         trained: Whether it is trained: its dropout is then switched off.
 
     Raises:
-        ValueError: If it has more than one label.
+        ValueError: If it has more than one label, or is an encoder.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, name: str, trained: bool = True) -> None:
         super().__init__()
+        model = unwrapped(model)
         self.model, self.name = model, name
+        check_reads_last_token(self.classifier, name)
         check_one_label(self.classifier.config, name)
         self.model_forward = ModelForward(self.classifier, head="score")
         head = getattr(self.classifier, "score", None)
@@ -85,13 +89,13 @@ class ScalarModel(nn.Module):
             ValueError: If it is an adapter, has more than one label, or lacks its head and is not to be trained.
         """
         name = f"the {name} {str(source)!r}"
-        read_config(source, name, **hub_options(options))
-        options = {"dtype": torch.float32, **options, "num_labels": 1, "output_loading_info": True}
-        model, report = AutoModelForSequenceClassification.from_pretrained(resolve(source), **options)
-        missing = sorted(report["missing_keys"])
-        if missing and not trained:
-            raise InputError(f"{name} lacks the weights {missing}, which would be random: train it as a reward model")
-        if zero_head and any("score" in key for key in missing):
+        read_config(source, name, **options)
+        model: Any
+        model, new = load_model(AutoModelForSequenceClassification, source, name, True, **options, num_labels=1)
+        if new and not trained:
+            raise InputError(f"{name} lacks the weights {new}, which would be random: train it as a reward model")
+        check_reads_last_token(model, name)
+        if zero_head and any("score" in key for key in new):
             nn.init.zeros_(model.score.weight)
         if lora is not None:  # the head is trained: bfloat16, in which the frozen trunk may be, is too coarse for it
             model.score.float().register_forward_pre_hook(cast_input)
@@ -187,7 +191,7 @@ class Critic(ScalarModel):
     def __init__(self, model: PreTrainedModel | PeftModel, name: str = "the critic", trained: bool = True) -> None:
         super().__init__(model, name, trained)
         if not hasattr(self.classifier, "score"):
-            raise InputError(f"{name} is a {type(self.classifier).__name__}: give a decoder-only model")
+            raise InputError(f"{name} is a {type(self.classifier).__name__} without a linear head: give another model")
         self.model_forward.head_apart = True
 
     @classmethod
@@ -259,23 +263,33 @@ def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConf
         **options: Options of `from_pretrained`.
 
     Raises:
-        ValueError: If it is an adapter, or a sequence-classification model with more than one label.
+        ValueError: If it can't be read, is an adapter or an encoder-decoder, or is a sequence-classification model with
+            more than one label.
     """
-    folder = resolve(source)
-    if is_adapter(folder) and not (Path(folder) / "config.json").is_file():
+    folder = Path(resolve(source), options.get("subfolder") or "")
+    if is_adapter(resolve(source), **options) and not (folder / "config.json").is_file():
         raise InputError(
             f"{name} is an adapter: merge it first, with "
             "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
         )
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **options)
+    config = load_config(source, name, **options)
     if is_classifier(config):
         check_one_label(config, name)
     return config
 
 
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a configuration belongs to a sequence-classification model."""
-    return any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
+def check_reads_last_token(model: Any, name: str) -> None:
+    """Check that a sequence-classification model is a decoder: an encoder has a head that reads its first token.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if not hasattr(model, "score") and not causal:
+        raise InputError(
+            f"{name} is a {type(model).__name__}, an encoder, which has another input format: give a decoder-only "
+            "model, or call that one in a reward function"
+        )
 
 
 def check_one_label(config: PreTrainedConfig, name: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
-from lit_rlhf.models.scalar import ScalarModel, check_one_label, is_classifier, read_config
+from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options
+from lit_rlhf.models.scalar import ScalarModel, check_one_label, read_config
 from lit_rlhf.tokenization import check_template_kwargs, encode_completion, encode_prompt
 from lit_rlhf.types import Prompts, Text
 
@@ -41,6 +42,7 @@ class RewardModel:
         chat_template_kwargs: Arguments of the chat template.
         parse_special_tokens: Whether special tokens in prompts that are plain strings are encoded as such, as in the
             data modules. Those that a policy has spelled out in its completions are always text.
+        load: Other options of `from_pretrained`, such as `{"revision": "v2"}`, for the tokenizer, too.
 
     Raises:
         ValueError: If the model can't be read, is not a sequence-classification model or has more than one label, or if
@@ -56,7 +58,9 @@ class RewardModel:
         dtype: str = "auto",
         chat_template_kwargs: dict[str, Any] | None = None,
         parse_special_tokens: bool = True,
+        load: dict[str, Any] | None = None,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         if batch_size < 1:
             raise InputError(f"the batch_size of a reward model must be at least 1, not {batch_size}")
         if isinstance(model, PreTrainedModel) and tokenizer is None:
@@ -64,10 +68,13 @@ class RewardModel:
         self.pretrained = model
         self.tokenizer_source = model if tokenizer is None else tokenizer
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.load_options = {"dtype": dtype, **(load or {})}
         check_template_kwargs(chat_template_kwargs or {})
         self.chat_template_kwargs, self.parse_special_tokens = chat_template_kwargs, parse_special_tokens
-        config = model.config if isinstance(model, PreTrainedModel) else _read_config(model)
+        if isinstance(model, PreTrainedModel):
+            config: Any = model.config
+        else:
+            config = read_config(model, _called(model), **self.load_options)
         if config.architectures and not is_classifier(config):
             raise InputError(
                 f"{_called(model)} is a {config.architectures[0]}, not a sequence-classification model: train one with "
@@ -93,13 +100,17 @@ class RewardModel:
             ValueError: If the weights lack the head, or the tokenizer has more tokens than the model.
         """
         if self._scorer is None:
-            self._tokenizer = _load_tokenizer(self.tokenizer_source)
+            own = self.tokenizer_source is self.pretrained
+            options = self.load_options if own else shared_options(self.load_options)
+            self._tokenizer = self.tokenizer_source
+            if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
+                self._tokenizer = load_tokenizer(self._tokenizer, **options)
             name = _called(self.pretrained)
             if isinstance(self.pretrained, PreTrainedModel):
                 scorer = ScalarModel(self.pretrained, name, trained=False)
             else:
                 scorer = ScalarModel.from_pretrained(
-                    self.pretrained, name="reward model", trained=False, dtype=self.dtype
+                    self.pretrained, name="reward model", trained=False, **self.load_options
                 )
             check_vocabulary(scorer.classifier, self._tokenizer)
             self._scorer = scorer
@@ -209,18 +220,3 @@ def _batches(size: int, count: int, key: Callable[[int], Any]) -> list[list[int]
 
 def _called(model: str | Path | PreTrainedModel) -> str:
     return f"the reward model {type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)!r}"
-
-
-def _read_config(model: str | Path) -> PreTrainedConfig:
-    try:
-        return read_config(model, _called(model))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError) and not isinstance(error, OSError):
-            raise
-        raise InputError(
-            f"{_called(model)} has no readable config: give a folder with a config.json or a hub id"
-        ) from error
-
-
-def _load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
-    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_rlhf.errors import MissingPackageError
 from lit_rlhf.rewards.functions import to_text
 from lit_rlhf.types import Text
 
@@ -20,7 +21,7 @@ class Sentiment:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 "the reward Sentiment needs the package vaderSentiment: pip install 'lit_rlhf[sentiment]'"
             ) from error
         self.with_prompt = with_prompt

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_rlhf.data import PreferenceData, PromptData
-from lit_rlhf.models.loading import SHIPPED
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.pretrained import SHIPPED
 from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
 from lit_rlhf.testbed.raters import Raters

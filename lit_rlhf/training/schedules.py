@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_rlhf.errors import InputError
 
@@ -81,3 +81,16 @@ class Warmup(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of each parameter group at the current update."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Check that a schedule depends on the number of updates alone.
+
+    Raises:
+        ValueError: If it follows a metric, which is not there after every update.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise InputError(
+            f"lr_scheduler={type(scheduler).__name__} follows a metric, and schedules are stepped at every update: use "
+            "lit_rlhf.Warmup or a schedule of torch.optim.lr_scheduler that counts steps"
+        )

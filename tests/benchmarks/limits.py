@@ -82,7 +82,7 @@ def count(settings: Settings) -> Limits:
     from contenders import LORA
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_rlhf.models.loading import add_lora
+    from lit_rlhf.models.adapters import add_lora
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model))

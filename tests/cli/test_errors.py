@@ -115,7 +115,22 @@ INVALID = {
         "accumulate_grad_batches=2 does not fit a rollout of 1 minibatches",
     ),
     "overfit_batches": (["--trainer.overfit_batches=1"], "overfit_batches"),
-    "a policy that is not on the hub": (["--model.policy=nowhere"], "'nowhere' is neither a local folder with a model"),
+    "a policy that is not on the hub": (
+        ["--model.policy=nowhere"],
+        "'nowhere' can't be loaded: there is no such folder",
+    ),
+    "a quantization whose package is absent": (
+        ["--model.load.quantization_config={load_in_4bit: true}"],
+        "requires bitsandbytes",
+    ),
+    "a layer for LoRA that does not exist": (
+        ["--model.lora.target_modules=[query]"],
+        "target_modules can be",
+    ),
+    "a schedule that follows a metric": (
+        ["--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        "lr_scheduler=ReduceLROnPlateau follows a metric",
+    ),
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),

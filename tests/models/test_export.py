@@ -140,22 +140,13 @@ def write_base(root):
     return folder
 
 
-def test_an_adapter_of_a_policy_in_memory_is_not_merged(tmp_path):
-    module = lit_rlhf.RLOO(make_policy(lora=LORA), rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
-    _, checkpoint = trained("RLOO", module, tmp_path)
-    with pytest.raises(ValueError, match="in memory"):
-        export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
-    assert not (tmp_path / "merged").exists()
-    assert "adapter_config.json" in files(export_checkpoint(checkpoint, tmp_path / "adapter"))
-
-
-def test_an_adapter_is_not_merged_into_other_weights_than_it_was_trained_on(tmp_path):
+def test_the_adapter_of_a_policy_in_memory_is_always_merged(tmp_path):
     """A model in memory has the name of its folder, but may have changed since it was loaded."""
     policy = make_policy(write_base(tmp_path), moved=0.05, lora=LORA)
     module = lit_rlhf.RLOO(policy, rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
     _, checkpoint = trained("RLOO", module, tmp_path)
-    with pytest.raises(ValueError, match="in memory"):
-        export_checkpoint(checkpoint, tmp_path / "merged", merge=True)
+    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, tmp_path / "model"))
+    torch.testing.assert_close(logits(exported), logits(module.policy.model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kept", [[], ["norm"]], ids=str)
@@ -170,6 +161,53 @@ def test_an_adapter_is_not_merged_into_a_changed_base_model(kept, tmp_path):
     with pytest.raises(ValueError, match="has changed since the adapter was trained on it"):
         export_checkpoint(checkpoint, tmp_path / "again", merge=True)
     export_checkpoint(checkpoint, tmp_path / "again")
+
+
+def test_an_export_does_not_replace_a_model_of_somebody_else(base, tmp_path):
+    _, checkpoint = trained("SFT", base, tmp_path)
+    make_policy().save(tmp_path / "theirs")
+    before = (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"theirs' holds a model that lit_rlhf has not written: .*--overwrite true"):
+        export_checkpoint(checkpoint, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "model.safetensors").read_bytes() == before
+    export_checkpoint(checkpoint, tmp_path / "theirs", overwrite=True)
+    assert (tmp_path / "theirs" / "model.safetensors").read_bytes() != before
+
+
+def test_an_export_does_not_replace_what_it_reads(tmp_path):
+    folder = write_base(tmp_path)
+    _, checkpoint = trained("RLOO", folder, tmp_path, lora=LORA)
+    with pytest.raises(ValueError, match=r"base' holds '.*base', which the export needs"):
+        export_checkpoint(checkpoint, folder, merge=True, overwrite=True)
+    checkpoint = checkpoint.rename(folder / "last.ckpt")
+    with pytest.raises(ValueError, match=r"base' holds '.*last.ckpt', which the export needs"):
+        export_checkpoint(checkpoint, folder, overwrite=True)
+    assert checkpoint.is_file() and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["../victim", "/tmp/victim", "a/../../victim", "..\\victim", "C:/victim", "", "."])
+def test_a_checkpoint_writes_nothing_outside_the_exported_folder(name, tmp_path):
+    files_of_export = {"config.json": torch.zeros(3, dtype=torch.uint8), name: torch.zeros(3, dtype=torch.uint8)}
+    export = {"prefix": "policy.model.", "source": "", "class": "LlamaForCausalLM", "files": files_of_export}
+    torch.save({"export": export, "state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"the checkpoint would write .*, outside of --out"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
+    assert files(tmp_path) == {"last.ckpt"}
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "AutoModelForCausalLM", "logging", "PreTrainedTokenizerFast"])
+def test_a_checkpoint_names_a_class_of_models_only(kind, tmp_path):
+    export = {"prefix": "policy.model.", "source": "", "class": kind, "files": {}}
+    torch.save({"export": export, "state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=f"no class '{kind}'"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_gets_a_sentence(tmp_path):
+    for content in (b"", b"rubbish" * 9):
+        (tmp_path / "torn.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"torn.ckpt' can't be read: it is damaged, or holds more than data"):
+            export_checkpoint(tmp_path / "torn.ckpt", tmp_path / "out")
 
 
 def test_an_export_replaces_only_a_folder_that_holds_a_model(base, tmp_path):

@@ -235,7 +235,7 @@ def test_a_wrong_model_is_refused_before_weights_are_loaded(tmp_path, monkeypatc
         RewardModel(causal)
     with pytest.raises(ValueError, match="is an adapter: merge it first"):
         RewardModel(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="nowhere' has no readable config"):
+    with pytest.raises(ValueError, match="nowhere': there is no such folder"):
         RewardModel(str(tmp_path / "nowhere"))
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lit_rlhf.models.loading import resolve
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.pretrained import resolve
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.testbed import (
     POLICY,
