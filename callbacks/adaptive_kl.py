@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -59,9 +60,11 @@ class AdaptiveKL(RolloutCallback):
     on_test_start = on_validation_start
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
-        """Compute the next coefficient from a new rollout."""
+        """Compute the next coefficient from a new rollout; a KL that is not finite changes nothing."""
         algorithm: Any = pl_module
         kl = float(concatenate_over_ranks(trainer, completion_kl(rollout).flatten()).mean())
+        if not math.isfinite(kl):
+            return
         self.next_kl_coef = F.adapted_kl_coef(algorithm.kl_coef, kl, self.target, self.gain)
 
     def on_train_batch_end(

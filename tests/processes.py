@@ -147,6 +147,24 @@ def run_validated(folder: Path, root: Path, devices: int) -> dict:
     return dict(make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0])
 
 
+PAIRWISE = ("DPO", "IPO", "RewardModeling", "SFT")
+
+
+def run_held_out(folder: Path, root: Path, devices: int) -> dict:
+    """Return the metrics of three held-out rows, which two processes cannot share equally."""
+    found = {}
+    for name in PAIRWISE:
+        torch.manual_seed(0)
+        module = make_module(name, folder, optimizer=sgd)
+        data = make_data(name, rows=4, batch_size=2)
+        trainer = make_distributed_trainer(root, devices, max_steps=1)
+        trainer.fit(module, data)
+        found |= {f"{name} {n}": float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+        trainer = make_distributed_trainer(root, devices)
+        found |= {f"{name} {n}": v for n, v in trainer.validate(module, data, verbose=False)[0].items()}
+    return found
+
+
 class SaveCheckpoints(Callback):
     """Save checkpoints within an update, within a rollout, and later within both."""
 
@@ -201,6 +219,7 @@ def main(folder: Path, root: Path) -> None:
     runs = {case: functools.partial(run_case, case, folder, root, 2) for case in CASES}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
     runs["validated"] = functools.partial(run_validated, folder, root, 2)
+    runs["held out"] = functools.partial(run_held_out, folder, root, 2)
     runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
     for name, run in runs.items():
         result = run()

@@ -54,6 +54,7 @@ class OnlineHooks(CheckpointHooks):
         self.rollout: Rollout | None = None  # the current one, collected at its first training step
         self.timer = PhaseTimer()
         self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
+        self._rollout_problems: list[str] = []  # names of its numbers that are not finite
 
     @property
     def reward_weights(self) -> list[float]:
@@ -172,6 +173,14 @@ class OnlineHooks(CheckpointHooks):
             return {}
         tokens = sum_over_ranks(self.trainer, self.rollout.completions.mask.sum().float())
         return self.timer.metrics(int(tokens))
+
+    def rollout_problems(self) -> list[str]:
+        """Return the names of the rollout's numbers that are not finite."""
+        return self._rollout_problems
+
+    def inspected(self, batch: Any) -> dict[str, Any]:
+        """Return the prompts and the rollout that the loss of a step was computed from."""
+        return {"batch": batch, "rollout": self.rollout}
 
     def in_flight_state(self, steps_done: int) -> InFlight:
         """Return what this rank needs to resume: inside a rollout, the rollout too."""

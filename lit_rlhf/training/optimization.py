@@ -51,13 +51,13 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
+def gradient_norms(optimizer: Optimizer, device: torch.device) -> dict[str, Tensor]:
     """Return the gradient norm of each parameter group: `grad_norm` of the first, `NAME_grad_norm` of others."""
     norms = {}
     for group in optimizer.param_groups:
         prefix = "" if group is optimizer.param_groups[0] else f"{group['name']}_"
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients).to(device).float()
     return norms
 
 
