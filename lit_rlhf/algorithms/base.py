@@ -23,7 +23,7 @@ from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.checks import check_batch_type, check_positions
+from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.distributed import sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
@@ -34,12 +34,14 @@ from lit_rlhf.training.finite import (
 )
 from lit_rlhf.training.optimization import (
     LossSums,
+    check_optimized,
     check_step_size,
     check_trainable,
     enable_fused_adam,
     gradient_norms,
     scale_gradients,
 )
+from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.schedules import Warmup
 from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
@@ -118,8 +120,10 @@ class Algorithm(CheckpointHooks, ABC):
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
         Raises:
-            ValueError: If the data module yields another type of batch.
+            ValueError: If the data module yields another type of batch, or the Trainer's processes don't fit.
         """
+        check_processes(self.trainer)
+        self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
 
@@ -144,15 +148,19 @@ class Algorithm(CheckpointHooks, ABC):
         """Build the optimizer of the trainable parameters, and its schedule."""
         groups = self.parameter_groups()
         check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
+        check_optimized(self.named_parameters(), groups)
         optimizer = self.make_optimizer(groups)
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
+        rates = [group["lr"] for group in optimizer.param_groups]
         if self.make_lr_scheduler is None:
+            self.keep_options(OptimizationOptions(optimizer, None, rates))
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
         if isinstance(scheduler, Warmup):
             updates = self.trainer.estimated_stepping_batches
             scheduler.plan(int(updates) if math.isfinite(updates) else 0)
+        self.keep_options(OptimizationOptions(optimizer, scheduler, rates))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # The update: one mean over all loss terms, however they are split into steps and ranks

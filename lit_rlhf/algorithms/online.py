@@ -99,6 +99,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
         self.num_samples, self.kl_coef = num_samples, kl_coef
+        self.initial_kl_coef = kl_coef  # a controller changes the other
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens

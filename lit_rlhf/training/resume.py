@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from lit_rlhf import functional as F
@@ -149,14 +151,23 @@ def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], state_dict: Ma
     """Check that a checkpoint holds every trained weight: else it is of another model or of other LoRA options.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If one is missing or has another shape.
     """
-    missing = [name for name, p in parameters if p.requires_grad and name not in state_dict]
+    trained = {name: p for name, p in parameters if p.requires_grad}
+    missing = [name for name, p in trained.items() if name not in state_dict or state_dict[name].shape != p.shape]
     if missing:
         raise InputError(
-            f"the checkpoint has no weights for {missing[0]!r} ({len(missing)} are missing): it was written by another "
-            "algorithm, policy or `lora`; resume with the options of the run that wrote it"
+            f"the checkpoint has no weights for {missing[0]!r} of shape {tuple(trained[missing[0]].shape)} "
+            f"({len(missing)} are missing): it was written by another algorithm, policy or `lora`; resume with the "
+            "options of the run that wrote it"
         )
+
+
+def keep_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Keep the patience that `EarlyStopping` was given, which its state in a checkpoint would replace."""
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint.get("callbacks", {}):
+            checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
 
 
 def fix_loop_progress(fit_loop: dict[str, Any]) -> None:
