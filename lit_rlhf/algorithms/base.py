@@ -183,10 +183,9 @@ class Algorithm(CheckpointHooks, ABC):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start timing; free the gradients of the last update, which would add to the memory of the forward pass."""
+        """Start timing."""
         self.training_timer.start()
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.zero_grad(set_to_none=True)
+        super().on_train_batch_start(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Rescale gradients from the assumed to the actual number of loss terms.

@@ -17,6 +17,7 @@ from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.resume import (
     InFlight,
     StepLayout,
+    UpdateStart,
     check_weights,
     fix_loop_progress,
     keep_patience,
@@ -43,6 +44,7 @@ class CheckpointHooks(LightningModule):
         self._snapshot: dict[str, Any] | None = None
         self._loss_sums = LossSums()
         self._in_flight = InFlight()  # of the checkpoint that is resumed, until it is restored
+        self._before_update: UpdateStart | None = None
         self._options: OptimizationOptions | None = None
         self._resumed: dict[str, Any] | None = None  # the checkpoint that is resumed, until training starts
         self._updates_loaded: int | None = None  # updates of the run whose checkpoint or result is evaluated
@@ -72,8 +74,8 @@ class CheckpointHooks(LightningModule):
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]  # restored by a resume
+        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         if self._options is not None:
             checkpoint["optimization"] = self._options.state_dict()
@@ -120,6 +122,28 @@ class CheckpointHooks(LightningModule):
         if steps_done % self.trainer.accumulate_grad_batches:
             state.add_update(self.named_parameters(), self._loss_sums)
         return state
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start an update: free the last gradients, which would add to the memory of the forward pass."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad(set_to_none=True)
+            self._before_update = UpdateStart(
+                self.trainer.optimizers, self.buffers(recurse=False), self.running_state()
+            )
+
+    def undo_update(self) -> bool:
+        """Return to the state before the update in progress, after an error in it, so that a checkpoint can be saved.
+
+        Returns:
+            Whether this was possible: not if the optimizer has already changed weights or its own state.
+        """
+        start = self._before_update
+        if start is None or not start.restore_buffers():
+            return False
+        self.zero_grad(set_to_none=True)
+        self._loss_sums = LossSums()
+        self.load_running_state(start.running_state)
+        return True
 
     def on_train_start(self) -> None:
         """Restore an update in progress, apply changed options, and fail early if the model cannot be saved."""
