@@ -22,8 +22,8 @@ class PolicyCheckpoint(Checkpoint):
 
     Under `default_root_dir`: `policy/best` after each validation that improves `monitor`, and `policy/last` at the end
     of every `fit`, written by the module's `export`. In the run's folder: `checkpoints/last.ckpt`, written every
-    `every_n_updates`, at the end, and on an exception: after one in an update, as of its start. It replaces the previous checkpoint only once
-    it is complete.
+    `every_n_updates`, at the end, and on an exception, as of the start of an update that fails. It replaces the
+    previous checkpoint only once it is complete.
 
     Args:
         monitor: Validation metric that selects the best policy; the sanity check does not count. While a schedule
