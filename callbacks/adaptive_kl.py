@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -33,21 +34,26 @@ class AdaptiveKL(RolloutCallback):
         if not 0 < gain < 5:
             raise InputError(f"gain={gain} must be above 0, and below 5 so that the coefficient stays positive")
         self.target, self.gain = target, gain
+        self.start: float | None = None  # the method's own coefficient
         self.kl_coef: float | None = None
         self.next_kl_coef: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier fit; a resumed run loads its own coefficient."""
         if stage == "fit":
-            self.kl_coef = self.next_kl_coef = None
+            self.start = self.kl_coef = self.next_kl_coef = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the coefficient of the resumed run, or start from the method's own."""
+        """Set the coefficient of the resumed run, or start from the method's own, also if that was changed."""
         algorithm: Any = pl_module
         if not getattr(algorithm, "kl_coef", 0.0) > 0:
             raise InputError(
                 f"AdaptiveKL has no initial coefficient: {type(pl_module).__name__} has no kl_coef above 0; set kl_coef"
             )
+        given = getattr(algorithm, "initial_kl_coef", None)
+        if self.start != given:
+            self.kl_coef = self.next_kl_coef = None
+        self.start = given
         self.kl_coef = algorithm.kl_coef = algorithm.kl_coef if self.kl_coef is None else self.kl_coef
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,9 +65,11 @@ class AdaptiveKL(RolloutCallback):
     on_test_start = on_validation_start
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
-        """Compute the next coefficient from a new rollout."""
+        """Compute the next coefficient from a new rollout; a KL that is not finite changes nothing."""
         algorithm: Any = pl_module
         kl = float(concatenate_over_ranks(trainer, completion_kl(rollout).flatten()).mean())
+        if not math.isfinite(kl):
+            return
         self.next_kl_coef = F.adapted_kl_coef(algorithm.kl_coef, kl, self.target, self.gain)
 
     def on_train_batch_end(
@@ -74,9 +82,10 @@ class AdaptiveKL(RolloutCallback):
             self.kl_coef = algorithm.kl_coef = self.next_kl_coef
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the coefficients of this rollout and of the next."""
-        return {"kl_coef": self.kl_coef, "next_kl_coef": self.next_kl_coef}
+        """Return the method's own coefficient, and those of this rollout and of the next."""
+        return {"start": self.start, "kl_coef": self.kl_coef, "next_kl_coef": self.next_kl_coef}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both coefficients."""
+        """Restore the coefficients."""
+        self.start = state_dict["start"]
         self.kl_coef, self.next_kl_coef = state_dict["kl_coef"], state_dict["next_kl_coef"]

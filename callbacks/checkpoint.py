@@ -22,8 +22,8 @@ class PolicyCheckpoint(Checkpoint):
 
     Under `default_root_dir`: `policy/best` after each validation that improves `monitor`, and `policy/last` at the end
     of every `fit`, written by the module's `export`. In the run's folder: `checkpoints/last.ckpt`, written every
-    `every_n_updates`, at the end, and on an exception outside an update. It replaces the previous checkpoint only once
-    it is complete.
+    `every_n_updates`, at the end, and on an exception, as of the start of an update that fails. It replaces the
+    previous checkpoint only once it is complete.
 
     Args:
         monitor: Validation metric that selects the best policy; the sanity check does not count. While a schedule
@@ -76,12 +76,15 @@ class PolicyCheckpoint(Checkpoint):
         self._saved: tuple[int, int] | None = None  # (batches, validations) at the last save
         self._saving = False
         self._updating = False
+        self._before_update: tuple[Any, dict[str, Any]] | None = None  # loops and callbacks when an update began
+        self._callback_states: dict[str, Any] | None = None  # to save in place of the current ones
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output folder and check that the module can be exported."""
         self._folder = run_folder(trainer) / "checkpoints"
         self._enabled = stage == "fit" and not is_fast_dev_run(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
+        self._before_update = self._callback_states = None
         if stage == "fit":
             self.best_score, self.best_weights = None, None  # a resumed run loads its own
         if self._enabled and not callable(getattr(pl_module, "export", None)):
@@ -93,6 +96,13 @@ class PolicyCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the number of updates at the start."""
         self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the state of loops and callbacks at the start of an update."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            states = {callback.state_key: callback.state_dict() for callback in callbacks}
+            self._before_update = self._loops, {key: state for key, state in states.items() if state}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Mark that an update is in progress, so that nothing is saved until it is complete."""
@@ -141,7 +151,9 @@ class PolicyCheckpoint(Checkpoint):
         # Saving is collective: a rank that failed alone would wait for the others. Code that raises on all ranks
         # together sets `on_all_ranks` on the exception.
         on_all_ranks = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
-        if trainer.state.fn != TrainerFn.FITTING or self._loops is None or self._updating or not on_all_ranks:
+        if trainer.state.fn != TrainerFn.FITTING or self._loops is None or not on_all_ranks:
+            return
+        if self._updating and not self._undo_update(pl_module):
             return
         try:
             path = self.save(trainer)
@@ -173,6 +185,7 @@ class PolicyCheckpoint(Checkpoint):
         """Store the loop state of the last complete batch in the checkpoint."""
         if self._saving:
             checkpoint["loops"]["fit_loop"] = self._loops
+            checkpoint["callbacks"] = self._callback_states or checkpoint["callbacks"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score and the reward weights that it was measured with."""
@@ -181,6 +194,14 @@ class PolicyCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score of the resumed run."""
         self.best_score, self.best_weights = state_dict["best_score"], state_dict["best_weights"]
+
+    def _undo_update(self, pl_module: LightningModule) -> bool:
+        """Return to the start of the update in progress, if the module can."""
+        undo = getattr(pl_module, "undo_update", None)
+        if self._before_update is None or self._before_update[0] is None or undo is None or not undo():
+            return False
+        self._loops, self._callback_states = self._before_update
+        return True
 
     def _improves(self, score: float) -> bool:
         if self.best_score is None:

@@ -120,6 +120,8 @@ class GradientNoise(Callback):
         mean_square = self._mean_square(algorithm, total, parts)
         squares = algorithm.sum_over_ranks(squares)
         estimates = F.gradient_noise(float(squares), float(mean_square), parts, size)
+        if not all(map(math.isfinite, estimates)):  # the update is skipped
+            return
         weight = self.smoothing if self.averages else 0.0
         self.averages = [
             weight * a + (1 - weight) * e for a, e in zip(self.averages or estimates, estimates, strict=True)

@@ -74,7 +74,7 @@ class GrowingBatch(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the block sizes of this epoch."""
-        return {"sizes": self.sizes}
+        return {"sizes": list(self.sizes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the block sizes."""

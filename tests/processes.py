@@ -147,6 +147,19 @@ def run_validated(folder: Path, root: Path, devices: int) -> dict:
     return dict(make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0])
 
 
+def run_held_out(folder: Path, root: Path, devices: int) -> dict:
+    """Return the metrics of three held-out rows, which two processes cannot share equally, after one update."""
+    found = {}
+    for name in ("DPO", "IPO", "RewardModeling", "SFT"):
+        torch.manual_seed(0)
+        module = make_module(name, folder, optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
+        data = make_data(name, rows=4, batch_size=4 // devices, eval_batch_size=2)
+        make_distributed_trainer(root, devices, max_steps=1, limit_val_batches=0).fit(module, data)
+        metrics = make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0]
+        found |= {f"{name} {n}": v for n, v in metrics.items()}
+    return found
+
+
 class SaveCheckpoints(Callback):
     """Save checkpoints within an update, within a rollout, and later within both."""
 
@@ -201,6 +214,7 @@ def main(folder: Path, root: Path) -> None:
     runs = {case: functools.partial(run_case, case, folder, root, 2) for case in CASES}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
     runs["validated"] = functools.partial(run_validated, folder, root, 2)
+    runs["held out"] = functools.partial(run_held_out, folder, root, 2)
     runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
     for name, run in runs.items():
         result = run()

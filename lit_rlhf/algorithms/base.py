@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,25 @@ from lit_rlhf.models.loading import unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.checks import check_batch_type, check_positions
+from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.distributed import sum_over_ranks
+from lit_rlhf.training.finite import (
+    SkippedUpdates,
+    check_finite_weights,
+    scaler_overflows,
+    stop_after_skipped_updates,
+    update_problems,
+)
 from lit_rlhf.training.optimization import (
     LossSums,
+    check_optimized,
     check_step_size,
     check_trainable,
     enable_fused_adam,
     gradient_norms,
     scale_gradients,
 )
+from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.schedules import Warmup, check_schedule
 from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
@@ -50,6 +60,11 @@ class Algorithm(CheckpointHooks, ABC):
         optimizer: Factory of the optimizer. Typical learning rates: 1e-6 to 1e-5 for all weights, 1e-5 to 1e-4 for
             LoRA.
         lr_scheduler: Factory of the learning-rate schedule, stepped at every update; constant by default.
+        max_skipped_updates: Number of updates in a row without a finite loss and gradient, after which the run stops.
+            Each of them is skipped.
+
+    Raises:
+        ValueError: If `max_skipped_updates` is below 1.
     """
 
     policy: Policy
@@ -65,13 +80,20 @@ class Algorithm(CheckpointHooks, ABC):
         load: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_updates: int = 3,
     ) -> None:
         super().__init__()
         policy = getattr(policy, "_orig_mod", policy)  # of torch.compile
+        if max_skipped_updates < 1:
+            raise InputError(f"max_skipped_updates={max_skipped_updates} must be at least 1")
+        self.max_skipped_updates = max_skipped_updates
         self.lora, self.load_options = lora, dict(load or {})
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = 0
         self.strict_loading = False  # checkpoints do not hold the weights under an adapter
+        self._skipped = self.running_statistics["skipped_updates"] = SkippedUpdates()
+        self._problems: list[str] = []  # what was not finite in the last update
+        self._suspect: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.pretrained = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
@@ -100,8 +122,10 @@ class Algorithm(CheckpointHooks, ABC):
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
         Raises:
-            ValueError: If the data module yields another type of batch.
+            ValueError: If the data module yields another type of batch, or the Trainer's processes don't fit.
         """
+        check_processes(self.trainer)
+        self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
 
@@ -127,16 +151,20 @@ class Algorithm(CheckpointHooks, ABC):
         """Build the optimizer of the trainable parameters, and its schedule."""
         groups = self.parameter_groups()
         check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
+        check_optimized(self.named_parameters(), groups)
         optimizer = self.make_optimizer(groups)
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
+        rates = [group["lr"] for group in optimizer.param_groups]
         if self.make_lr_scheduler is None:
+            self.keep_options(OptimizationOptions(optimizer, None, rates))
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
         check_schedule(scheduler)
         if isinstance(scheduler, Warmup):
             updates = self.trainer.estimated_stepping_batches
             scheduler.plan(int(updates) if math.isfinite(updates) else 0)
+        self.keep_options(OptimizationOptions(optimizer, scheduler, rates))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # The update: one mean over all loss terms, however they are split into steps and ranks
@@ -159,32 +187,62 @@ class Algorithm(CheckpointHooks, ABC):
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start timing; free the gradients of the last update, which would add to the memory of the forward pass."""
+        """Start timing."""
         self.training_timer.start()
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.zero_grad(set_to_none=True)
+        super().on_train_batch_start(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Rescale gradients from the assumed to the actual number of loss terms; skip the update if there are none."""
-        sums = torch.tensor([self._loss_sums.total, self._loss_sums.count], dtype=torch.float32, device=self.device)
-        total, count = self.sum_over_ranks(sums).tolist()
-        assumed_count, self._loss_sums = self._loss_sums.assumed_count, LossSums()
-        if count == 0:
-            rank_zero_warn("no completion of this update counts (no reward scored one): the update is skipped")
+        """Rescale gradients from the assumed to the actual number of loss terms.
+
+        The update is skipped if there are none, or if the loss or a gradient is not finite. A step without gradients
+        changes nothing, not even the optimizer's state.
+        """
+        sums, self._loss_sums = self._loss_sums, LossSums()
+        norms = gradient_norms(optimizer, self.device)
+        broken = ~torch.stack(list(norms.values())).isfinite().all()
+        local = torch.tensor([sums.total, sums.count], dtype=torch.float32, device=self.device)
+        total, count, ranks_broken = self.sum_over_ranks(torch.cat([local, broken.float().view(1)])).tolist()
+        self._problems = update_problems(total, ranks_broken == 0, optimizer, self.rollout_problems())
+        overflow = scaler_overflows(self.trainer, self._problems)
+        if not overflow:
+            self._skipped.count(self._problems, self.trainer.global_step)
+        metrics: dict[str, Any] = {"train/skipped_updates": float(self._skipped.total)}
+        if count == 0 or (self._problems and not overflow):
+            if count == 0:
+                rank_zero_warn("no completion of this update counts (no reward scored one): the update is skipped")
             optimizer.zero_grad(set_to_none=True)
-            return
-        scale_gradients(
-            optimizer, assumed_count * self.trainer.accumulate_grad_batches * self.trainer.world_size / count
-        )
-        norms = {f"train/{name}": norm for name, norm in gradient_norms(optimizer).items()}
-        rate = optimizer.param_groups[0]["lr"]
-        self.log_dict({"train/loss": total / count, "train/lr": rate, **norms}, batch_size=1)
+        else:
+            factor = sums.assumed_count * self.trainer.accumulate_grad_batches * self.trainer.world_size / count
+            scale_gradients(optimizer, factor)
+            metrics |= {f"train/{name}": factor * norm for name, norm in norms.items() if not overflow}
+            metrics |= {"train/loss": total / count, "train/lr": optimizer.param_groups[0]["lr"]}
+        self.log_dict(metrics, batch_size=1)
+
+    def rollout_problems(self) -> list[str]:
+        """Return the names of numbers that the update was computed from and that are not finite."""
+        return []
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Make the update and check the new weights."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        check_finite_weights(optimizer, self.trainer.global_step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log step time, total training time and peak memory."""
+        """Log step time, total training time and peak memory; stop after too many skipped updates."""
         timings = self.phase_timings(self.training_timer.stop(), batch_idx)
         total = {"time/total": self.training_timer.seconds}
         self.log_dict({**timings, **total, **peak_memory(self.device)}, batch_size=1)
+        if not math.isfinite(self._loss_sums.total) and self._suspect is None:
+            self._suspect = self.inspected(batch)  # the first of the batches that accumulate into an update
+        if self._loss_sums.assumed_count == 0:  # after an update
+            suspect, self._suspect = self._suspect or self.inspected(batch), None
+            stop_after_skipped_updates(self._skipped, self.max_skipped_updates, self.trainer, self._problems, suspect)
+
+    def inspected(self, batch: Any) -> dict[str, Any]:
+        """Return what the loss of a step was computed from, for a file that is written if the run stops."""
+        return {"batch": batch}
 
     def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
         """Return the timings to log after a step of this many seconds."""

@@ -21,10 +21,11 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
-from lit_rlhf.types import Preferences
+from lit_rlhf.training.held_out import HeldOutMetrics
+from lit_rlhf.types import Metrics, Preferences
 
 
-class DPO(Algorithm):
+class DPO(HeldOutMetrics, Algorithm):
     """Direct preference optimization: loss `-log sigmoid(beta * margin)`.
 
     The margin is `log pi(chosen) / ref(chosen) - log pi(rejected) / ref(rejected)`, of whole completions without turns
@@ -62,7 +63,8 @@ class DPO(Algorithm):
             index = batch.prompts.index.tolist()
             reference = torch.stack([self.reference_logprobs[i] for i in index]).to(self.device)
         log_ratios = self.log_ratios(batch, reference)
-        self._log("train", log_ratios.detach())
+        metrics = {f"train/{name}": values.mean() for name, values in self._metrics(log_ratios.detach()).items()}
+        self.log_dict(metrics, batch_size=1, sync_dist=True)
         terms = self.pair_loss(reward_margin(log_ratios))
         return self.reduce_loss(terms, torch.ones_like(terms, dtype=torch.bool))
 
@@ -75,17 +77,11 @@ class DPO(Algorithm):
     def _reference_logprobs(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
         return F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.loss_mask)
 
-    def _log(self, prefix: str, log_ratios: Tensor) -> None:
+    def _metrics(self, log_ratios: Tensor) -> dict[str, Tensor]:
         chosen, rejected = (self.beta * log_ratios).unbind(1)
-        metrics = {
-            f"{prefix}/accuracy": pairwise_accuracy(chosen, rejected),
-            f"{prefix}/reward_margin": (chosen - rejected).mean(),
-            f"{prefix}/chosen_reward": chosen.mean(),
-            f"{prefix}/rejected_reward": rejected.mean(),
-        }
-        if prefix != "train":  # the base logs the loss of an update
-            metrics[f"{prefix}/loss"] = self.pair_loss(reward_margin(log_ratios)).mean()
-        self.log_dict(metrics, batch_size=len(log_ratios), sync_dist=True)
+        accuracy = pairwise_accuracy(chosen, rejected)
+        rewards = {"chosen_reward": chosen, "rejected_reward": rejected}
+        return {"accuracy": accuracy, "reward_margin": chosen - rejected, **rewards}
 
     # The reference
 
@@ -130,13 +126,11 @@ class DPO(Algorithm):
 
     # Validation
 
-    def validation_step(self, batch: Preferences, batch_idx: int) -> None:
-        """Log `val/loss`, `val/accuracy` (share of pairs whose chosen completion has the higher reward) and rewards."""
-        self._log("val", self.held_out_log_ratios(batch))
-
-    def test_step(self, batch: Preferences, batch_idx: int) -> None:
-        """Log the same metrics under `test/`."""
-        self._log("test", self.held_out_log_ratios(batch))
+    def held_out_metrics(self, batch: Preferences) -> Metrics:
+        """Return loss, accuracy (whether the chosen completion has the higher reward) and rewards of each pair."""
+        log_ratios = self.held_out_log_ratios(batch)
+        metrics = {"loss": self.pair_loss(reward_margin(log_ratios)), **self._metrics(log_ratios)}
+        return {name: (values, torch.ones_like(values, dtype=torch.bool)) for name, values in metrics.items()}
 
     def held_out_log_ratios(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
         """Return `log_ratios` of held-out pairs; the reference's log-probabilities are cached across validations."""

@@ -14,6 +14,7 @@ follows from `batch_idx` alone, so a resumed run continues with the same minibat
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,11 @@ from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards
 from lit_rlhf.training import checks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
+from lit_rlhf.training.finite import is_finite, nonfinite_fields
 from lit_rlhf.training.hooks import OnlineHooks
 from lit_rlhf.training.logging import (
     add_loss_metrics,
-    mean_loss_metrics,
+    mean_metrics,
     mean_reward_metrics,
     reduce_rollout_metrics,
 )
@@ -97,6 +99,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
         self.num_samples, self.kl_coef = num_samples, kl_coef
+        self.initial_kl_coef = kl_coef  # a controller changes the other
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
@@ -197,8 +200,9 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         """Collect a rollout, compute its advantages, and log its metrics.
 
         Raises:
-            ValueError: If `advantages` returns another shape, or numbers that are not finite.
+            ValueError: If `advantages` returns another shape.
         """
+        statistics = self.running_state()
         checks.check_num_minibatches(self.updates.num_minibatches, len(prompts))
         collected = self.collect(prompts)
         rollout = self.prepare(collected)
@@ -207,6 +211,8 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         if not bool(collected.valid.any(1).all()):
             rank_zero_warn("a prompt without a reward for any completion is skipped: see train/skipped_groups")
         rollout = rollout.replace(advantages=advantages)
+        if not is_finite(self.running_state()):
+            self.load_running_state(statistics)
         for name, value in reduce_rollout_metrics(collected, rollout, self.sum_over_ranks).items():
             self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
         self.log("train/kl_coef", self.kl_coef, batch_size=1)
@@ -225,13 +231,17 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         if step == 0:
             self._in_flight.drop_rollout()  # cut off by the end of its epoch
             self.rollout, self.metric_sums = self.new_rollout(batch), {}
+            self._rollout_problems = nonfinite_fields(self.rollout)
         elif self._in_flight.rollout is not None:  # resumed in the middle of a rollout
             self.rollout, self.metric_sums = self._in_flight.restore_rollout(self.rollout_type, batch, self.device)
+            self._rollout_problems = nonfinite_fields(self.rollout)
         assert self.rollout is not None
         part = self.minibatch(self.rollout, step)
         with self.timer("train"):
             evaluated, terms, mask, metrics = self.loss_terms(part)
             loss = self.reduce_loss(terms, mask, self.rollout.rewards.numel() / self.updates.minibatches_per_epoch)
+        if self._rollout_problems:  # on one rank is enough: the sum over all ranks is NaN
+            self._loss_sums.total = math.nan
         if part.old_logprobs is not None and evaluated.old_logprobs is not None:
             checks.check_same_shape(type(self).__name__, part, evaluated)
             part.old_logprobs.copy_(evaluated.old_logprobs)  # a view of the rollout's, for later epochs
@@ -277,4 +287,4 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         scalars = {f"train/{name}": value for name, value in metrics.items() if not isinstance(value, tuple)}
         self.log_dict(scalars, sync_dist=True, batch_size=1)
         self.metric_sums = add_loss_metrics(self.metric_sums, metrics)
-        self.log_dict(mean_loss_metrics(self.metric_sums, self.sum_over_ranks), batch_size=1)
+        self.log_dict(mean_metrics("train", self.metric_sums, self.sum_over_ranks), batch_size=1)

@@ -19,10 +19,11 @@ from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.scalar import ScalarModel, read_config
 from lit_rlhf.tokenization import pad_token_id
-from lit_rlhf.types import Preferences
+from lit_rlhf.training.held_out import HeldOutMetrics
+from lit_rlhf.types import Metrics, Preferences
 
 
-class RewardModeling(Algorithm):
+class RewardModeling(HeldOutMetrics, Algorithm):
     """Train a reward model: `-log sigmoid(r(chosen) - r(rejected))`, Bradley and Terry, 1952.
 
     Training starts from a causal language model (usually the SFT policy) with a new head of one output, which is read
@@ -66,24 +67,16 @@ class RewardModeling(Algorithm):
     def training_step(self, batch: Preferences, batch_idx: int) -> Tensor:
         """Return the Bradley-Terry loss of a batch of pairs."""
         chosen, rejected = self.scores(batch).unbind(1)
-        self.log("train/accuracy", pairwise_accuracy(chosen, rejected), prog_bar=True, sync_dist=True, batch_size=1)
+        accuracy = pairwise_accuracy(chosen, rejected).mean()
+        self.log("train/accuracy", accuracy, prog_bar=True, sync_dist=True, batch_size=1)
         return self.reduce_loss(F.bradley_terry_loss(chosen, rejected), torch.ones_like(chosen, dtype=torch.bool))
 
-    def validation_step(self, batch: Preferences, batch_idx: int) -> None:
-        """Log `val/loss` and `val/accuracy`, the fraction of pairs in the right order (a tie counts half)."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Preferences, batch_idx: int) -> None:
-        """Log the same under `test/`."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, prefix: str, batch: Preferences) -> None:
+    def held_out_metrics(self, batch: Preferences) -> Metrics:
+        """Return the loss and the accuracy, the fraction of pairs in the right order (a tie counts half)."""
         chosen, rejected = self.scores(batch).unbind(1)
-        metrics = {
-            f"{prefix}/loss": F.bradley_terry_loss(chosen, rejected).mean(),
-            f"{prefix}/accuracy": pairwise_accuracy(chosen, rejected),
-        }
-        self.log_dict(metrics, batch_size=len(chosen), sync_dist=True, prog_bar=True)
+        pairs = torch.ones_like(chosen, dtype=torch.bool)
+        accuracy = pairwise_accuracy(chosen, rejected)
+        return {"loss": (F.bradley_terry_loss(chosen, rejected), pairs), "accuracy": (accuracy, pairs)}
 
     def predict_step(self, batch: Preferences, batch_idx: int) -> list[dict[str, Any]]:
         """Score both completions of each pair."""

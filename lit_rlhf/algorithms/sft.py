@@ -10,10 +10,11 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.types import Demonstrations
+from lit_rlhf.training.held_out import HeldOutMetrics
+from lit_rlhf.types import Demonstrations, Metrics
 
 
-class SFT(Algorithm):
+class SFT(HeldOutMetrics, Algorithm):
     """Supervised fine-tuning: loss `-log pi(y_t | x, y_<t)`, the mean over the tokens of the completions.
 
     Tokens of the prompt, and turns of others in the completion, have no loss. Back to Basics, appendix C: learning rate
@@ -26,13 +27,9 @@ class SFT(Algorithm):
         """Return the negative log-likelihood of a batch."""
         return self.reduce_loss(-self.policy.logprobs(batch.prompts, batch), batch.loss_mask)
 
-    def validation_step(self, batch: Demonstrations, batch_idx: int) -> None:
-        """Log `val/loss`, in nats per token."""
-        self._log_loss("val/loss", batch)
-
-    def test_step(self, batch: Demonstrations, batch_idx: int) -> None:
-        """Log `test/loss`, in nats per token."""
-        self._log_loss("test/loss", batch)
+    def held_out_metrics(self, batch: Demonstrations) -> Metrics:
+        """Return the loss, in nats per token."""
+        return {"loss": (-self.policy.logprobs(batch.prompts, batch), batch.loss_mask)}
 
     def predict_step(self, batch: Demonstrations, batch_idx: int) -> list[dict[str, Any]]:
         """Return greedy completions, at most as long as the demonstrations, and the demonstrations' loss."""
@@ -50,7 +47,3 @@ class SFT(Algorithm):
             }
             for i in range(len(texts))
         ]
-
-    def _log_loss(self, name: str, batch: Demonstrations) -> None:
-        logprobs = self.policy.logprobs(batch.prompts, batch)[batch.loss_mask]
-        self.log(name, -logprobs.mean(), batch_size=logprobs.numel(), sync_dist=True, prog_bar=True)

@@ -116,6 +116,7 @@ class Perplexity(Metric):
         return (-self.logprob / self.count).exp()
 
 
-def pairwise_accuracy(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
-    """Return the share of pairs whose chosen completion scores higher; a tie counts half."""
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean()
+def pairwise_accuracy(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """Return 1 for each pair whose chosen completion scores higher, 0.5 for a tie, NaN if a score is NaN."""
+    share = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+    return share.masked_fill((chosen - rejected).isnan(), torch.nan)

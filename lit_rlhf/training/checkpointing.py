@@ -6,17 +6,21 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.distributed import gather_over_ranks
 from lit_rlhf.training.optimization import LossSums
+from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.resume import (
     InFlight,
     StepLayout,
+    UpdateStart,
     check_weights,
     fix_loop_progress,
+    keep_patience,
     load_progress,
     save_progress,
 )
@@ -40,6 +44,9 @@ class CheckpointHooks(LightningModule):
         self._snapshot: dict[str, Any] | None = None
         self._loss_sums = LossSums()
         self._in_flight = InFlight()  # of the checkpoint that is resumed, until it is restored
+        self._before_update: UpdateStart | None = None
+        self._options: OptimizationOptions | None = None
+        self._resumed: dict[str, Any] | None = None  # the checkpoint that is resumed, until training starts
         self._updates_loaded: int | None = None  # updates of the run whose checkpoint or result is evaluated
 
     def export_snapshot(self) -> dict[str, Any]:
@@ -69,13 +76,19 @@ class CheckpointHooks(LightningModule):
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]  # restored by a resume
+        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
+        if self._options is not None:
+            checkpoint["optimization"] = self._options.state_dict()
         checkpoint["running_state"] = self.running_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""
+        trainer = self._trainer
+        resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if resumed and checkpoint.get("seed", self.seed) != self.seed:
+            rank_zero_info(f"the seed remains {checkpoint['seed']}, that of the checkpoint")
         self.seed = checkpoint.get("seed", self.seed)
         self.training_timer = TrainingTimer(checkpoint.get("training_seconds", 0.0))
         self._updates_loaded = checkpoint.get("global_step")
@@ -83,9 +96,18 @@ class CheckpointHooks(LightningModule):
         check_weights(self.named_parameters(), checkpoint["state_dict"])
         if "loops" in checkpoint:
             fix_loop_progress(checkpoint["loops"]["fit_loop"])
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if trainer is not None and resumed:
+            keep_patience(trainer, checkpoint)
+            self._resumed = {n: checkpoint.get(n) for n in ("optimization", "lr_schedulers")}
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
+
+    def keep_options(self, options: OptimizationOptions) -> None:
+        """Keep the options of a new optimizer for checkpoints, and check those of the checkpoint that is resumed."""
+        self._options = options
+        if self._resumed and self._resumed["optimization"]:
+            options.check(self._resumed["optimization"])
+            if "lr_scheduler" in options.changes(self._resumed["optimization"]):
+                self._resumed["lr_schedulers"].clear()  # of another class
 
     def running_state(self) -> dict[str, Any]:
         """Return the running statistics as plain data."""
@@ -103,8 +125,33 @@ class CheckpointHooks(LightningModule):
             state.add_update(self.named_parameters(), self._loss_sums)
         return state
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start an update: free the last gradients, which would add to the memory of the forward pass."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad(set_to_none=True)
+            self._before_update = UpdateStart(
+                self.trainer.optimizers, self.buffers(recurse=False), self.running_state()
+            )
+
+    def undo_update(self) -> bool:
+        """Return to the state before the update in progress, after an error in it, so that a checkpoint can be saved.
+
+        Returns:
+            Whether this was possible: not if the optimizer has already changed weights or its own state.
+        """
+        start = self._before_update
+        if start is None or not start.restore_buffers():
+            return False
+        self.zero_grad(set_to_none=True)
+        self._loss_sums = LossSums()
+        self.load_running_state(start.running_state)
+        return True
+
     def on_train_start(self) -> None:
-        """Restore an update in progress, and fail early if the model cannot be saved."""
+        """Restore an update in progress, apply changed options, and fail early if the model cannot be saved."""
+        if self._options is not None and self._resumed and self._resumed["optimization"]:
+            self._options.apply_changes(self._resumed["optimization"], self.trainer.global_step)
+        self._resumed = None
         self._updates_loaded = None
         self._snapshot = self._snapshot or self.export_snapshot()
         if "policy" in self._modules:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -72,6 +80,29 @@ def check_batch_type(algorithm: str, wanted: type[Record] | None, data: Any) -> 
         raise InputError(
             f"{algorithm} learns from {wanted.__name__} and {type(data).__name__} yields {given.__name__}: give "
             f"--data {DATA_MODULES[wanted]}"
+        )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Check that the processes train one model together.
+
+    Raises:
+        ValueError: If the strategy is neither a single device nor DDP, or if a launcher such as torchrun started
+            another number of processes than the Trainer knows, which would each run alone, in the same folders.
+    """
+    strategy = trainer.strategy
+    others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
+        raise InputError(
+            f"the strategy {type(strategy).__name__} is not supported: models are not sharded; use "
+            "--trainer.strategy ddp for several devices, or auto"
+        )
+    launched = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else trainer.world_size
+    if not trainer.world_size == launched == trainer.num_devices * trainer.num_nodes:
+        raise InputError(
+            f"a launcher such as torchrun started {launched} processes, and the Trainer has "
+            f"devices={trainer.num_devices} x num_nodes={trainer.num_nodes}: set --trainer.strategy ddp with as many "
+            "devices and nodes as processes, or start one process without the launcher"
         )
 
 
@@ -222,13 +253,12 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
-    """Check that an algorithm's advantages are finite numbers per completion or per token."""
+    """Check that an algorithm returns one advantage per completion or per token."""
     shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
-    if advantages.shape not in shapes or not bool(advantages.isfinite().all()):
-        finite = f"{advantages.isfinite().float().mean():.0%} finite"
+    if advantages.shape not in shapes:
         raise InputError(
-            f"{algorithm}.advantages must return finite numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
-            f"{tuple(advantages.shape)}, {finite}"
+            f"{algorithm}.advantages must return numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
+            f"{tuple(advantages.shape)}"
         )
 
 

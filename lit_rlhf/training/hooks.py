@@ -54,6 +54,8 @@ class OnlineHooks(CheckpointHooks):
         self.rollout: Rollout | None = None  # the current one, collected at its first training step
         self.timer = PhaseTimer()
         self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
+        self._metric_sums_before: dict[str, Tensor] = {}
+        self._rollout_problems: list[str] = []  # names of its numbers that are not finite
 
     @property
     def reward_weights(self) -> list[float]:
@@ -174,6 +176,25 @@ class OnlineHooks(CheckpointHooks):
             return {}
         tokens = sum_over_ranks(self.trainer, self.rollout.completions.mask.sum().float())
         return self.timer.metrics(int(tokens))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start a step, and keep the metrics at the start of an update."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._metric_sums_before = self.metric_sums
+
+    def undo_update(self) -> bool:
+        """Return to the state before the update in progress; its metrics too."""
+        self.metric_sums = self._metric_sums_before
+        return super().undo_update()
+
+    def rollout_problems(self) -> list[str]:
+        """Return the names of the rollout's numbers that are not finite."""
+        return self._rollout_problems
+
+    def inspected(self, batch: Any) -> dict[str, Any]:
+        """Return the prompts and the rollout that the loss of a step was computed from."""
+        return {"batch": batch, "rollout": self.rollout}
 
     def in_flight_state(self, steps_done: int) -> InFlight:
         """Return what this rank needs to resume: inside a rollout, the rollout too."""

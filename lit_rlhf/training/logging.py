@@ -82,12 +82,12 @@ def add_loss_metrics(sums: Mapping[str, Tensor], metrics: Metrics) -> dict[str, 
     return {**sums, **{name: sums[name] + value if name in sums else value for name, value in masked.items()}}
 
 
-def mean_loss_metrics(sums: dict[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Return the means of the masked loss metrics over all ranks."""
+def mean_metrics(prefix: str, sums: dict[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return the means of masked metrics over all ranks, as `prefix/name`."""
     if not sums:
         return {}
     totals = sum_over_ranks(torch.stack(list(sums.values())))
-    return {f"train/{name}": total / count for name, (total, count) in zip(sums, totals, strict=True)}
+    return {f"{prefix}/{name}": total / count for name, (total, count) in zip(sums, totals, strict=True)}
 
 
 def mean_reward_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:

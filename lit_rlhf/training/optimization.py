@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
@@ -51,13 +53,13 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
                 parameter.grad.mul_(factor)
 
 
-def gradient_norms(optimizer: Optimizer) -> dict[str, Tensor]:
+def gradient_norms(optimizer: Optimizer, device: torch.device) -> dict[str, Tensor]:
     """Return the gradient norm of each parameter group: `grad_norm` of the first, `NAME_grad_norm` of others."""
     norms = {}
     for group in optimizer.param_groups:
         prefix = "" if group is optimizer.param_groups[0] else f"{group['name']}_"
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients).to(device).float()
     return norms
 
 
@@ -65,8 +67,9 @@ def enable_fused_adam(optimizer: Optimizer) -> None:
     """Enable fused Adam unless `fused` or `foreach` was set: one pass over weights and moments instead of many.
 
     The result is equal up to rounding. The flag is set here and not in the constructor, since with the latter Lightning
-    leaves unscaling, and with it gradient clipping, to the optimizer.
+    leaves unscaling, and with it gradient clipping, to the optimizer; where it was set there, this is undone.
     """
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
@@ -92,25 +95,52 @@ def check_trainable(groups: list[dict[str, Any]], loaded_adapter: bool) -> None:
             raise InputError(f"the {name} has no trainable parameter{f': {hint}' * (name == 'policy')}")
 
 
-def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
-    """Refuse bfloat16 weights that the learning rate cannot change.
+def check_optimized(parameters: Iterable[tuple[str, Parameter]], groups: list[dict[str, Any]]) -> None:
+    """Check that the optimizer has exactly the trainable parameters of the module.
 
-    An Adam step changes a weight by about the learning rate; bfloat16 rounds away changes below 1/512 of the weight.
+    Args:
+        parameters: All parameters of the module by name.
+        groups: The parameter groups.
+
+    Raises:
+        ValueError: If one is missing, or is not part of the module: it would be neither synchronized nor saved.
+    """
+    trainable = {p: name for name, p in parameters if p.requires_grad}
+    optimized = {p for group in groups for p in group["params"]}
+    if missing := [name for p, name in trainable.items() if p not in optimized]:
+        raise InputError(
+            f"the parameter {missing[0]!r} ({len(missing)} in all) is trainable, but in no parameter group: return it "
+            "from parameter_groups, or call requires_grad_(False)"
+        )
+    if foreign := [p for p in optimized if p not in trainable]:
+        raise InputError(
+            f"parameter_groups returns {len(foreign)} parameters, of shape {tuple(foreign[0].shape)} and others, that "
+            "are not trainable parameters of the module, so no checkpoint would hold them: make their module an "
+            "attribute of the algorithm"
+        )
+
+
+def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
+    """Refuse 16-bit weights that the learning rate cannot change.
+
+    An Adam step changes a weight by about the learning rate. bfloat16 rounds away changes below 1/512 of the weight,
+    float16 below 1/4096.
 
     Raises:
         ValueError: If most steps would be rounded away.
     """
     for group in optimizer.param_groups:
-        weights = [p.detach() for p in group["params"] if p.dtype == torch.bfloat16 and p.numel()]
-        medians = [weight.abs().float().median() for weight in weights]
-        nonzero = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step changes
-        if not nonzero:
-            continue
-        needed = float(torch.stack(nonzero).median()) / 512
-        rate = max(group["lr"], group.get("initial_lr", 0.0))
-        if rate < needed:
-            raise InputError(
-                f"the trained weights are bfloat16, and a learning rate of {rate:g} is too small to change them (about "
-                f"{needed:.1g} is needed): load them in float32 with --trainer.precision bf16-mixed"
-                f"{'' if has_adapter else ', or train `lora`'}"
-            )
+        for dtype in (torch.bfloat16, torch.float16):
+            weights = [p.detach() for p in group["params"] if p.dtype == dtype and p.numel()]
+            medians = [weight.abs().float().median() for weight in weights]
+            nonzero = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step changes
+            if not nonzero:
+                continue
+            needed = float(torch.stack(nonzero).median()) * torch.finfo(dtype).eps / 4
+            rate = max(group["lr"], group.get("initial_lr", 0.0))
+            if rate < needed:
+                raise InputError(
+                    f"the trained weights are {str(dtype).removeprefix('torch.')}, and a learning rate of {rate:g} is "
+                    f"too small to change them (about {needed:.1g} is needed): load them in float32 with "
+                    f"--trainer.precision bf16-mixed{'' if has_adapter else ', or train `lora`'}"
+                )

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
@@ -149,14 +152,23 @@ def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], state_dict: Ma
     """Check that a checkpoint holds every trained weight: else it is of another model or of other LoRA options.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If one is missing or has another shape.
     """
-    missing = [name for name, p in parameters if p.requires_grad and name not in state_dict]
+    trained = {name: p for name, p in parameters if p.requires_grad}
+    missing = [name for name, p in trained.items() if name not in state_dict or state_dict[name].shape != p.shape]
     if missing:
         raise InputError(
-            f"the checkpoint has no weights for {missing[0]!r} ({len(missing)} are missing): it was written by another "
-            "algorithm, policy or `lora`; resume with the options of the run that wrote it"
+            f"the checkpoint has no weights for {missing[0]!r} of shape {tuple(trained[missing[0]].shape)} "
+            f"({len(missing)} are missing): it was written by another algorithm, policy or `lora`; resume with the "
+            "options of the run that wrote it"
         )
+
+
+def keep_patience(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Keep the patience that `EarlyStopping` was given, which its state in a checkpoint would replace."""
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint.get("callbacks", {}):
+            checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
 
 
 def fix_loop_progress(fit_loop: dict[str, Any]) -> None:
@@ -189,6 +201,33 @@ def rescale_progress(fit_loop: dict[str, Any], before: int, now: int) -> None:
     rollouts = done["processed"] // before
     for name in done:  # "ready" and "started" may be one step ahead of "completed"
         done[name] += rollouts * (now - before)
+
+
+class UpdateStart:
+    """The state at the start of an update, to return to after an error before its optimizer step.
+
+    Args:
+        optimizers: Weights and optimizer states are not copied, only watched.
+        buffers: Tensors that training changes in place.
+        running_state: Numbers that training changes.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], buffers: Iterable[Tensor], running_state: dict[str, Any]
+    ) -> None:
+        self.running_state = running_state
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        tensors = [p for group in groups for p in group["params"]]
+        tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def restore_buffers(self) -> bool:
+        """Restore the buffers; return False if a weight or an optimizer state has changed."""
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)
+        return all(tensor._version == version for tensor, version in self._versions)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,13 @@ def test_two_processes_log_the_same_validation_metrics_as_one(completed_process,
     assert actual == pytest.approx(expected, abs=1e-4, rel=1e-4)
 
 
+def test_two_processes_log_the_mean_of_rows_that_they_cannot_share_equally(completed_process, root, ending, tmp_path):
+    """Three rows, in two batches by one process."""
+    actual = result("held out", root, completed_process)
+    assert all(0 <= value <= 1 for name, value in actual.items() if name.endswith("accuracy"))
+    assert actual == pytest.approx(processes.run_held_out(ending, tmp_path, devices=1), abs=1e-5, rel=1e-5)
+
+
 def test_resume_of_two_processes_inside_a_rollout_is_bitwise_exact(completed_process, root):
     differing = result("resumed", root, completed_process)
     assert len(differing) == 3

@@ -1,0 +1,100 @@
+"""Strategies and launchers whose processes would not train one model together are refused."""
+
+import pytest
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+
+import lit_rlhf
+from lit_rlhf.training.checks import check_processes
+from runs import make_data, make_module, make_trainer
+
+
+class OwnDDP(DDPStrategy):
+    pass
+
+
+class FakeTrainer:
+    def __init__(self, kind, world_size=1, num_devices=1, num_nodes=1):
+        self.strategy = kind.__new__(kind)
+        self.world_size, self.num_devices, self.num_nodes = world_size, num_devices, num_nodes
+
+
+@pytest.mark.parametrize(
+    "kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceXLAStrategy, XLAStrategy]
+)
+def test_strategy_that_shards_or_compiles_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"strategy {kind.__name__} is not supported: .* use --trainer.strategy ddp"):
+        check_processes(FakeTrainer(kind))
+
+
+@pytest.mark.parametrize("kind", [DDPStrategy, OwnDDP, SingleDeviceStrategy])
+def test_single_device_and_ddp_are_allowed(kind):
+    check_processes(FakeTrainer(kind))
+
+
+@pytest.mark.parametrize("name", ["RLOO", "SFT"])
+def test_launcher_with_another_number_of_processes_is_refused_before_a_model_is_loaded(
+    name, tiny, tmp_path, monkeypatch
+):
+    """As `torchrun --nproc-per-node 2` with one device: two runs in one folder."""
+    for variable, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    module = make_module(name, "nowhere")
+    with pytest.raises(ValueError, match=r"started 2 processes, and the Trainer has devices=1 x num_nodes=1: set"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data(name))
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"), [("2", True), ("4", False), ("8", True)], ids=["fewer", "as many", "more"]
+)
+def test_launched_processes_are_devices_times_nodes(environment, refused, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", environment)
+    trainer = FakeTrainer(DDPStrategy, world_size=int(environment), num_devices=2, num_nodes=2)
+    if refused:
+        with pytest.raises(ValueError, match=r"devices=2 x num_nodes=2"):
+            check_processes(trainer)
+    else:
+        check_processes(trainer)
+
+
+def test_variables_that_lightning_leaves_are_no_launcher(monkeypatch):
+    """Of a run with two devices, after which the first process evaluates alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_processes(FakeTrainer(SingleDeviceStrategy))
+
+
+class WithForgottenHead(lit_rlhf.SFT):
+    def configure_model(self):
+        super().configure_model()
+        self.head = torch.nn.Linear(2, 1)
+
+    def parameter_groups(self):
+        return [{"name": "policy", "params": list(self.policy.parameters())}]
+
+
+class WithForeignParameter(lit_rlhf.SFT):
+    def parameter_groups(self):
+        self.hidden = [torch.nn.Linear(2, 1)]  # a list hides it from the module
+        return [*super().parameter_groups(), {"name": "head", "params": list(self.hidden[0].parameters())}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (WithForgottenHead, r"'head.weight' \(2 in all\) is trainable, but in no parameter group"),
+        (WithForeignParameter, r"parameter_groups returns 2 parameters, .* no checkpoint would hold them"),
+    ],
+)
+def test_parameter_outside_the_optimizer_or_the_module_is_refused(kind, message, tiny, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, max_steps=1).fit(kind(str(tiny)), make_data("SFT"))
