@@ -7,7 +7,8 @@ import pytest
 
 from commands import fit
 from lit_rlhf.cli import main
-from lit_rlhf.cli.errors import Rejection, nearest_option, read_message
+from lit_rlhf.cli.errors import nearest_option
+from lit_rlhf.cli.messages import Rejection, read_message
 from lit_rlhf.errors import InputError, input_error
 
 REJECTED = {
@@ -79,10 +80,15 @@ def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
         (["compare", "--config", "quickstart"], "quickstart.yaml' is for fit, validate, test and predict"),
         (["compare", "--config", "paper/testbed", "--sedes=[1]"], "did you mean --seeds?"),
         (["compare", "--config", "paper/testbed", "--arms={a: {fitt: []}}"], "did you mean --arms.fit?"),
-        (["export", "--ckpt", "last.ckpt", "--output", "here"], "--output"),
-        (["export", "--out", "here"], "required: ckpt_path"),
+        (["export", "--ckpt_path", "last.ckpt", "--output", "here"], "--output"),
+        (["export", "--ckpt", "last.ckpt", "--out", "here"], "there is no option --ckpt: did you mean --ckpt_path?"),
+        (["export", "--out", "here"], "--ckpt_path is required"),
         (["fitt"], "there is no command 'fitt': did you mean fit?"),
-        (["fit", "--config", "quikstart"], "'quikstart' is neither a file nor a shipped configuration (dpo, "),
+        (
+            ["fit", "--config", "quikstart"],
+            "'quikstart' is neither a file nor a shipped configuration: did you mean quickstart?",
+        ),
+        (["--config", "rloo", "fit"], "the command comes first: lit-rlhf fit --config ..."),
     ],
     ids=str,
 )

@@ -1,0 +1,69 @@
+"""Failures before the first step that options cause: one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_rlhf.cli.config_files import PROGRAM
+from lit_rlhf.cli.errors import explain
+from lit_rlhf.errors import input_error
+
+PACKAGE = Path(__file__).parent.parent
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+MAX_LENGTH = 300
+
+
+def failure(error: BaseException, args: Sequence[str]) -> str | None:
+    """Return the sentence for an error that a command's input caused; None for one that needs its traceback.
+
+    That is an error in the user's code, in this package, or during training. What another library raises while the
+    options are turned into objects, or while the run is set up, is about an option.
+
+    Args:
+        error: What was raised.
+        args: The command's arguments.
+    """
+    if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
+        return str(known)
+    if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
+        return explain(str(error), args, PROGRAM, ()).sentence
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, Exception) or not frames or not is_library(frames[-1].filename):
+        return None
+    if any(frame.name == "_run_stage" or not is_known(frame.filename) for frame in frames):
+        return None
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = f"{text[:MAX_LENGTH]}..." if len(text) > MAX_LENGTH else text
+    place = f"{type(error).__name__} in {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
+    option = named_option(text, args)
+    return f"{option}{': ' if option else ''}{text} ({place})"
+
+
+def is_library(filename: str) -> bool:
+    """Return whether a file belongs to Python or an installed package other than this one."""
+    return filename.startswith((*LIBRARIES, "<frozen")) and not filename.startswith(str(PACKAGE))
+
+
+def is_known(filename: str) -> bool:
+    """Return whether a file belongs to a library, to this package, or to the script that started the command."""
+    started = {sys.argv[0], str(Path(sys.argv[0]).resolve())}
+    return is_library(filename) or filename.startswith(str(PACKAGE)) or filename in started
+
+
+def named_option(text: str, args: Sequence[str]) -> str:
+    """Return the option of the command line that a message is about, by its name or else its value, or nothing."""
+    given = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if arg.startswith("--"):
+            option, separator, value = arg.partition("=")
+            value = value if separator else following
+            given.append((option, "" if value.startswith("--") else value))
+    words = set(re.findall(r"[\w.+-]+", text))
+    by_name = [pair for pair in given if pair[0].rpartition(".")[2].strip("-+") in words]
+    by_value = [pair for pair in given if len(pair[1]) > 1 and pair[1] in words]
+    return " ".join((by_name or by_value)[-1]).strip() if by_name or by_value else ""
