@@ -52,9 +52,9 @@ class MovementCheck:
         for weights, previous in zip(parameters(optimizer), before, strict=True):
             if weights.grad is not None and weights.grad.shape == weights.shape:
                 gradient = sample(weights.grad)
-                counts_here = gradient.isfinite() & (gradient != 0)
-                moved = counts_here & (sample(weights) != previous)
-                counts += torch.stack([moved.sum(), counts_here.sum()]).float().cpu()
+                pulled = gradient.isfinite() & (gradient != 0)
+                moved = pulled & (sample(weights) != previous)
+                counts += torch.stack([moved.sum(), pulled.sum()]).float().cpu()
         moved_share = float(counts[0] / counts[1]) if counts[1] else 1.0
         self.done = bool(counts[1]) and moved_share >= MIN_MOVED
         if self.done or not counts[1] or group["lr"] < group.get("initial_lr", 0.0) / 2:
@@ -95,14 +95,13 @@ class RolloutDiagnosis:
         """Whether no more rollouts are needed."""
         return self.rollouts >= PATIENCE and self.kl_known
 
-    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int, ends: bool) -> None:
+    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int) -> None:
         """Add a rollout and warn about what it completes.
 
         Args:
             ranks: `rollout_facts` of each rank.
             updates: Updates of the run before the rollout.
-            max_new_tokens: Maximum length of a completion.
-            ends: Whether completions may end before that.
+            max_new_tokens: Maximum length of a completion; 0 if completions can't end before that.
         """
         ranks = list(ranks)
         total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
@@ -112,13 +111,13 @@ class RolloutDiagnosis:
         self.finished += int(total["finished"])
         self.varied += int(total["varied_groups"]) if total["groups"] else int(spread != 0)
         if self.rollouts == PATIENCE:
-            self._check_eos(max_new_tokens, ends)
+            self._check_eos(max_new_tokens)
             self._check_rewards(grouped=bool(total["groups"]))
         if not self.kl_known:
             self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates)
 
-    def _check_eos(self, max_new_tokens: int, ends: bool) -> None:
-        if ends and self.finished < MIN_EOS_RATE * self.completions:
+    def _check_eos(self, max_new_tokens: int) -> None:
+        if max_new_tokens and self.finished < MIN_EOS_RATE * self.completions:
             rank_zero_warn(
                 f"{self.finished} of the first {self.completions} completions ended within "
                 f"sampling.max_new_tokens={max_new_tokens}, the others were cut: raise it if they are meant to end"

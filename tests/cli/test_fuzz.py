@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz import Line, lines
+from mistakes import Line, lines
 
 from commands import FAST, SHORT
 from lit_rlhf.cli import main
