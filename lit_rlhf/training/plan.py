@@ -42,13 +42,18 @@ class Plan:
             rows = f"{self.rows * self.accumulate:,} rows" if self.rows else "rows of your loader"
             return {"each update": rows, "this run": updates}
         completions = self.rows * self.num_samples
-        prompts = f"{self.rows:,} prompts x {self.num_samples} completions of at most {self.max_new_tokens:,} tokens"
-        lines = {"each rollout": f"{prompts}{', growing' if self.grows else ''}", "updates": self._updates_per_rollout()}
+        prompts = f"{self.rows:,} prompts" if self.rows else "prompts of your loader"
+        prompts += f" x {self.num_samples} completions of at most {self.max_new_tokens:,} tokens"
+        lines = {
+            "each rollout": f"{prompts}{', growing' if self.grows else ''}",
+            "updates": self._updates_per_rollout(),
+        }
         if math.isfinite(self.updates) and not self.grows:
             rollouts = math.ceil(self.updates * self.accumulate / self.steps_per_rollout)
-            total = rollouts * completions
-            updates += f", {rollouts:,} rollouts, {total:,} completions"
-            lines["sampled"] = f"at most {total * self.max_new_tokens:,} tokens"
+            updates += f", {rollouts:,} rollouts"
+            if total := rollouts * completions:
+                updates += f", {total:,} completions"
+                lines["sampled"] = f"at most {total * self.max_new_tokens:,} tokens"
         return {**lines, "this run": updates}
 
     def _updates_per_rollout(self) -> str:

@@ -98,6 +98,51 @@ def test_every_command_explains_rejected_arguments(args, sentence, workspace, ca
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
+CONFIGURATIONS = {
+    "an empty file": ("", "is empty, and not options by name"),
+    "only comments": ("# trainer: {max_steps: 1}\n", "is empty, and not options by name"),
+    "a list": ("- a\n", "is a list, and not options by name"),
+    "a text": ("max_steps 1\n", "is text, and not options by name"),
+    "two documents": ("a: 1\n---\nb: 2\n", "is 2 YAML documents, and not options by name"),
+    "a tab": ("trainer:\n\tmax_steps: 1\n", "is not valid YAML: found character '\\t' .* in line 2"),
+    "a key given twice": ("trainer: {max_steps: 1}\n\ntrainer: {}\n", "'trainer' is given twice in line 3"),
+    "a nested key given twice": ("trainer:\n  max_steps: 1\n  max_steps: 2\n", "'max_steps' is given twice in line 3"),
+    "an alias inside its anchor": ("trainer: &all\n  logger: *all\n", "trainer.logger contains itself: remove the al"),
+    "an alias without an anchor": ("trainer: *all\n", "found undefined alias 'all' in line 1"),
+    "a day that does not exist": ("trainer: {max_steps: 2020-13-41}\n", "is not valid YAML: month must be in"),
+    "a number as a name": ("trainer: {3: 4}\n", "3 is not the name of an option"),
+    "no name": ("~: 4\n", "None is not the name of an option"),
+    "a group that is a number": ("trainer: 3\n", "trainer is 3, and not options by name"),
+    "an option beside class_path": ("model: {class_path: RLOO, num_samples: 2}\n", "put it under init_args"),
+    "a Python object": ("model: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    "Latin-1": ("# für\n".encode("latin-1"), r"is not a text file in UTF-8 \(byte 3\)"),
+    "a folder": (None, "is a folder: give a file in it"),
+}
+"""Configurations that can't be used, and the sentence."""
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_used_gets_one_sentence(case, workspace, capsys):
+    content, sentence = CONFIGURATIONS[case]
+    if content is None:
+        Path("mine.yaml").mkdir()
+    else:
+        Path("mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as stopped:
+        fit("--config=mine.yaml")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert re.search(f"--config 'mine.yaml'.*{sentence}", lines[0])
+
+
+def test_anchors_and_merge_keys_of_yaml_work(workspace, capsys):
+    Path("mine.yaml").write_text("trainer: {<<: {max_steps: 31, max_epochs: 4}, max_epochs: 3}\n")
+    with pytest.raises(SystemExit) as stopped:
+        fit("--config=mine.yaml", "--print_config")
+    assert stopped.value.code == 0
+    assert {"  max_steps: 31", "  max_epochs: 3"} <= set(capsys.readouterr().out.splitlines())
+
+
 INVALID = {
     "one sample": (["--model.num_samples=1"], "num_samples=1 must be at least 2"),
     "no rewards": (["--model.rewards=[]"], "rewards is empty"),
@@ -125,6 +170,12 @@ INVALID = {
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
+    "a device that does not exist": (["--trainer.accelerator=warp"], "--trainer.accelerator warp: You selected an inv"),
+    "an option without a value": (["--model.num_samples=null"], "--model.num_samples 'None': expected int"),
+    "a package that is not installed": (["--trainer.logger=WandbLogger"], "not met. HINT"),
+    "a seed out of range": (["--seed_everything=-1"], "--seed_everything -1: -1 is not in bounds"),
+    "a duration": (["--trainer.max_time=soon"], "--trainer.max_time soon: `Timer(duration='soon')` is not a valid dur"),
+    "a negative learning rate": (["--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
     "the data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
     "too few prompts": (["--data.batch_size=64"], "64"),
     "a learning rate below the precision": (
