@@ -1,4 +1,4 @@
-"""Summary of a run: what it will do, and at its end what came of it."""
+"""Summary of a run: what it will do, and its results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,21 @@ class Summary(Callback):
         """Print what the run will do, and whether the CPU has room for it."""
         if not trainer.is_global_zero:
             return
-        for label, text in make_plan(trainer, pl_module).lines().items():
+        module: Any = pl_module
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        sampling = getattr(module, "sampling", None)
+        plan = Plan(
+            rows=(getattr(getattr(trainer, "datamodule", None), "batch_size", None) or 0) * trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            updates=trainer.estimated_stepping_batches,
+            done=trainer.global_step,
+            num_samples=module.num_samples if sampling else 0,
+            max_new_tokens=sampling.max_new_tokens if sampling else 0,
+            steps_per_rollout=getattr(module, "steps_per_rollout", 1),
+            corrected=getattr(module, "uses_importance_ratio", False),
+            grows=any(isinstance(callback, GrowingBatch) for callback in callbacks),
+        )
+        for label, text in plan.lines().items():
             get_console().print(Text(f"{label:<14}{text}"), soft_wrap=True)
         self._advise(trainer, own_load=0.0)
 
@@ -105,25 +119,6 @@ class Summary(Callback):
                 files |= {f"{name} policy": path for name, path in callback.policies.items()}
                 files |= {"to resume": callback.last_path} if callback.last_path else {}
         return {**files, "run folder": self._folder}
-
-
-def make_plan(trainer: Trainer, pl_module: LightningModule) -> Plan:
-    """Return the sizes of the run that starts."""
-    module: Any = pl_module
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    rows = getattr(getattr(trainer, "datamodule", None), "batch_size", None) or 0
-    sampling = getattr(module, "sampling", None)
-    return Plan(
-        rows=rows * trainer.world_size,
-        accumulate=trainer.accumulate_grad_batches,
-        updates=trainer.estimated_stepping_batches,
-        done=trainer.global_step,
-        num_samples=getattr(module, "num_samples", 0) if sampling else 0,
-        max_new_tokens=getattr(sampling, "max_new_tokens", 0),
-        steps_per_rollout=getattr(module, "steps_per_rollout", 1),
-        corrected=getattr(module, "uses_importance_ratio", False),
-        grows=any(isinstance(callback, GrowingBatch) for callback in callbacks),
-    )
 
 
 def _metrics_table(first: dict[str, Any], last: dict[str, Any]) -> Table:

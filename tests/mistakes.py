@@ -264,11 +264,8 @@ def broken_config(rng: random.Random) -> Line:
 
 
 def wrong_inline_config(rng: random.Random) -> Line:
-    return Line(
-        [
-            f"--config={rng.choice(['{', '[', '{a', '[1, 2]', '{}', '{trainer: 3}', '{trainer: {max_stps: 1}}', '{1: 2}'])}"
-        ]
-    )
+    content = rng.choice(["{", "[", "{a", "[1, 2]", "{}", "{trainer: 3}", "{trainer: {max_stps: 1}}", "{1: 2}"])
+    return Line([f"--config={content}"])
 
 
 MAKERS = [

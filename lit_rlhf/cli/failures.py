@@ -9,12 +9,15 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lit_rlhf.cli.config_files import PROGRAM
 from lit_rlhf.cli.errors import explain
 from lit_rlhf.errors import input_error
 
 PACKAGE = Path(__file__).parent.parent
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+CALLBACKS = str(Path("lightning", "pytorch", "callbacks"))
 MAX_LENGTH = 300
 
 
@@ -22,7 +25,8 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     """Return the sentence for an error that a command's input caused; None for one that needs its traceback.
 
     That is an error in the user's code, in this package, or during training. What another library raises while the
-    options are turned into objects, or while the run is set up, is about an option.
+    options are turned into objects, or while the run is set up, is about an option; so are errors of Lightning's
+    callbacks at any time.
 
     Args:
         error: What was raised.
@@ -35,7 +39,9 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, Exception) or not frames or not is_library(frames[-1].filename):
         return None
-    if any(frame.name == "_run_stage" or not is_known(frame.filename) for frame in frames):
+    about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
+    training = not about_options and any(frame.name == "_run_stage" for frame in frames)
+    if training or not all(is_known(frame.filename) for frame in frames):
         return None
     text = " ".join(str(error).split()) or type(error).__name__
     text = f"{text[:MAX_LENGTH]}..." if len(text) > MAX_LENGTH else text

@@ -91,7 +91,7 @@ def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Return whether a text was rendered with a chat template: it holds a special token, or what opens a user's turn."""
+    """Return whether a text holds a special token, or what opens a user's turn in the chat template."""
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 2]
     try:
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)

@@ -61,7 +61,8 @@ class Plan:
         if count == 0 or (count == 1 and not rest):
             rollouts = self.accumulate // self.steps_per_rollout
             return f"1 per {'rollout' if rollouts == 1 else f'{rollouts} rollouts'}: on-policy"
-        return f"{count} per rollout: off-policy after the first, {'corrected by a ratio' if self.corrected else 'not corrected'}"
+        correction = "corrected by a ratio" if self.corrected else "not corrected"
+        return f"{count} per rollout: off-policy after the first, {correction}"
 
 
 def cpu_advice(threads: int, own_load: float = 0.0) -> str:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from mistakes import Line, lines
 
 from commands import FAST, SHORT
 from lit_rlhf.cli import main
+from mistakes import Line, lines
 
 COMMON = [
     "fit", "--config=rloo", "--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=4",
