@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 PROGRAM = "lit-rlhf"
 CONFIG_FLAGS = ("--config", "-c")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -56,10 +58,17 @@ def expand_configs(args: Sequence[str]) -> list[str]:
         flag, separator, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in CONFIG_FLAGS and (separator or flag == previous):
             value = checked_config(value, args[0])
-        elif value.endswith((".yaml", ".yml")) and Path(value).is_file():
-            read_yaml(f"{flag} {value!r}", value)
+        elif holds_options(flag, value):
+            check_nesting(read_yaml(given := f"{flag} {value!r}", value), given)
         expanded.append(f"{flag}={value}" if separator else value if flag == previous else arg)
     return expanded
+
+
+def holds_options(flag: str, value: str) -> bool:
+    """Return whether the value of an option is a file with its options, which jsonargparse reads for any group."""
+    data = flag == "--data" and value.endswith(DATA_SUFFIXES)
+    of_a_group = "." not in flag and flag != "--ckpt_path" and not data
+    return flag.startswith("--") and (of_a_group or value.endswith((".yaml", ".yml"))) and os.path.isfile(value)
 
 
 def checked_config(name: str, command: str) -> str:
@@ -75,12 +84,12 @@ def shipped_config(name: str) -> str:
     Raises:
         UsageError: If it is neither.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):  # unlike Path.is_file also where the name is too long
         return name
     path = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
     if name and path.is_file() and path.is_relative_to(CONFIGS):
         return str(path)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         raise UsageError(f"--config {name!r} is a folder: give a file in it")
     known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
     close = difflib.get_close_matches(name.removesuffix(".yaml"), known, 1)

@@ -13,12 +13,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lit_rlhf.algorithms import Algorithm
-from lit_rlhf.cli.config_files import UsageError
+from lit_rlhf.cli.config_files import DATA_SUFFIXES, UsageError
 from lit_rlhf.cli.messages import REWORDED, Rejection, read_message
 from lit_rlhf.data import TextData
 
 COMMANDS = ("fit", "validate", "test", "predict", "export", "compare")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BASES: dict[str, type] = {"model": Algorithm, "data": TextData}
 """Base classes of the options that take a class."""
 HOMES = {
