@@ -32,10 +32,7 @@ class Guards(LightningModule):
         Raises:
             TypeError: If a required option is missing: checkpoints hold weights and progress, not options.
         """
-        required = (
-            p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        )
-        missing = [p.name for p in required if p.default is p.empty and p.name not in options]
+        missing = [name for name in required_options(cls) if name not in options]
         if missing:
             given = ", ".join(f"{name}=..." for name in missing)
             raise InputTypeError(
@@ -70,3 +67,16 @@ class Guards(LightningModule):
         before = self._movement.before(optimizer)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._movement.after(optimizer, before)
+
+
+def required_options(kind: type) -> list[str]:
+    """Return the arguments without a default of a class, also those that it hands on to its bases."""
+    required: dict[str, None] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            _, *parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            named = [p for p in parameters if not p.kind.name.startswith("VAR_")]
+            required |= {p.name: None for p in named if p.default is p.empty}
+            if len(named) == len(parameters):
+                break
+    return list(required)

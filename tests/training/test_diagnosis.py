@@ -20,8 +20,14 @@ SIGNS = (
 )
 
 
+def letters(completions, **kwargs):
+    """Return the number of different letters, of text and messages alike."""
+    return [float(len(set(str(completion)))) for completion in completions]
+
+
 def signs(name, folder, root, lr=1e-2, data=None, steps=6, **options):
     """Return the signs in the warnings of a run, with repetitions."""
+    options = options if name in ("SFT", "DPO") else {"rewards": [letters], **options}
     trainer = make_trainer(root, max_steps=steps, limit_val_batches=0, callbacks=options.pop("callbacks", None))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -53,7 +59,7 @@ def test_completions_that_never_end(tiny, tmp_path):
     assert signs("RLOO", tiny, tmp_path, data=chat(), max_new_tokens=2, steps=2) == []  # too early to say
     with pytest.warns(UserWarning, match=r"\d of the first 36 completions ended within sampling.max_new_tokens=2, the"):
         make_trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(
-            make_module("RLOO", tiny, max_new_tokens=2), chat()
+            make_module("RLOO", tiny, max_new_tokens=2, rewards=[letters]), chat()
         )
 
 
@@ -88,7 +94,7 @@ class OwnReference(Callback):
     """Let the reference follow the policy."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        module.reference.model.load_state_dict(module.policy.model.state_dict())
+        module.reference = module.policy.reference()
 
 
 def test_a_reference_that_follows_the_policy(ending, tmp_path):
