@@ -113,11 +113,6 @@ class Algorithm(Guards, ABC):
         """Number of updates so far; outside `fit`, that of the loaded checkpoint or of the last fit."""
         return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
 
-    @property
-    def data_module(self) -> Any:
-        """The data module of the run; None without one or outside a run."""
-        return getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
@@ -181,6 +176,7 @@ class Algorithm(Guards, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start timing; free the gradients of the last update, which would add to the memory of the forward pass."""
+        super().on_train_batch_start(batch, batch_idx)
         self.training_timer.start()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad(set_to_none=True)

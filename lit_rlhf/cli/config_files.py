@@ -138,7 +138,7 @@ def check_config(name: str, command: str, path: str) -> None:
     """
     given = f"--config {name!r}" if len(name) < 80 else f"--config {name[:76]!r}..."
     documents = read_yaml(given, path)
-    options = documents[0] if len(documents) == 1 else documents
+    options = documents if len(documents) > 1 else documents[0] if documents else None
     if not isinstance(options, dict):
         kind = {list: "a list", str: "text", type(None): "empty"}.get(type(options), repr(options))
         kind = f"{len(documents)} YAML documents" if len(documents) > 1 else kind

@@ -180,9 +180,10 @@ def shortened(text: str, length: int = 80) -> str:
 
 
 def nearest_option(name: str, known: Sequence[str], cutoff: float) -> str:
-    """Return the known option with the same last part, or else the one of the most similar spelling, or nothing."""
+    """Return the known option with the same last part, the one abbreviated or of similar spelling, or nothing."""
     last = name.rpartition(".")[2]
     same = [option for option in known if option.rpartition(".")[2] == last]
+    same = same or [option for option in known if option.startswith(name)]  # an abbreviation
     close = difflib.get_close_matches(name, same or known, 1, 0.0 if same else cutoff)
     return close[0] if close else ""
 

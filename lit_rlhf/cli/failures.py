@@ -34,6 +34,9 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     """
     if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
         return str(known)
+    empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
+    if "None" in str(error) and empty and "Does not validate" in str(error):
+        return f"{empty[-1]}: this option needs a value"
     if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
         return explain(str(error), args, PROGRAM, ()).sentence
     frames = traceback.extract_tb(error.__traceback__)

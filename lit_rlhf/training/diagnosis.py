@@ -39,6 +39,11 @@ class MovementCheck:
     unmoved: int = 0
     done: bool = False
 
+    @property
+    def nothing_moves(self) -> bool:
+        """Whether a warning has said so."""
+        return self.unmoved == PATIENCE
+
     def before(self, optimizer: Optimizer) -> list[Tensor]:
         """Return a sample of the weights before an update."""
         return [] if self.done else [sample(p).clone() for p in parameters(optimizer)]
@@ -60,7 +65,7 @@ class MovementCheck:
         if self.done or not counts[1] or group["lr"] < group.get("initial_lr", 0.0) / 2:
             return
         self.unmoved += 1
-        if self.unmoved == PATIENCE:
+        if self.nothing_moves:
             self.done = True
             dtype = str(next(iter(parameters(optimizer))).dtype).removeprefix("torch.")
             hint = "" if dtype == "float32" else f", or train in float32: {dtype} rounds small steps away"

@@ -41,7 +41,12 @@ class Guards(LightningModule):
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    @property
+    def data_module(self) -> Any:
+        """The data module of the run; None without one or outside a run."""
+        return getattr(self._trainer, "datamodule", None)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse batches that are not the algorithm's, as from a DataLoader over rows.
 
         Raises:
@@ -51,10 +56,15 @@ class Guards(LightningModule):
             module = DATA_MODULES.get(self.batch_type)
             advice = f": give the rows to lit_rlhf.{module}(train=rows), and that to the Trainer" if module else ""
             raise InputTypeError(
-                f"{type(self).__name__} learns from batches of type lit_rlhf.types.{self.batch_type.__name__}, and the "
+                f"{type(self).__name__} takes batches of type lit_rlhf.types.{self.batch_type.__name__}, and the "
                 f"loader yields {type(batch).__name__}{advice}"
             )
-        return batch
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse batches that are not the algorithm's."""
+        Guards.on_train_batch_start(self, batch, batch_idx)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def optimizer_step(
         self,

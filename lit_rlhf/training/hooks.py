@@ -47,6 +47,7 @@ class OnlineHooks(LightningModule):
     uses_importance_ratio: bool
     data_module: Any
     rollout: Rollout | None
+    _movement: diagnosis.MovementCheck
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -120,6 +121,7 @@ class OnlineHooks(LightningModule):
         if self.rollout is None or batch_idx % self.steps_per_rollout or self._diagnosis.done:
             return
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
+        self._diagnosis.hopeless |= self._movement.nothing_moves
         fixed_length = self.sampling.min_new_tokens == self.sampling.max_new_tokens
         self._diagnosis.add(facts, self._updates_before, 0 if fixed_length else self.sampling.max_new_tokens)
 

@@ -16,7 +16,7 @@ REJECTED = {
     "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
     "a class that does not exist": (["--model=mine.OPP"], r"the module 'mine' has no 'OPP': did you mean OPO\?"),
     "a module that does not exist": (["--model=mini.OPO"], "--model 'mini.OPO': there is no module 'mini'"),
-    "another class": (["--model=lit_rlhf.PromptData"], r"--model lit_rlhf\.PromptData: .*subclass of Algorithm"),
+    "another class": (["--model=lit_rlhf.PromptData"], r"--model 'lit_rlhf\.PromptData': it is not of type Algorithm"),
     "a misspelt option": (["--model.num_sample=4"], r"RLOO has no such option: did you mean --model\.num_samples\?"),
     "an option of another method": (
         ["--model.gae_lambda=1"],
@@ -53,10 +53,8 @@ REJECTED = {
     "a value of several types": (["--trainer.limit_val_batches=abc"], "'abc': expected int or float$"),
     "an unknown choice": (["--data.truncation=cut"], "--data.truncation 'cut': expected 'drop', 'truncate'$"),
     "a file in place of a class": (["--data=prompts.jsonl"], r"--data takes a class: did you mean --data\.train\?"),
-    "a comparison": (["--config=paper/testbed"], r"testbed\.yaml' is for `lit-rlhf compare`"),
-    "a configuration that is not YAML": (["--config=broken.yaml"], "'broken.yaml' is not valid YAML: .* in line 2$"),
     "an argument without an option": (["4"], "unexpected argument '4': options start with --"),
-    "a missing value": (["--config"], "expected one argument"),
+    "a missing value": (["--config"], "--config needs a value"),
 }
 """Arguments that the parser rejects, and the sentence."""
 
@@ -64,7 +62,6 @@ REJECTED = {
 @pytest.mark.parametrize("case", REJECTED)
 def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
     args, sentence = REJECTED[case]
-    Path("broken.yaml").write_text("model: [a, {b\n")
     with pytest.raises(SystemExit) as stopped:
         fit(*args)
     lines = capsys.readouterr().err.splitlines()
@@ -77,7 +74,7 @@ def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["compare", "--config", "quickstart"], "quickstart.yaml' is for fit, validate, test and predict"),
+        (["compare", "--config", "quickstart"], "--config 'quickstart' is for fit, validate, test and predict"),
         (["compare", "--config", "paper/testbed", "--sedes=[1]"], "did you mean --seeds?"),
         (["compare", "--config", "paper/testbed", "--arms={a: {fitt: []}}"], "did you mean --arms.fit?"),
         (["export", "--ckpt_path", "last.ckpt", "--output", "here"], "--output"),
@@ -104,7 +101,9 @@ CONFIGURATIONS = {
     "a list": ("- a\n", "is a list, and not options by name"),
     "a text": ("max_steps 1\n", "is text, and not options by name"),
     "two documents": ("a: 1\n---\nb: 2\n", "is 2 YAML documents, and not options by name"),
-    "a tab": ("trainer:\n\tmax_steps: 1\n", "is not valid YAML: found character '\\t' .* in line 2"),
+    "a tab": ("trainer:\n\tmax_steps: 1\n", "is not valid YAML: found character .* in line 2"),
+    "a comparison": ("arms: {}\n", "is for `lit-rlhf compare`"),
+    "brackets that are open": ("model: [a, {b\n", "is not valid YAML: .* in line 2"),
     "a key given twice": ("trainer: {max_steps: 1}\n\ntrainer: {}\n", "'trainer' is given twice in line 3"),
     "a nested key given twice": ("trainer:\n  max_steps: 1\n  max_steps: 2\n", "'max_steps' is given twice in line 3"),
     "an alias inside its anchor": ("trainer: &all\n  logger: *all\n", "trainer.logger contains itself: remove the al"),
@@ -171,7 +170,7 @@ INVALID = {
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
     "a device that does not exist": (["--trainer.accelerator=warp"], "--trainer.accelerator warp: You selected an inv"),
-    "an option without a value": (["--model.num_samples=null"], "--model.num_samples 'None': expected int"),
+    "an option without a value": (["--model.num_samples=null"], "--model.num_samples=null: this option needs a value"),
     "a package that is not installed": (["--trainer.logger=WandbLogger"], "not met. HINT"),
     "a seed out of range": (["--seed_everything=-1"], "--seed_everything -1: -1 is not in bounds"),
     "a duration": (["--trainer.max_time=soon"], "--trainer.max_time soon: `Timer(duration='soon')` is not a valid dur"),

@@ -38,17 +38,7 @@ def fault(line: Line, capsys) -> str:
     argv = list(sys.argv)
     capsys.readouterr()
     try:
-        main(
-            [
-                "fit",
-                *COMMON,
-                "--model.rewards+=mine.words",
-                "--trainer.default_root_dir=here",
-                *SHORT,
-                *FAST,
-                *line.args,
-            ]
-        )
+        main([*COMMON, *SHORT, *FAST, *line.args])
         outcome: object = "returned"
     except Accepted:
         return f"accepted, without {line.expected!r}" if line.expected else ""

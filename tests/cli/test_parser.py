@@ -14,7 +14,7 @@ from lit_rlhf.cli.parser import call_function
 
 def test_names_of_shipped_configurations_become_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").touch()
+    Path("mine.yaml").write_text("trainer: {}\n")
     path = str(CONFIGS / "paper" / "hh.yaml")
     assert expand_configs(["--config", "paper/hh", "--config=configs/paper/hh.yaml"]) == [
         "--config",

@@ -173,5 +173,5 @@ def test_an_algorithm_from_a_checkpoint_has_the_trained_weights(lora, ending, tm
 @pytest.mark.filterwarnings("ignore")
 def test_a_loader_of_rows_is_refused(name, ending, tmp_path):
     loader = torch.utils.data.DataLoader([{"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}] * 4)
-    with pytest.raises(TypeError, match=rf"{name} learns from batches of type lit_rlhf.types.*yields dict: give the"):
+    with pytest.raises(TypeError, match=rf"{name} takes batches of type lit_rlhf.types.*yields dict: give the"):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, ending), loader)
