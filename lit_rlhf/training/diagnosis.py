@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,11 +45,11 @@ class MovementCheck:
         """Whether a warning has said so."""
         return self.unmoved == PATIENCE
 
-    def before(self, optimizer: Optimizer) -> list[Tensor]:
+    def before(self, optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
         """Return a sample of the weights before an update."""
         return [] if self.done else [sample(p).clone() for p in parameters(optimizer)]
 
-    def after(self, optimizer: Optimizer, before: list[Tensor]) -> None:
+    def after(self, optimizer: Optimizer | LightningOptimizer, before: list[Tensor]) -> None:
         """Compare with the weights after the update. Gradients that are 0, and a warm-up's first half, don't count."""
         group = optimizer.param_groups[0]
         if self.done or not before:
@@ -171,7 +172,7 @@ def rollout_facts(rollout: Rollout) -> dict[str, float]:
     return dict(zip(facts, torch.stack([value.to(rewards) for value in facts.values()]).tolist(), strict=True))
 
 
-def parameters(optimizer: Optimizer) -> list[Any]:
+def parameters(optimizer: Optimizer | LightningOptimizer) -> list[Any]:
     """Return the plain parameters of an optimizer; sharded ones are left out."""
     found = [p for group in optimizer.param_groups for p in group["params"]]
     return [p for p in found if type(p.data) is Tensor and p.numel()]
