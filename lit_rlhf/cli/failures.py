@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -59,9 +58,8 @@ def is_library(filename: str) -> bool:
 
 
 def is_known(filename: str) -> bool:
-    """Return whether a file belongs to a library, to this package, or to the script that started the command."""
-    started = {sys.argv[0], str(Path(sys.argv[0]).resolve())}
-    return is_library(filename) or filename.startswith(str(PACKAGE)) or filename in started
+    """Return whether a file belongs to a library or to this package, and not to the user."""
+    return is_library(filename) or filename.startswith(str(PACKAGE))
 
 
 def named_option(text: str, args: Sequence[str]) -> str:
