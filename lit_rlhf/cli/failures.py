@@ -33,23 +33,33 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     """
     if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
         return str(known)
+    if not isinstance(error, Exception) or any(not is_known(frame.filename) for frame in frames_of_causes(error)):
+        return None
     empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
     if "None" in str(error) and empty and "Does not validate" in str(error):
         return f"{empty[-1]}: this option needs a value"
     if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
         return explain(str(error), args, PROGRAM, ()).sentence
     frames = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, Exception) or not frames or not is_library(frames[-1].filename):
-        return None
     about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
     training = not about_options and any(frame.name == "_run_stage" for frame in frames)
-    if training or not all(is_known(frame.filename) for frame in frames):
+    if training or not is_library(frames[-1].filename):
         return None
     text = " ".join(str(error).split()) or type(error).__name__
     text = f"{text[:MAX_LENGTH]}..." if len(text) > MAX_LENGTH else text
     place = f"{type(error).__name__} in {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
     option = named_option(text, args)
     return f"{option}{': ' if option else ''}{text} ({place})"
+
+
+def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:
+    """Return the frames of an error and of those that led to it."""
+    frames, seen = [], set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        frames += traceback.extract_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    return frames
 
 
 def is_library(filename: str) -> bool:

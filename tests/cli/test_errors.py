@@ -205,6 +205,14 @@ def test_an_error_in_a_users_method_keeps_its_traceback(workspace):
         fit("--model=mine.Faulty")
 
 
+def test_an_error_in_a_users_constructor_keeps_its_traceback(workspace):
+    (workspace / "own.py").write_text(
+        "class Own:\n    def __init__(self):\n        {}['a']\n\n    def __call__(self, **kwargs):\n        pass\n"
+    )
+    with pytest.raises((KeyError, ValueError), match="'a'"):
+        fit("--model.rewards+={class_path: own.Own}")
+
+
 @pytest.mark.parametrize("option", ["--model=", "--model.rewards+="])
 def test_an_error_in_a_users_module_keeps_its_traceback(option, workspace):
     (workspace / "failing.py").write_text("import a_package_that_is_not_installed\n")
