@@ -24,7 +24,7 @@ from lit_rlhf.models.loading import unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
+from lit_rlhf.training.checks import check_batch_type, check_chat_prompts, check_positions, check_processes
 from lit_rlhf.training.distributed import sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
@@ -33,6 +33,7 @@ from lit_rlhf.training.finite import (
     stop_after_skipped_updates,
     update_problems,
 )
+from lit_rlhf.training.guards import Guards
 from lit_rlhf.training.optimization import (
     LossSums,
     check_optimized,
@@ -48,7 +49,7 @@ from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
 
 
-class Algorithm(CheckpointHooks, ABC):
+class Algorithm(Guards, CheckpointHooks, ABC):
     """An algorithm that trains a language model.
 
     Args:
@@ -113,11 +114,6 @@ class Algorithm(CheckpointHooks, ABC):
             self._tokenizer = load_tokenizer(self.pretrained, **self.load_options)
         return self._tokenizer
 
-    @property
-    def data_module(self) -> Any:
-        """The data module of the run; None without one or outside a run."""
-        return getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
@@ -128,6 +124,7 @@ class Algorithm(CheckpointHooks, ABC):
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
+        check_chat_prompts(self.tokenizer, self.data_module, stage)
 
     def configure_model(self) -> None:
         """Load the policy, after the data have been checked.

@@ -18,9 +18,9 @@ from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
-from lit_rlhf.training import checks
+from lit_rlhf.training import checks, diagnosis
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.distributed import raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.resume import InFlight
 from lit_rlhf.training.timing import PhaseTimer
 from lit_rlhf.training.updates import Updates
@@ -45,6 +45,7 @@ class OnlineHooks(CheckpointHooks):
     kl_coef: float
     uses_importance_ratio: bool
     data_module: Any
+    _movement: diagnosis.MovementCheck
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,6 +57,7 @@ class OnlineHooks(CheckpointHooks):
         self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
         self._metric_sums_before: dict[str, Tensor] = {}
         self._rollout_problems: list[str] = []  # names of its numbers that are not finite
+        self._diagnosis, self._updates_before = diagnosis.RolloutDiagnosis(), 0
 
     @property
     def reward_weights(self) -> list[float]:
@@ -82,7 +84,7 @@ class OnlineHooks(CheckpointHooks):
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
             checks.check_sampling(self.sampling)
-            checks.report_updates(self.updates, accumulate, self.uses_importance_ratio)
+            checks.check_on_policy(self.updates, accumulate, self.uses_importance_ratio)
 
     def configure_model(self) -> None:
         """Load the policy and keep its initial state as the reference."""
@@ -112,6 +114,21 @@ class OnlineHooks(CheckpointHooks):
         at_start = trainer.global_step == 0 and progress.processed == 0
         if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
             self._validate()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep the number of updates before the step."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._updates_before = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the first rollouts for signs that nothing is learned."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.rollout is None or batch_idx % self.steps_per_rollout or self._diagnosis.done:
+            return
+        facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
+        self._diagnosis.hopeless |= self._movement.nothing_moves
+        fixed_length = self.sampling.min_new_tokens == self.sampling.max_new_tokens
+        self._diagnosis.add(facts, self._updates_before, 0 if fixed_length else self.sampling.max_new_tokens)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""
