@@ -24,7 +24,8 @@ from lit_rlhf.models.loading import unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.checks import check_batch_type, check_chat_prompts, check_positions, check_processes
+from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
+from lit_rlhf.training.diagnosis import check_chat_prompts
 from lit_rlhf.training.distributed import sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,

@@ -182,3 +182,28 @@ def sample(tensor: Tensor) -> Tensor:
     """Return some of the elements, at regular distances."""
     flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLE)]
+
+
+def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> None:
+    """Warn if a model with a chat template is trained on plain text that has not been rendered with one."""
+    rows = getattr(data, "train_set", None)
+    if stage != "fit" or not rows or not tokenizer.chat_template:
+        return
+    texts = [row.example.prompt for row in rows[list(range(min(16, len(rows))))]]
+    if not all(isinstance(text, str) and text and not is_rendered(tokenizer, text) for text in texts):
+        return
+    rank_zero_warn(
+        f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model will "
+        "continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
+    )
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text holds a special token, or what opens a user's turn in the chat template."""
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 2]
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
+    except Exception:  # any that a template may raise
+        rendered = ""
+    opening = str(rendered).partition("@@")[0].removeprefix(tokenizer.bos_token or "").split()
+    return any(token in text for token in [*specials, *opening[-1:]])

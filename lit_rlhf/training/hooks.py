@@ -115,11 +115,6 @@ class OnlineHooks(CheckpointHooks):
         if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
             self._validate()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep the number of updates before the step."""
-        super().on_train_batch_start(batch, batch_idx)
-        self._updates_before = self.trainer.global_step
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the first rollouts for signs that nothing is learned."""
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -197,6 +192,7 @@ class OnlineHooks(CheckpointHooks):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start a step, and keep the metrics at the start of an update."""
         super().on_train_batch_start(batch, batch_idx)
+        self._updates_before = self.trainer.global_step
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._metric_sums_before = self.metric_sums
 
