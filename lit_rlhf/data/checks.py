@@ -6,6 +6,8 @@ import re
 from numbers import Integral
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from lit_rlhf.data.formats import Example
 from lit_rlhf.errors import InputError, InputTypeError, brief
 
@@ -31,6 +33,21 @@ def check_val(val: Any) -> None:
     """Raise a ValueError if `val` is a number that is neither a count of rows nor a share of them."""
     if isinstance(val, bool) or (isinstance(val, float) and not 0 < val < 1) or (isinstance(val, int) and val < 1):
         raise InputError(f"val={val}: give a number of rows, a share between 0 and 1, a source, or None")
+
+
+def check_sources(stage: str, train: Any, val: Any, overfit_batches: int | float) -> None:
+    """Raise a ValueError if a stage lacks its data, or `overfit_batches` would replace the sampler."""
+    if stage == "fit" and overfit_batches:
+        raise InputError(
+            f"overfit_batches={overfit_batches} would replace the sampler, which repeats the prompts of a rollout for "
+            "each of its steps: use a train set of a few rows instead"
+        )
+    if stage == "fit" and train is None:
+        raise InputError("there is no training data: set data.train to a file, a hub id or a list of rows")
+    if stage != "fit" and val is None:
+        raise InputError(
+            f"there is no data to {TrainerFn(stage).value}: set data.val to a file, a hub id, or a number of rows"
+        )
 
 
 def check_row(row: Any) -> None:

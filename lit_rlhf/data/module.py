@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lit_rlhf.data import checks, encoding
@@ -120,17 +119,7 @@ class TextData(lightning.LightningDataModule):
 
     def setup(self, stage: str = "fit") -> None:
         """Read, check and tokenize the rows that `stage` needs."""
-        if stage == "fit" and self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise InputError(
-                f"overfit_batches={self.trainer.overfit_batches} would replace the sampler, which repeats the "  # type: ignore[attr-defined]
-                "prompts of a rollout for each of its steps: use a train set of a few rows instead"
-            )
-        if stage == "fit" and self.train is None:
-            raise InputError("there is no training data: set data.train to a file, a hub id or a list of rows")
-        if stage != "fit" and self.val is None:
-            raise InputError(
-                f"there is no data to {TrainerFn(stage).value}: set data.val to a file, a hub id, or a number of rows"
-            )
+        checks.check_sources(stage, self.train, self.val, getattr(self.trainer, "overfit_batches", 0))
         for message in _IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         tokenizer = self._tokenizer()
@@ -213,7 +202,13 @@ class TextData(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    test_dataloader = predict_dataloader = val_dataloader
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the loader of validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the loader of validation."""
+        return self.val_dataloader()
 
 
 class PromptData(TextData):
