@@ -16,8 +16,8 @@ import yaml
 
 import lit_rlhf
 from lit_rlhf import algorithms, callbacks, data, rewards, testbed
+from lit_rlhf.cli.config_files import shipped_config
 from lit_rlhf.cli.main import CALLBACKS
-from lit_rlhf.cli.parser import shipped_config
 from lit_rlhf.comparison.compare import compare
 from lit_rlhf.models.export import export_checkpoint
 

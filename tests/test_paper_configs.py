@@ -9,7 +9,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lit_rlhf.cli import main
-from lit_rlhf.cli.parser import CONFIGS
+from lit_rlhf.cli.config_files import CONFIGS
 from tiny import make_llama, make_tokenizer
 
 ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]

@@ -7,62 +7,39 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from lit_rlhf.algorithms import Algorithm
+from lit_rlhf.cli.config_files import DATA_SUFFIXES, UsageError
+from lit_rlhf.cli.messages import REWORDED, Rejection, read_message
 from lit_rlhf.data import TextData
 
-PROGRAM = "lit-rlhf"
 COMMANDS = ("fit", "validate", "test", "predict", "export", "compare")
-CONFIG_FLAGS = ("--config", "-c")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BASES: dict[str, type] = {"model": Algorithm, "data": TextData}
 """Base classes of the options that take a class."""
+HOMES = {
+    "model.rewards": ["lit_rlhf", "lit_rlhf.rewards", "lit_rlhf.testbed"],
+    "model.evaluation.judge": ["lit_rlhf", "lit_rlhf.rewards", "lit_rlhf.testbed"],
+    "model.optimizer": ["torch.optim"],
+    "model.lr_scheduler": ["lit_rlhf", "torch.optim.lr_scheduler"],
+    "data.transform": ["lit_rlhf.data"],
+    "trainer.callbacks": ["lit_rlhf.callbacks", "lightning.pytorch.callbacks"],
+    "trainer.logger": ["lightning.pytorch.loggers"],
+    "trainer.strategy": ["lightning.pytorch.strategies"],
+    "trainer.profiler": ["lightning.pytorch.profilers"],
+}
+"""Modules with classes and functions for other options that take an import path."""
 
-UNINFORMATIVE = re.compile(
-    r"$|Does not validate|Subtypes:|Errors:|Given value type:|Expected a path but|Expected a? ?<class 'NoneType'>"
-)
-"""Lines of jsonargparse's messages that say nothing about the mistake."""
 UNKNOWN_OPTION = re.compile(
     r"Option '([\w.]+)' is not accepted|Subcommand '\w+' does not accept option '([\w.]+)'"
     r"|Group '([\w.]+)' does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)"
 )
+PATH_EXPECTED = re.compile(r"Expected a dot import path string: ?(.*)")
 IMPORT_FAILED = re.compile(r"No module named|has no attribute|cannot import name")
-
-
-class UsageError(Exception):
-    """Command line that can't be parsed.
-
-    Attributes:
-        sentence: What is wrong, with the nearest right spelling.
-        tip: Command that shows the options.
-    """
-
-    def __init__(self, sentence: str, tip: str = "") -> None:
-        super().__init__(sentence)
-        self.sentence, self.tip = sentence, tip
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A mistake that the parser found.
-
-    Attributes:
-        option: Dotted name of the option, such as `model.rewards`; empty for the command line as a whole.
-        owner: Import path of the class whose options the mistake is in, or empty.
-        reason: The parser's words.
-        value: The rejected value, or empty.
-    """
-
-    option: str
-    owner: str
-    reason: str
-    value: str = ""
+REQUIRED = re.compile(r"the following arguments are required: (.*)")
 
 
 def explain(message: str, args: Sequence[str], program: str, options: Sequence[str]) -> UsageError:
@@ -75,10 +52,13 @@ def explain(message: str, args: Sequence[str], program: str, options: Sequence[s
         options: Dotted names of the parser's options.
     """
     rejections = read_message(message)
-    first = next((found for found in rejections if not found.reason.startswith("Expected ")), rejections[0])
+    plain = (found for found in rejections if not found.reason.startswith("Expected "))
+    names = (found for found in rejections if PATH_EXPECTED.match(found.reason) and found.option in (*HOMES, *BASES))
+    first = next(names, None) or next(plain, rejections[0])
     sentence = (
-        wrong_config(args, program)
-        or wrong_command(first)
+        wrong_command(first)
+        or missing_value(first, args)
+        or missing_option(first)
         or wrong_name(first)
         or wrong_option(first, options)
         or wrong_value(first, [found for found in rejections if found.option == first.option])
@@ -87,60 +67,34 @@ def explain(message: str, args: Sequence[str], program: str, options: Sequence[s
     return UsageError(sentence, f"`{program} {listing}` lists the options")
 
 
-def read_message(message: str) -> list[Rejection]:
-    """Parse jsonargparse's indented message into the mistakes it names, at least one."""
-    found: list[Rejection] = []
-    path: list[tuple[int, str, str]] = []  # indentation, option, class
-    for line in message.splitlines():
-        text = line.strip().removeprefix("- ")
-        if UNINFORMATIVE.match(text):
-            continue
-        indent = len(line) - len(line.lstrip())
-        while path and path[-1][0] >= indent and not text.startswith("Given value: "):
-            path.pop()
-        owner = path[-1][2] if path else ""
-        if match := re.match(r'Parser key "(.+?)":', text):
-            path.append((indent, match[1], owner))
-        elif match := re.match(r"Problem with given class_path '(.+?)':", text):
-            path.append((indent, "", match[1]))
-        elif text.startswith("Given value: "):
-            value = re.sub(r"^NestedArg\(key='.*?', val=(.*)\)$", r"\1", text.removeprefix("Given value: ")).strip("'")
-            found = [Rejection(r.option, r.owner, r.reason, r.value or value) for r in found]
-        else:
-            reason, _, value = text.partition(". Got value: ")
-            if match := re.match(r"Namespace\(class_path='(.+?)'", value):
-                owner = match[1]
-            found.append(Rejection(".".join(name for _, name, _ in path if name), owner, reason, value))
-    return found or [Rejection("", "", message)]
-
-
-def wrong_config(args: Sequence[str], program: str) -> str:
-    """Return the sentence for a configuration of another command."""
-    compares = program.endswith(" compare")
-    for previous, arg in zip(["", *args], args, strict=False):
-        flag, separator, value = arg.partition("=")
-        flag, value = (flag, value) if separator else (previous, arg)
-        path = Path(value)
-        if flag not in CONFIG_FLAGS or path.suffix not in (".yaml", ".yml") or not path.is_file():
-            continue
-        try:
-            keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            return f"--config {value!r} is not valid YAML: {error.problem}{line}"
-        if isinstance(keys, dict) and ("model" if compares else "arms") in keys:
-            command = "fit, validate, test and predict" if compares else f"`{PROGRAM} compare`"
-            return f"--config {value!r} is for {command}"
-    return ""
-
-
 def wrong_command(found: Rejection) -> str:
     """Return the sentence for an unknown command or an argument without an option."""
     if match := re.search(r"invalid choice: '(.*?)'", found.reason):
         return f"there is no command {match[1]!r}: {suggestion(match[1], COMMANDS) or 'use ' + ', '.join(COMMANDS)}"
-    if match := re.match(r"unrecognized arguments: ([^-]\S*)", found.reason):
+    if match := re.match(r"unrecognized arguments: (--(?= |$)|---\S*|-?[^-\s]\S*|$)", found.reason):
         return f"unexpected argument {match[1]!r}: options start with --"
     return ""
+
+
+def missing_value(found: Rejection, args: Sequence[str]) -> str:
+    """Return the sentence for an option at the end, or before another one, without its value."""
+    if not re.search(r"expected (one|at least one) argument", found.reason):
+        return ""
+    options = (arg for arg, following in zip(args, [*args[1:], "--"], strict=True) if following.startswith("--"))
+    wanted = (f"--{found.option}", f"--{found.option}.", "-c")
+    option = next((arg for arg in options if "=" not in arg and arg.startswith(wanted)), f"--{found.option}")
+    return f"{option} needs a value"
+
+
+def missing_option(found: Rejection) -> str:
+    """Return the sentence for required options that are missing."""
+    match = REQUIRED.match(found.reason)
+    if match is None:
+        return ""
+    names = [re.sub(rf"^({'|'.join(COMMANDS)})\.", "", name) for name in match[1].split(", ")]
+    names = [f"--{found.option}.{name}" if found.option else f"--{name}" for name in names]
+    owner = f"{found.owner.rpartition('.')[2]} needs " if found.owner else ""
+    return f"{owner}{' and '.join(names)}{'' if owner else ' is required' if len(names) == 1 else ' are required'}"
 
 
 def wrong_name(found: Rejection) -> str:
@@ -150,15 +104,19 @@ def wrong_name(found: Rejection) -> str:
         Exception: What the import of a user's module raises.
     """
     flag, base = f"--{found.option}", BASES.get(found.option)
-    if found.option == "data" and found.value.endswith(DATA_SUFFIXES):
+    if found.option == "data" and found.value and found.value.endswith(DATA_SUFFIXES):
         return f"--data {found.value!r} is a file, and --data takes a class: did you mean --data.train?"
-    if match := re.match(r"Expected a dot import path string: (.*)", found.reason):
+    match = PATH_EXPECTED.match(found.reason)
+    if match and (base or found.option in HOMES or found.value is None):
         if base is None:
-            return f"{flag} {match[1]!r} is not an import path: give module.Name"
+            known = [f"{home}.{name}" for home in HOMES.get(found.option, ()) for name in public_names(home)]
+            return f"{flag} {match[1]!r} is not an import path: {nearest_path(match[1], known) or 'give module.Name'}"
         known = sorted(kind.__name__ for kind in subclasses(base))
         hint = suggestion(match[1], known) or "a class of yours needs its module: mine.Name"
+        if match[1] in known:  # from a file
+            hint = f"give class_path: {match[1]} in the file"
         return f"{flag} {match[1]!r} is not one of {', '.join(known)}: {hint}"
-    path = found.value if is_import_path(found.value) else found.owner
+    path = found.value if found.value and is_import_path(found.value) else found.owner
     return unknown_import(flag, path) if IMPORT_FAILED.search(found.reason) and is_import_path(path) else ""
 
 
@@ -173,8 +131,8 @@ def unknown_import(flag: str, path: str) -> str:
         return f"{flag} {path!r}: there is no module {error.name!r}, also not in {str(Path.cwd())!r}"
     if hasattr(module, name):
         return ""
-    public = [known for known in vars(module) if not known.startswith("_")]
-    hint = suggestion(name, public) or f"it has {', '.join(sorted(public)[:20])}"
+    public = public_names(module_name)
+    hint = suggestion(name, public) or f"it has {', '.join(sorted(public)[:8])}{', ...' * (len(public) > 8)}"
     return f"{flag} {path!r}: the module {module_name!r} has no {name!r}: {hint}"
 
 
@@ -203,19 +161,29 @@ def wrong_option(found: Rejection, options: Sequence[str]) -> str:
 
 
 def wrong_value(first: Rejection, found: Iterable[Rejection]) -> str:
-    """Return the sentence for a value of a wrong type, or else the parser's own words."""
+    """Return the sentence for a value of a wrong type, or else for what the parser says."""
     expected = [match[1] for rejection in found if (match := re.match(r"Expected (?:an? )?(.*)", rejection.reason))]
-    if first.value and expected and first.reason.startswith("Expected"):
+    value = "" if first.value is None else f" {shortened(first.value)!r}"
+    if expected and first.reason.startswith("Expected") and not any(re.match(p, first.reason) for p in REWORDED):
         kinds = [re.sub(r"<class '(?:.*\.)?(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in expected]
-        return f"--{first.option} {first.value!r}: expected {' or '.join(dict.fromkeys(kinds))}"
+        kinds = [kind for kind in kinds if not kind.startswith("dot import path")] or ["an import path"]
+        return f"--{first.option}{value}: expected {' or '.join(dict.fromkeys(kinds))}"
     reason = " ".join(first.reason.split())
-    return f"--{first.option} {first.value}".strip() + f": {reason}" if first.option else reason
+    for pattern, words in REWORDED.items():
+        reason = re.sub(f"^{pattern}", words, reason)
+    return f"--{first.option}{value}: {reason}" if first.option else reason
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """Return the beginning of a long text."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def nearest_option(name: str, known: Sequence[str], cutoff: float) -> str:
-    """Return the known option with the same last part, or else the one of the most similar spelling, or nothing."""
+    """Return the known option with the same last part, the one abbreviated or of similar spelling, or nothing."""
     last = name.rpartition(".")[2]
     same = [option for option in known if option.rpartition(".")[2] == last]
+    same = same or [option for option in known if option.startswith(name)]  # an abbreviation
     close = difflib.get_close_matches(name, same or known, 1, 0.0 if same else cutoff)
     return close[0] if close else ""
 
@@ -248,6 +216,19 @@ def import_object(path: str) -> Any:
     """Import `module.name`."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def public_names(module: str) -> list[str]:
+    """Return the names that a module offers."""
+    found = importlib.import_module(module)
+    return list(getattr(found, "__all__", None) or (name for name in vars(found) if not name.startswith("_")))
+
+
+def nearest_path(name: str, known: Sequence[str]) -> str:
+    """Return "did you mean module.Name?" for the import path whose last part is most similar, or nothing."""
+    last = {path.rpartition(".")[2]: path for path in reversed(known)}
+    close = difflib.get_close_matches(name, last, 1)
+    return f"did you mean {last[close[0]]}?" if close else ""
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:

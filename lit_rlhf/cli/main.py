@@ -19,11 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import __version__, callbacks
 from lit_rlhf.algorithms import Algorithm
-from lit_rlhf.cli.errors import PROGRAM, UsageError
-from lit_rlhf.cli.parser import CommandLineParser, call_function, expand_configs
+from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
+from lit_rlhf.cli.errors import COMMANDS
+from lit_rlhf.cli.failures import failure
+from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
-from lit_rlhf.errors import input_error
 from lit_rlhf.models.export import export_checkpoint
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -94,8 +95,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"{PROGRAM}: interrupted; finished runs are kept, and the same command resumes", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, FileNotFoundError) as error:  # not RuntimeError: a failing reward has its traceback
-        known = input_error(error)
+    except Exception as error:
+        known = failure(error, arguments)
         if known is None:
             raise
         print(f"{PROGRAM}: {known}", file=sys.stderr)
@@ -108,6 +109,8 @@ def run_command(args: list[str]) -> None:
         call_function(compare, "compare", args[1:], parse_error=parse_error)
     elif args[0] == "export":
         print(f"wrote {call_function(export_checkpoint, 'export', args[1:])}")
+    elif args[0].startswith("-") and (command := next((arg for arg in args if arg in COMMANDS), None)):
+        raise UsageError(f"the command comes first: {PROGRAM} {command} {args[0]} ...")
     else:
         run_lightning(args)
 

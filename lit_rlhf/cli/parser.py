@@ -1,16 +1,14 @@
-"""Parsers of the command line: shipped configurations by name, functions as commands, errors as one sentence."""
+"""Parsers of the command line: functions as commands, errors as one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_rlhf.cli.errors import CONFIG_FLAGS, PROGRAM, UsageError, explain, option_names
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from lit_rlhf.cli.config_files import PROGRAM
+from lit_rlhf.cli.errors import explain, option_names
 
 T = TypeVar("T")
 
@@ -19,6 +17,9 @@ class CommandLineParser(LightningArgumentParser):
     """Parser that raises a `UsageError` with a suggestion instead of exiting."""
 
     args: list[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # --trainer.max_step is a mistake
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UsageError`."""
@@ -44,30 +45,3 @@ def call_function(function: Callable[..., T], name: str, args: Sequence[str], **
     options = parser.instantiate(parser.parse_args(args))
     del options["config"]
     return function(**options, **given)
-
-
-def expand_configs(args: Sequence[str]) -> list[str]:
-    """Replace the names of shipped configurations after `--config` by their paths."""
-    expanded = []
-    for previous, arg in zip(["", *args], args, strict=False):
-        flag, separator, value = arg.partition("=")
-        if separator and flag in CONFIG_FLAGS:
-            expanded.append(f"{flag}={shipped_config(value)}")
-        else:
-            expanded.append(shipped_config(arg) if previous in CONFIG_FLAGS else arg)
-    return expanded
-
-
-def shipped_config(name: str) -> str:
-    """Return the path of the shipped configuration with this name; a file or inline YAML is returned unchanged.
-
-    Raises:
-        UsageError: If it is neither.
-    """
-    if name.lstrip().startswith(("{", "[")) or Path(name).is_file():
-        return name
-    path = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
-    if path.is_file() and path.is_relative_to(CONFIGS):
-        return str(path)
-    known = ", ".join(sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")))
-    raise UsageError(f"--config {name!r} is neither a file nor a shipped configuration ({known})")

@@ -7,7 +7,8 @@ import pytest
 
 from commands import fit
 from lit_rlhf.cli import main
-from lit_rlhf.cli.errors import Rejection, nearest_option, read_message
+from lit_rlhf.cli.errors import nearest_option
+from lit_rlhf.cli.messages import Rejection, read_message
 from lit_rlhf.errors import InputError, input_error
 
 REJECTED = {
@@ -15,7 +16,7 @@ REJECTED = {
     "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
     "a class that does not exist": (["--model=mine.OPP"], r"the module 'mine' has no 'OPP': did you mean OPO\?"),
     "a module that does not exist": (["--model=mini.OPO"], "--model 'mini.OPO': there is no module 'mini'"),
-    "another class": (["--model=lit_rlhf.PromptData"], r"--model lit_rlhf\.PromptData: .*subclass of Algorithm"),
+    "another class": (["--model=lit_rlhf.PromptData"], r"--model 'lit_rlhf\.PromptData': it is not of type Algorithm"),
     "a misspelt option": (["--model.num_sample=4"], r"RLOO has no such option: did you mean --model\.num_samples\?"),
     "an option of another method": (
         ["--model.gae_lambda=1"],
@@ -52,10 +53,8 @@ REJECTED = {
     "a value of several types": (["--trainer.limit_val_batches=abc"], "'abc': expected int or float$"),
     "an unknown choice": (["--data.truncation=cut"], "--data.truncation 'cut': expected 'drop', 'truncate'$"),
     "a file in place of a class": (["--data=prompts.jsonl"], r"--data takes a class: did you mean --data\.train\?"),
-    "a comparison": (["--config=paper/testbed"], r"testbed\.yaml' is for `lit-rlhf compare`"),
-    "a configuration that is not YAML": (["--config=broken.yaml"], "'broken.yaml' is not valid YAML: .* in line 2$"),
     "an argument without an option": (["4"], "unexpected argument '4': options start with --"),
-    "a missing value": (["--config"], "expected one argument"),
+    "a missing value": (["--config"], "--config needs a value"),
 }
 """Arguments that the parser rejects, and the sentence."""
 
@@ -63,7 +62,6 @@ REJECTED = {
 @pytest.mark.parametrize("case", REJECTED)
 def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
     args, sentence = REJECTED[case]
-    Path("broken.yaml").write_text("model: [a, {b\n")
     with pytest.raises(SystemExit) as stopped:
         fit(*args)
     lines = capsys.readouterr().err.splitlines()
@@ -76,13 +74,18 @@ def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["compare", "--config", "quickstart"], "quickstart.yaml' is for fit, validate, test and predict"),
+        (["compare", "--config", "quickstart"], "--config 'quickstart' is for fit, validate, test and predict"),
         (["compare", "--config", "paper/testbed", "--sedes=[1]"], "did you mean --seeds?"),
         (["compare", "--config", "paper/testbed", "--arms={a: {fitt: []}}"], "did you mean --arms.fit?"),
-        (["export", "--ckpt", "last.ckpt", "--output", "here"], "--output"),
-        (["export", "--out", "here"], "required: ckpt_path"),
+        (["export", "--ckpt_path", "last.ckpt", "--output", "here"], "--output"),
+        (["export", "--ckpt", "last.ckpt", "--out", "here"], "there is no option --ckpt: did you mean --ckpt_path?"),
+        (["export", "--out", "here"], "--ckpt_path is required"),
         (["fitt"], "there is no command 'fitt': did you mean fit?"),
-        (["fit", "--config", "quikstart"], "'quikstart' is neither a file nor a shipped configuration (dpo, "),
+        (
+            ["fit", "--config", "quikstart"],
+            "'quikstart' is neither a file nor a shipped configuration: did you mean quickstart?",
+        ),
+        (["--config", "rloo", "fit"], "the command comes first: lit-rlhf fit --config ..."),
     ],
     ids=str,
 )
@@ -90,6 +93,53 @@ def test_every_command_explains_rejected_arguments(args, sentence, workspace, ca
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+CONFIGURATIONS = {
+    "an empty file": ("", "is empty, and not options by name"),
+    "only comments": ("# trainer: {max_steps: 1}\n", "is empty, and not options by name"),
+    "a list": ("- a\n", "is a list, and not options by name"),
+    "a text": ("max_steps 1\n", "is text, and not options by name"),
+    "two documents": ("a: 1\n---\nb: 2\n", "is 2 YAML documents, and not options by name"),
+    "a tab": ("trainer:\n\tmax_steps: 1\n", "is not valid YAML: found character .* in line 2"),
+    "a comparison": ("arms: {}\n", "is for `lit-rlhf compare`"),
+    "brackets that are open": ("model: [a, {b\n", "is not valid YAML: .* in line 2"),
+    "a key given twice": ("trainer: {max_steps: 1}\n\ntrainer: {}\n", "'trainer' is given twice in line 3"),
+    "a nested key given twice": ("trainer:\n  max_steps: 1\n  max_steps: 2\n", "'max_steps' is given twice in line 3"),
+    "an alias inside its anchor": ("trainer: &all\n  logger: *all\n", "trainer.logger contains itself: remove the al"),
+    "an alias without an anchor": ("trainer: *all\n", "found undefined alias 'all' in line 1"),
+    "a day that does not exist": ("trainer: {max_steps: 2020-13-41}\n", "is not valid YAML: month must be in"),
+    "a number as a name": ("trainer: {3: 4}\n", "3 is not the name of an option"),
+    "no name": ("~: 4\n", "None is not the name of an option"),
+    "a group that is a number": ("trainer: 3\n", "trainer is 3, and not options by name"),
+    "an option beside class_path": ("model: {class_path: RLOO, num_samples: 2}\n", "put it under init_args"),
+    "a Python object": ("model: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    "Latin-1": ("# für\n".encode("latin-1"), r"is not a text file in UTF-8 \(byte 3\)"),
+    "a folder": (None, "is a folder: give a file in it"),
+}
+"""Configurations that can't be used, and the sentence."""
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_used_gets_one_sentence(case, workspace, capsys):
+    content, sentence = CONFIGURATIONS[case]
+    if content is None:
+        Path("mine.yaml").mkdir()
+    else:
+        Path("mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as stopped:
+        fit("--config=mine.yaml")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert re.search(f"--config 'mine.yaml'.*{sentence}", lines[0])
+
+
+def test_anchors_and_merge_keys_of_yaml_work(workspace, capsys):
+    Path("mine.yaml").write_text("trainer: {<<: {max_steps: 31, max_epochs: 4}, max_epochs: 3}\n")
+    with pytest.raises(SystemExit) as stopped:
+        fit("--config=mine.yaml", "--print_config")
+    assert stopped.value.code == 0
+    assert {"  max_steps: 31", "  max_epochs: 3"} <= set(capsys.readouterr().out.splitlines())
 
 
 INVALID = {
@@ -119,6 +169,12 @@ INVALID = {
     "an unknown option of LoRA": (["--model.lora.rank=4"], "rank"),
     "a column that does not exist": (["--data.prompt_column=question"], "question"),
     "an opponent that is not a column": (["--model.evaluation.compare_to=gpt"], "compare_to='gpt' is not a column"),
+    "a device that does not exist": (["--trainer.accelerator=warp"], "--trainer.accelerator warp: You selected an inv"),
+    "an option without a value": (["--model.num_samples=null"], "--model.num_samples=null: this option needs a value"),
+    "a package that is not installed": (["--trainer.logger=WandbLogger"], "not met. HINT"),
+    "a seed out of range": (["--seed_everything=-1"], "--seed_everything -1: -1 is not in bounds"),
+    "a duration": (["--trainer.max_time=soon"], "--trainer.max_time soon: `Timer(duration='soon')` is not a valid dur"),
+    "a negative learning rate": (["--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
     "the data of another method": (["--model=DPO"], "DPO learns from Preferences and PromptData yields Prompts"),
     "too few prompts": (["--data.batch_size=64"], "64"),
     "a learning rate below the precision": (
@@ -147,6 +203,14 @@ def test_a_failing_reward_keeps_its_traceback(workspace):
 def test_an_error_in_a_users_method_keeps_its_traceback(workspace):
     with pytest.raises(ValueError, match=r"(too many|not enough) values to unpack"):
         fit("--model=mine.Faulty")
+
+
+def test_an_error_in_a_users_constructor_keeps_its_traceback(workspace):
+    (workspace / "own.py").write_text(
+        "class Own:\n    def __init__(self):\n        {}['a']\n\n    def __call__(self, **kwargs):\n        pass\n"
+    )
+    with pytest.raises((KeyError, ValueError), match="'a'"):
+        fit("--model.rewards+={class_path: own.Own}")
 
 
 @pytest.mark.parametrize("option", ["--model=", "--model.rewards+="])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lit_rlhf
 from commands import FAST, SHORT, fit
 from lit_rlhf.cli import main
-from lit_rlhf.cli.parser import CONFIGS
+from lit_rlhf.cli.config_files import CONFIGS
 
 STAND_INS = {
     "quickstart": [

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from commands import SHORT, fit
-from lit_rlhf.cli.errors import UsageError
+from lit_rlhf.cli.config_files import CONFIGS, UsageError, expand_configs
 from lit_rlhf.cli.main import parse_error
-from lit_rlhf.cli.parser import CONFIGS, call_function, expand_configs
+from lit_rlhf.cli.parser import call_function
 
 
 def test_names_of_shipped_configurations_become_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").touch()
+    Path("mine.yaml").write_text("trainer: {}\n")
     path = str(CONFIGS / "paper" / "hh.yaml")
     assert expand_configs(["--config", "paper/hh", "--config=configs/paper/hh.yaml"]) == [
         "--config",
@@ -23,7 +23,9 @@ def test_names_of_shipped_configurations_become_paths(tmp_path, monkeypatch):
     ]
     unchanged = ["-c", "mine.yaml", "--config={trainer: {max_steps: 1}}", "--out", "rloo"]
     assert expand_configs(unchanged) == unchanged
-    with pytest.raises(UsageError, match=r"'../pyproject' is neither a file nor a shipped configuration \(dpo, "):
+    with pytest.raises(
+        UsageError, match=r"'../pyproject' is neither a file nor a shipped configuration: the shipped ones are dpo, "
+    ):
         expand_configs(["--config", "../pyproject"])
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from comparisons import SHORT, read_table, write_config
 from lit_rlhf.cli import main
-from lit_rlhf.cli.parser import CONFIGS
+from lit_rlhf.cli.config_files import CONFIGS
 from lit_rlhf.comparison import compare as compare_module
 from lit_rlhf.comparison.compare import sweep
 from lit_rlhf.comparison.runs import Arm, run_folder

@@ -1,0 +1,86 @@
+"""Failures before the first step that options cause: one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_rlhf.cli.config_files import PROGRAM
+from lit_rlhf.cli.errors import explain
+from lit_rlhf.errors import input_error
+
+PACKAGE = Path(__file__).parent.parent
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+CALLBACKS = str(Path("lightning", "pytorch", "callbacks"))
+MAX_LENGTH = 300
+
+
+def failure(error: BaseException, args: Sequence[str]) -> str | None:
+    """Return the sentence for an error that a command's input caused; None for one that needs its traceback.
+
+    That is an error in the user's code, in this package, or during training. What another library raises while the
+    options are turned into objects, or while the run is set up, is about an option; so are errors of Lightning's
+    callbacks at any time.
+
+    Args:
+        error: What was raised.
+        args: The command's arguments.
+    """
+    if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
+        return str(known)
+    if not isinstance(error, Exception) or any(not is_known(frame.filename) for frame in frames_of_causes(error)):
+        return None
+    empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
+    if "None" in str(error) and empty and "Does not validate" in str(error):
+        return f"{empty[-1]}: this option needs a value"
+    if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
+        return explain(str(error), args, PROGRAM, ()).sentence
+    frames = traceback.extract_tb(error.__traceback__)
+    about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
+    training = not about_options and any(frame.name == "_run_stage" for frame in frames)
+    if training or not is_library(frames[-1].filename):
+        return None
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = f"{text[:MAX_LENGTH]}..." if len(text) > MAX_LENGTH else text
+    place = f"{type(error).__name__} in {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
+    option = named_option(text, args)
+    return f"{option}{': ' if option else ''}{text} ({place})"
+
+
+def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:
+    """Return the frames of an error and of those that led to it."""
+    frames, seen = [], set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        frames += traceback.extract_tb(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    return frames
+
+
+def is_library(filename: str) -> bool:
+    """Return whether a file belongs to Python or an installed package other than this one."""
+    return filename.startswith((*LIBRARIES, "<frozen")) and not filename.startswith(str(PACKAGE))
+
+
+def is_known(filename: str) -> bool:
+    """Return whether a file belongs to a library or to this package, and not to the user."""
+    return is_library(filename) or filename.startswith(str(PACKAGE))
+
+
+def named_option(text: str, args: Sequence[str]) -> str:
+    """Return the option of the command line that a message is about, by its name or else its value, or nothing."""
+    given = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if arg.startswith("--"):
+            option, separator, value = arg.partition("=")
+            value = value if separator else following
+            given.append((option, "" if value.startswith("--") else value))
+    words = set(re.findall(r"[\w.+-]+", text))
+    by_name = [pair for pair in given if pair[0].rpartition(".")[2].strip("-+") in words]
+    by_value = [pair for pair in given if len(pair[1]) > 1 and pair[1] in words]
+    return " ".join((by_name or by_value)[-1]).strip() if by_name or by_value else ""
