@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,8 +22,9 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.training.checks import check_batch_type, check_positions
+from lit_rlhf.training.checks import check_batch_type, check_chat_prompts, check_positions
 from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
+from lit_rlhf.training.guards import Guards
 from lit_rlhf.training.optimization import (
     LossSums,
     check_step_size,
@@ -46,7 +46,7 @@ from lit_rlhf.training.timing import TrainingTimer, peak_memory
 from lit_rlhf.types import Record
 
 
-class Algorithm(LightningModule, ABC):
+class Algorithm(Guards, ABC):
     """An algorithm that trains a language model.
 
     Args:
@@ -113,11 +113,6 @@ class Algorithm(LightningModule, ABC):
         """Number of updates so far; outside `fit`, that of the loaded checkpoint or of the last fit."""
         return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
 
-    @property
-    def data_module(self) -> Any:
-        """The data module of the run; None without one or outside a run."""
-        return getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
@@ -126,6 +121,7 @@ class Algorithm(LightningModule, ABC):
         """
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
+        check_chat_prompts(self.tokenizer, self.data_module, stage)
 
     def configure_model(self) -> None:
         """Load the policy, after the data have been checked.
@@ -180,6 +176,7 @@ class Algorithm(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start timing; free the gradients of the last update, which would add to the memory of the forward pass."""
+        super().on_train_batch_start(batch, batch_idx)
         self.training_timer.start()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad(set_to_none=True)

@@ -35,7 +35,7 @@ class Sampling:
         ValueError: If a value is outside its range.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 256
     min_new_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0

@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.data.sampler import ResumableLoader
 from lit_rlhf.errors import InputError, InputTypeError
@@ -73,6 +74,31 @@ def check_batch_type(algorithm: str, wanted: type[Record] | None, data: Any) -> 
             f"{algorithm} learns from {wanted.__name__} and {type(data).__name__} yields {given.__name__}: give "
             f"--data {DATA_MODULES[wanted]}"
         )
+
+
+def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> None:
+    """Warn if a model with a chat template is trained on plain text that has not been rendered with one."""
+    rows = getattr(data, "train_set", None)
+    if stage != "fit" or not rows or not tokenizer.chat_template:
+        return
+    texts = [row.example.prompt for row in rows[list(range(min(16, len(rows))))]]
+    if not all(isinstance(text, str) and text and not is_rendered(tokenizer, text) for text in texts):
+        return
+    rank_zero_warn(
+        f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model will "
+        "continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
+    )
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text holds a special token, or what opens a user's turn in the chat template."""
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if len(str(token)) > 2]
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
+    except Exception:  # any that a template may raise
+        rendered = ""
+    opening = str(rendered).partition("@@")[0].removeprefix(tokenizer.bos_token or "").split()
+    return any(token in text for token in [*specials, *opening[-1:]])
 
 
 def check_positions(config: Any, role: str, longest: int, max_new_tokens: int) -> None:
@@ -198,10 +224,9 @@ def check_updates(updates: Updates, accumulate: int, batch_size: int | None, cal
         check_num_minibatches(updates.num_minibatches, batch_size)
 
 
-def report_updates(updates: Updates, accumulate: int, importance_ratio: bool) -> None:
-    """Log the number of updates per rollout; warn if most of them are off-policy without a correction."""
-    count = max(1, updates.steps_per_rollout // accumulate)
-    rank_zero_info(f"each rollout is used for {count} update{'s' * (count > 1)}")
+def check_on_policy(updates: Updates, accumulate: int, importance_ratio: bool) -> None:
+    """Warn from three updates per rollout without a correction: most of them are off-policy."""
+    count = updates.steps_per_rollout // accumulate
     if count > 2 and not importance_ratio:
         more = " and set update_epochs to 1" * (updates.update_epochs > 1)
         rank_zero_warn(

@@ -18,10 +18,10 @@ from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
-from lit_rlhf.training import checks
-from lit_rlhf.training.distributed import raise_on_all_ranks
+from lit_rlhf.training import checks, diagnosis
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Prompts
+from lit_rlhf.types import Prompts, Rollout
 
 
 class OnlineHooks(LightningModule):
@@ -46,12 +46,15 @@ class OnlineHooks(LightningModule):
     steps_per_rollout: int
     uses_importance_ratio: bool
     data_module: Any
+    rollout: Rollout | None
+    _movement: diagnosis.MovementCheck
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples: list[dict[str, Any]] = []
         self._evaluator: Evaluator | None = None
         self._validated_at = -1
+        self._diagnosis, self._updates_before = diagnosis.RolloutDiagnosis(), 0
 
     @property
     def reward_weights(self) -> list[float]:
@@ -76,7 +79,7 @@ class OnlineHooks(LightningModule):
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
             checks.check_sampling(self.sampling)
-            checks.report_updates(self.updates, accumulate, self.uses_importance_ratio)
+            checks.check_on_policy(self.updates, accumulate, self.uses_importance_ratio)
 
     def configure_model(self) -> None:
         """Load the policy and keep its initial state as the reference."""
@@ -106,6 +109,21 @@ class OnlineHooks(LightningModule):
         at_start = trainer.global_step == 0 and progress.processed == 0
         if at_start and trainer.enable_validation and not getattr(trainer, "fast_dev_run", False):
             self._validate()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep the number of updates before the step."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._updates_before = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the first rollouts for signs that nothing is learned."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.rollout is None or batch_idx % self.steps_per_rollout or self._diagnosis.done:
+            return
+        facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
+        self._diagnosis.hopeless |= self._movement.nothing_moves
+        fixed_length = self.sampling.min_new_tokens == self.sampling.max_new_tokens
+        self._diagnosis.add(facts, self._updates_before, 0 if fixed_length else self.sampling.max_new_tokens)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""

@@ -1,0 +1,184 @@
+"""Signs of a run that learns nothing. Each gives one warning, once, with the number and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_rlhf.types import Rollout
+
+PATIENCE = 3
+"""Rollouts, or updates, that must show a sign."""
+MIN_EOS_RATE = 0.05
+"""Share of finished completions below which nothing seems to finish."""
+MIN_MOVED = 0.01
+"""Share of the weights with a gradient that an update must change."""
+SAMPLE = 64
+"""Weights of each parameter that are compared."""
+UPDATES_WITHOUT_KL = 5
+"""Updates after which the policy must differ from the reference."""
+SAME_LOGPROBS = 2e-6
+"""Mean difference in nats per token that rounding explains; an update in float32 gives 1e-5 or more."""
+
+
+@dataclass
+class MovementCheck:
+    """Whether updates change the weights, measured on a sample of them until that is known.
+
+    Attributes:
+        unmoved: Updates so far that changed nothing.
+        done: Whether the answer is known.
+    """
+
+    unmoved: int = 0
+    done: bool = False
+
+    @property
+    def nothing_moves(self) -> bool:
+        """Whether a warning has said so."""
+        return self.unmoved == PATIENCE
+
+    def before(self, optimizer: Optimizer | LightningOptimizer) -> list[Tensor]:
+        """Return a sample of the weights before an update."""
+        return [] if self.done else [sample(p).clone() for p in parameters(optimizer)]
+
+    def after(self, optimizer: Optimizer | LightningOptimizer, before: list[Tensor]) -> None:
+        """Compare with the weights after the update. Gradients that are 0, and a warm-up's first half, don't count."""
+        group = optimizer.param_groups[0]
+        if self.done or not before:
+            return
+        counts = torch.zeros(2)
+        for weights, previous in zip(parameters(optimizer), before, strict=True):
+            if weights.grad is not None and weights.grad.shape == weights.shape:
+                gradient = sample(weights.grad)
+                pulled = gradient.isfinite() & (gradient != 0)
+                moved = pulled & (sample(weights) != previous)
+                counts += torch.stack([moved.sum(), pulled.sum()]).float().cpu()
+        moved_share = float(counts[0] / counts[1]) if counts[1] else 1.0
+        self.done = bool(counts[1]) and moved_share >= MIN_MOVED
+        if self.done or not counts[1] or group["lr"] < group.get("initial_lr", 0.0) / 2:
+            return
+        self.unmoved += 1
+        if self.nothing_moves:
+            self.done = True
+            dtype = str(next(iter(parameters(optimizer))).dtype).removeprefix("torch.")
+            hint = "" if dtype == "float32" else f", or train in float32: {dtype} rounds small steps away"
+            rank_zero_warn(
+                f"{PATIENCE} updates with a learning rate of {group['lr']:g} changed {moved_share:.1%} of the weights "
+                f"that have a gradient: nothing is learned; raise model.optimizer.lr{hint}"
+            )
+
+
+@dataclass
+class RolloutDiagnosis:
+    """What the first rollouts of a run show.
+
+    Attributes:
+        rollouts: Number of rollouts so far.
+        completions: Number of completions in them.
+        finished: Number of completions that ended by themselves.
+        varied: Number of groups (rollouts if there is one sample of each prompt) with more than one reward.
+        hopeless: Whether a warning has already explained why the policy stays as it is.
+        kl_known: Whether the KL to the reference has been seen, or found missing.
+    """
+
+    rollouts: int = 0
+    completions: int = 0
+    finished: int = 0
+    varied: int = 0
+    hopeless: bool = False
+    kl_known: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether no more rollouts are needed."""
+        return self.rollouts >= PATIENCE and self.kl_known
+
+    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int) -> None:
+        """Add a rollout and warn about what it completes.
+
+        Args:
+            ranks: `rollout_facts` of each rank.
+            updates: Updates of the run before the rollout.
+            max_new_tokens: Maximum length of a completion; 0 if completions can't end before that.
+        """
+        ranks = list(ranks)
+        total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+        spread = max(rank["highest"] for rank in ranks) - min(rank["lowest"] for rank in ranks)
+        self.rollouts += 1
+        self.completions += int(total["completions"])
+        self.finished += int(total["finished"])
+        self.varied += int(total["varied_groups"]) if total["groups"] else int(spread != 0)
+        if self.rollouts == PATIENCE:
+            self._check_eos(max_new_tokens)
+            self._check_rewards(grouped=bool(total["groups"]))
+        if not self.kl_known:
+            self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates)
+
+    def _check_eos(self, max_new_tokens: int) -> None:
+        if max_new_tokens and self.finished < MIN_EOS_RATE * self.completions:
+            rank_zero_warn(
+                f"{self.finished} of the first {self.completions} completions ended within "
+                f"sampling.max_new_tokens={max_new_tokens}, the others were cut: raise it if they are meant to end"
+            )
+
+    def _check_rewards(self, grouped: bool) -> None:
+        if self.varied:
+            return
+        self.hopeless = True
+        same = "of a prompt had the same reward as the others" if grouped else "had the same reward"
+        rank_zero_warn(
+            f"each of the first {self.completions} completions {same}: there is nothing to learn from; check the "
+            "reward, give easier prompts, or raise num_samples or sampling.temperature"
+        )
+
+    def _check_kl(self, difference: float, updates: int) -> None:
+        self.kl_known = updates > 0 and difference > SAME_LOGPROBS
+        if self.kl_known or updates < UPDATES_WITHOUT_KL:
+            return
+        self.kl_known = True
+        if not self.hopeless:
+            rank_zero_warn(
+                f"the KL to the reference is 0 after {updates} updates: either the updates change nothing (see "
+                "train/grad_norm and train/lr), or the reference was read from a folder that now holds the trained "
+                "policy; give the policy that the run started from"
+            )
+
+
+def rollout_facts(rollout: Rollout) -> dict[str, float]:
+    """Return what `RolloutDiagnosis` needs of a rank's rollout."""
+    completions, valid, rewards = rollout.completions, rollout.valid, rollout.total_rewards
+    highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
+    groups = valid.sum(1) > 1
+    difference = (completions.logprobs - rollout.reference_logprobs).abs().masked_fill(~completions.mask, 0.0)
+    facts = {
+        "completions": torch.tensor(valid.numel()),
+        "finished": completions.finished.sum(),
+        "groups": groups.sum(),
+        "varied_groups": (groups & (highest > lowest)).sum(),
+        "highest": highest.max(),
+        "lowest": lowest.min(),
+        "tokens": completions.mask.sum(),
+        "difference": difference.sum(),
+    }
+    return dict(zip(facts, torch.stack([value.to(rewards) for value in facts.values()]).tolist(), strict=True))
+
+
+def parameters(optimizer: Optimizer | LightningOptimizer) -> list[Any]:
+    """Return the plain parameters of an optimizer; sharded ones are left out."""
+    found = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p for p in found if type(p.data) is Tensor and p.numel()]
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Return some of the elements, at regular distances."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLE)]
