@@ -1,10 +1,11 @@
-"""Summary of a run, printed at its end."""
+"""Summary of a run: what it will do, and its results."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import get_console
 from rich.console import Console
@@ -12,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
+from lit_rlhf.callbacks.growing_batch import GrowingBatch
 from lit_rlhf.callbacks.samples import as_text
 from lit_rlhf.callbacks.utils import format_number, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.training.plan import Plan, cpu_advice
 
 ROWS = {
     "val/reward": "reward",
@@ -28,7 +31,7 @@ ROWS = {
 
 
 class Summary(Callback):
-    """Print the metrics and completions on held-out prompts before and after `fit`, and the paths of the output files.
+    """Print what a run will do; then metrics and completions on held-out prompts before and after, and its files.
 
     "Before" is the first validation of the run, also after a resume; "after" is the last one.
 
@@ -40,10 +43,33 @@ class Summary(Callback):
         self.num_examples = num_examples
         self.first: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
+        self._advised = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output folder."""
         self._folder = run_folder(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the run will do, and whether the CPU has room for it."""
+        if not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        sampling = getattr(module, "sampling", None)
+        plan = Plan(
+            rows=(getattr(getattr(trainer, "datamodule", None), "batch_size", None) or 0) * trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            updates=trainer.estimated_stepping_batches,
+            done=trainer.global_step,
+            num_samples=module.num_samples if sampling else 0,
+            max_new_tokens=sampling.max_new_tokens if sampling else 0,
+            steps_per_rollout=getattr(module, "steps_per_rollout", 1),
+            corrected=getattr(module, "uses_importance_ratio", False),
+            grows=any(isinstance(callback, GrowingBatch) for callback in callbacks),
+        )
+        for label, text in plan.lines().items():
+            get_console().print(Text(f"{label:<14}{text}"), soft_wrap=True)
+        self._advise(trainer, own_load=0.0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics and completions of this validation."""
@@ -57,6 +83,15 @@ class Summary(Callback):
             judge = " ".join(module.judge.names) if "val/judge" in metrics else ""
             self.last = {"step": trainer.global_step, "metrics": metrics, "examples": examples, "judge": judge}
             self.first = self.first or copy.deepcopy(self.last)
+
+            self._advise(trainer, own_load=torch.get_num_threads())
+
+    def _advise(self, trainer: Trainer, own_load: float) -> None:
+        if self._advised or not trainer.is_global_zero or trainer.strategy.root_device.type != "cpu":
+            return
+        if advice := cpu_advice(torch.get_num_threads(), own_load):
+            self._advised = True
+            get_console().print(Text(f"{'CPU':<14}{advice}"), soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first and the last validation."""

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf import callbacks
 from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
+from lit_rlhf.models.sampling import Sampling
 
 
 def fit(make_trainer, *callbacks, module=None, **flags):
@@ -111,6 +112,20 @@ def test_summary_compares_before_and_after_and_lists_the_output_files(make_train
     assert out.count("answer 0") == out.count("answer 12") == 3 and "prompt 2" in out
     for path in ("policy/last", "policy/best", "checkpoints/last.ckpt"):
         assert str(tmp_path / path) in out
+
+
+def test_summary_says_what_the_run_will_do(make_trainer, monkeypatch, capsys):
+    monkeypatch.setattr("lit_rlhf.callbacks.summary.cpu_advice", lambda threads, own: "busy")
+    fit(make_trainer, Summary(), checkpoint := PolicyCheckpoint(), max_steps=6)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["each update   rows of your loader", "this run      6 updates"]
+    assert [line for line in lines if line.startswith("CPU")] == ["CPU           busy"]  # once
+    module = FakeOnlineAlgorithm()
+    module.sampling = Sampling(max_new_tokens=4)
+    make_trainer(Summary(), PolicyCheckpoint()).fit(module, ckpt_path=checkpoint.last_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "updates       2 per rollout: off-policy after the first, not corrected" in lines
+    assert "this run      12 updates, of which 6 are done, 6 rollouts" in lines
 
 
 def test_summary_of_a_resumed_run_keeps_the_first_validation(make_trainer, capsys):
