@@ -68,3 +68,17 @@ def make_trainer(root: Path, **options) -> Trainer:
         log_every_n_steps=1,
     )
     return Trainer(**{**defaults, **options})
+
+
+def training_state(trainer) -> dict:
+    """Return weights, optimizer state, learning rates and the number of updates."""
+    optimizer = trainer.optimizers[0].state_dict()["state"]
+    moments = {f"{i}.{name}": torch.as_tensor(v) for i, state in optimizer.items() for name, v in state.items()}
+    schedule = [torch.tensor(c.scheduler.get_last_lr()) for c in trainer.lr_scheduler_configs]
+    weights = {n: v.clone() for n, v in trainer.lightning_module.state_dict().items()}
+    return {**weights, **moments, "steps": torch.tensor(trainer.global_step), "lr": torch.cat(schedule)}
+
+
+def differing_tensors(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]

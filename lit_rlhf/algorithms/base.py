@@ -121,7 +121,8 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         Raises:
             ValueError: If the data module yields another type of batch, or the Trainer's processes don't fit.
         """
-        check_processes(self.trainer)
+        trainer = self.trainer
+        check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)

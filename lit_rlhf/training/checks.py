@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
+    Strategy,
     XLAStrategy,
 )
 from lightning.pytorch.utilities import rank_zero_warn
@@ -83,26 +84,25 @@ def check_batch_type(algorithm: str, wanted: type[Record] | None, data: Any) -> 
         )
 
 
-def check_processes(trainer: Trainer) -> None:
+def check_processes(strategy: Strategy, world_size: int, devices: int, nodes: int) -> None:
     """Check that the processes train one model together.
 
     Raises:
         ValueError: If the strategy is neither a single device nor DDP, or if a launcher such as torchrun started
             another number of processes than the Trainer knows, which would each run alone, in the same folders.
     """
-    strategy = trainer.strategy
     others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
         raise InputError(
             f"the strategy {type(strategy).__name__} is not supported: models are not sharded; use "
             "--trainer.strategy ddp for several devices, or auto"
         )
-    launched = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else trainer.world_size
-    if not trainer.world_size == launched == trainer.num_devices * trainer.num_nodes:
+    launched = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else world_size
+    if not world_size == launched == devices * nodes:
         raise InputError(
-            f"a launcher such as torchrun started {launched} processes, and the Trainer has "
-            f"devices={trainer.num_devices} x num_nodes={trainer.num_nodes}: set --trainer.strategy ddp with as many "
-            "devices and nodes as processes, or start one process without the launcher"
+            f"a launcher such as torchrun started {launched} processes, and the Trainer has devices={devices} x "
+            f"num_nodes={nodes}: set --trainer.strategy ddp with as many devices and nodes as processes, or start one "
+            "process without the launcher"
         )
 
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_resume import differing_tensors, training_state
 
 import lit_rlhf
-from runs import ONLINE, make_data, make_module, make_trainer
+from runs import ONLINE, differing_tensors, make_data, make_module, make_trainer, training_state
 
 
 class Fail(Callback):

@@ -21,10 +21,8 @@ class OwnDDP(DDPStrategy):
     pass
 
 
-class FakeTrainer:
-    def __init__(self, kind, world_size=1, num_devices=1, num_nodes=1):
-        self.strategy = kind.__new__(kind)
-        self.world_size, self.num_devices, self.num_nodes = world_size, num_devices, num_nodes
+def check(kind, world_size=1, devices=1, nodes=1):
+    check_processes(kind.__new__(kind), world_size, devices, nodes)
 
 
 @pytest.mark.parametrize(
@@ -32,24 +30,23 @@ class FakeTrainer:
 )
 def test_strategy_that_shards_or_compiles_is_refused(kind):
     with pytest.raises(ValueError, match=rf"strategy {kind.__name__} is not supported: .* use --trainer.strategy ddp"):
-        check_processes(FakeTrainer(kind))
+        check(kind)
 
 
 @pytest.mark.parametrize("kind", [DDPStrategy, OwnDDP, SingleDeviceStrategy])
 def test_single_device_and_ddp_are_allowed(kind):
-    check_processes(FakeTrainer(kind))
+    check(kind)
 
 
 @pytest.mark.parametrize("name", ["RLOO", "SFT"])
-def test_launcher_with_another_number_of_processes_is_refused_before_a_model_is_loaded(
-    name, tiny, tmp_path, monkeypatch
-):
+def test_launcher_with_another_number_of_processes_is_refused(name, tiny, tmp_path, monkeypatch):
     """As `torchrun --nproc-per-node 2` with one device: two runs in one folder."""
     for variable, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(variable, value)
-    module = make_module(name, "nowhere")
+    module = make_module(name, tiny)
     with pytest.raises(ValueError, match=r"started 2 processes, and the Trainer has devices=1 x num_nodes=1: set"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data(name))
+    assert "policy" not in module._modules
 
 
 @pytest.mark.parametrize(
@@ -58,19 +55,19 @@ def test_launcher_with_another_number_of_processes_is_refused_before_a_model_is_
 def test_launched_processes_are_devices_times_nodes(environment, refused, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", environment)
-    trainer = FakeTrainer(DDPStrategy, world_size=int(environment), num_devices=2, num_nodes=2)
+    options = dict(world_size=int(environment), devices=2, nodes=2)
     if refused:
         with pytest.raises(ValueError, match=r"devices=2 x num_nodes=2"):
-            check_processes(trainer)
+            check(DDPStrategy, **options)
     else:
-        check_processes(trainer)
+        check(DDPStrategy, **options)
 
 
 def test_variables_that_lightning_leaves_are_no_launcher(monkeypatch):
     """Of a run with two devices, after which the first process evaluates alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    check_processes(FakeTrainer(SingleDeviceStrategy))
+    check(SingleDeviceStrategy)
 
 
 class WithForgottenHead(lit_rlhf.SFT):

@@ -9,7 +9,17 @@ from lightning.pytorch import Callback
 
 import lit_rlhf
 from lit_rlhf.types import Completions, Rollout
-from runs import METHODS, ONLINE, grouped, make_data, make_module, make_trainer, vowels
+from runs import (
+    METHODS,
+    ONLINE,
+    differing_tensors,
+    grouped,
+    make_data,
+    make_module,
+    make_trainer,
+    training_state,
+    vowels,
+)
 
 
 class SaveEverywhere(Callback):
@@ -22,26 +32,12 @@ class SaveEverywhere(Callback):
         trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx:02d}.ckpt")
 
 
-def training_state(trainer) -> dict:
-    """Return weights, optimizer state, learning rates and the number of updates."""
-    optimizer = trainer.optimizers[0].state_dict()["state"]
-    moments = {f"{i}.{name}": torch.as_tensor(v) for i, state in optimizer.items() for name, v in state.items()}
-    schedule = [torch.tensor(c.scheduler.get_last_lr()) for c in trainer.lr_scheduler_configs]
-    weights = {n: v.clone() for n, v in trainer.lightning_module.state_dict().items()}
-    return {**weights, **moments, "steps": torch.tensor(trainer.global_step), "lr": torch.cat(schedule)}
-
-
 def run(name, folder, root, ckpt_path=None, callbacks=(), data=None, trainer=None, **options):
     options.setdefault("lr_scheduler", lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4, decay="cosine"))
     runner = make_trainer(root, callbacks=list(callbacks), max_epochs=2, gradient_clip_val=0.5, **(trainer or {}))
     torch.manual_seed(0)  # initialization of the reward model's head
     runner.fit(make_module(name, folder, **options), make_data(name, **(data or {})), ckpt_path=ckpt_path)
     return training_state(runner)
-
-
-def differing_tensors(a: dict, b: dict) -> list[str]:
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 CASES = {
