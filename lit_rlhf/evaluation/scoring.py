@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lit_rlhf.evaluation.completions import as_completion
 from lit_rlhf.rewards import Scorer, Scores
-from lit_rlhf.tokenization import decode_completions, end_of_turn
+from lit_rlhf.tokenization import decode_completions, encode_prompt, end_of_turn
 from lit_rlhf.types import Completions, Prompts, Text
 
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -67,8 +68,10 @@ def raw_texts(
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the special tokens that may be part of an answer: all but EOS, padding, ... and the end of a turn."""
+    """Return the special tokens that may be part of an answer: not EOS, padding, ... or the markup of turns."""
     others = {getattr(tokenizer, f"{name}_token_id", None) for name in NAMED_TOKENS} | {end_of_turn(tokenizer)}
+    with contextlib.suppress(Exception):  # no template, or one that rejects this prompt
+        others.update(encode_prompt(tokenizer, [{"role": "user", "content": "a"}]))
     return {i: token for i, token in _special(tokenizer).items() if i not in others}
 
 

@@ -21,12 +21,12 @@ def find_hidden_tokens(
         tokens: Special tokens by id.
 
     Returns:
-        Tokens that the code or an attribute of a reward contains, and those in half of the completions (two at least).
+        Tokens that the code or an attribute of a reward contains, and those in half of the completions (four at least).
     """
     text = "\n".join(string for reward in rewards for string in _strings(reward))
     text += re.sub(r"\\(.)", r"\1", text)  # patterns escape brackets
     counts = Counter(i for ids in completion_ids for i in set(ids) & tokens.keys())
-    frequent = {i for i, count in counts.items() if count >= max(2, len(completion_ids) / 2)}
+    frequent = {i for i, count in counts.items() if count >= max(4, len(completion_ids) / 2)}
     return [token for i, token in tokens.items() if i in frequent or token in text]
 
 

@@ -81,10 +81,10 @@ def test_special_tokens_in_most_completions_warn_once(tagged):
 
     scorer = Scorer([blind])
     tokens = {7: "<tool>"}
-    scorer.check_hidden_tokens([[7, 5], [5], [5], [5]], lambda: tokens)  # by chance
+    scorer.check_hidden_tokens([[7, 5], [7], [7], [5]], lambda: tokens)  # by chance
     with pytest.warns(UserWarning, match="don't see <tool>: special tokens are left out"):
-        scorer.check_hidden_tokens([[7, 5], [5, 7]], lambda: tokens)
-    scorer.check_hidden_tokens([[7, 5], [5, 7]], lambda: tokens)
+        scorer.check_hidden_tokens([[7, 5], [5, 7], [7], [7], [5]], lambda: tokens)
+    scorer.check_hidden_tokens([[7, 5], [5, 7], [7], [7], [5]], lambda: tokens)
 
 
 def test_eos_padding_and_the_end_of_a_turn_need_no_warning(tagged):
