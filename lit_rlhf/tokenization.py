@@ -78,19 +78,23 @@ def encode_completion(
     return [*ids, eos] if finished and eos is not None else ids
 
 
-def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
-    """Decode completions as continuations of a prompt, without special tokens."""
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]], skip_special_tokens: bool = True
+) -> list[str]:
+    """Decode completions as continuations of a prompt, by default without special tokens."""
     context_ids = _context_ids(tokenizer)
-    context = _decode(tokenizer, [context_ids])[0]
-    texts = _decode(tokenizer, [context_ids + ids for ids in completions])
+    context = _decode(tokenizer, [context_ids], skip_special_tokens)[0]
+    texts = _decode(tokenizer, [context_ids + ids for ids in completions], skip_special_tokens)
     return [
-        text[len(context) :] if text.startswith(context) else _decode(tokenizer, [ids])[0]
+        text[len(context) :] if text.startswith(context) else _decode(tokenizer, [ids], skip_special_tokens)[0]
         for text, ids in zip(texts, completions, strict=True)
     ]
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
-    return list(tokenizer.batch_decode(list(rows), skip_special_tokens=True))
+def _decode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], skip_special_tokens: bool = True
+) -> list[str]:
+    return list(tokenizer.batch_decode(list(rows), skip_special_tokens=skip_special_tokens))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

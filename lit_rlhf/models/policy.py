@@ -19,7 +19,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
@@ -37,6 +37,7 @@ from lit_rlhf.models.loading import (
 from lit_rlhf.models.probe import probe_policy
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding
+from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
 from lit_rlhf.types import Completions, Prompts
 
@@ -144,7 +145,7 @@ class Policy(nn.Module):
         if not sampling.greedy:
             noise = counter_based_uniform(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
-        stops = StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None
+        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         return decode(decoder, (len(prompts), k), noise, sampling, eos, stops)
 
     # Scoring
