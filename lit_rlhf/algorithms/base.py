@@ -24,7 +24,7 @@ from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.checks import check_batch_type, check_positions
-from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
+from lit_rlhf.training.distributed import gather_on_rank_zero, sum_over_ranks
 from lit_rlhf.training.optimization import (
     LossSums,
     check_step_size,
@@ -249,7 +249,7 @@ class Algorithm(LightningModule, ABC):
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
+        in_flight = gather_on_rank_zero(self.trainer, self.in_flight_state(progress.processed).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         checkpoint["running_state"] = self.running_state()
 

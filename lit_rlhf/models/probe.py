@@ -176,7 +176,8 @@ def logits_are_the_heads(forward: ModelForward, prompts: Prompts) -> bool:
 
     handle = forward.head.register_forward_hook(ramp)
     try:
-        logits = forward.model(input_ids=prompts.tokens, attention_mask=prompts.mask.long()).logits
+        with forward.fast_attention():
+            logits = forward.model(input_ids=prompts.tokens, attention_mask=prompts.mask.long()).logits
     finally:
         handle.remove()
     return len(ramps) == 1 and torch.equal(logits, ramps[0].to(logits.dtype))
