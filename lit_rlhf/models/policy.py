@@ -34,9 +34,10 @@ from lit_rlhf.models.loading import (
     load_causal_lm,
     make_savable,
 )
+from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.probe import probe_policy
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode
-from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding
+from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
 from lit_rlhf.types import Completions, Prompts
@@ -75,6 +76,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.loaded = False
         self.model_forward = ModelForward(self.causal_lm)
+        self._sampling_rows = FittingRows("sampling", "a smaller --model.sampling.batch_size")
+        self._scoring_rows = FittingRows("scoring")
         disable_dropout(self.model)
         self.train()  # Lightning warns of modules in evaluation mode
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
@@ -133,10 +136,12 @@ class Policy(nn.Module):
             epoch: See `seed`.
         """
         self.probe()
-        size = sampling.batch_size or len(prompts)
-        blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
+
+        def sample(rows: slice) -> Completions:
+            return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
+
         with eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
-            parts = [self._sample(fill_padding(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
+            parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
@@ -157,7 +162,13 @@ class Policy(nn.Module):
 
         Differentiable: the gradient runs through the shared prompt too.
         """
-        return self.logprobs_from(self.features(prompts, completions), completions, temperature)
+        self.probe()
+
+        def logprobs(prompts: Prompts, completions: TokenSequences) -> Tensor:
+            features = completion_features(self.model_forward, prompts, completions)
+            return self.logprobs_from(features, completions, temperature)
+
+        return score_in_parts(self._scoring_rows, logprobs, prompts, completions)
 
     def logprobs_from(
         self,
@@ -177,7 +188,11 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "prompts samples tokens features"]:
         """Return the features before each token of the completions: hidden states, or logits. Differentiable."""
         self.probe()
-        return completion_features(self.model_forward, prompts, completions)
+
+        def features(prompts: Prompts, completions: TokenSequences) -> Tensor:
+            return completion_features(self.model_forward, prompts, completions)
+
+        return score_in_parts(self._scoring_rows, features, prompts, completions)
 
     def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         def score(features: Tensor, tokens: Tensor) -> Tensor:
