@@ -114,9 +114,9 @@ class ModelForward:
 def without_cudnn_attention(restore: bool = True) -> Iterator[None]:
     """Turn cuDNN's attention off within this context, unless the user has chosen a backend.
 
-    PyTorch 2.11 to 2.13 prefer it on H100 and newer, where its gradients of padded rows can be NaN, and it builds a plan
-    for every new shape: at each token of a decoding. A choice is the variable TORCH_CUDNN_SDPA_DEPRIORITIZED, or any
-    backend that is off, as within `torch.nn.attention.sdpa_kernel`. To use cuDNN, turn another one off.
+    PyTorch 2.11 to 2.13 prefer it on H100 and newer, where its gradients of padded rows can be NaN, and it builds a
+    plan for every new shape: at each token of a decoding. A choice is the variable TORCH_CUDNN_SDPA_DEPRIORITIZED, or
+    any backend that is off, as within `torch.nn.attention.sdpa_kernel`. To use cuDNN, turn another one off.
 
     Args:
         restore: Whether to turn it on again afterwards.

@@ -95,7 +95,8 @@ def probe_scores(
         limit = rounding(forward) * rms(features) + 3 * noise
         reason = fallback_reason(lambda: shared_features(forward, whole, tokens, owner), features, limit)
         expected, alone = plain(rows), torch.cat([plain([row]) for row in rows])
-        size = rms(features) * float(next(forward.head.parameters()).float().norm())  # a score may be small where its terms are not
+        head = next(forward.head.parameters())
+        size = rms(features) * float(head.float().norm())  # of the terms of a score, which may be small itself
         limit = rounding(forward) * size + 3 * rms(expected - alone)
         reason = reason or fallback_reason(lambda: shared(prompts, tokens, owner, lengths), expected, limit)
     forward.shares_prompt = reason is None
@@ -139,7 +140,7 @@ def probe_plain(forward: ModelForward) -> tuple[Prompts, Tensor, Tensor, float, 
 def rounding(forward: ModelForward) -> float:
     """Return the largest change of a model's output, relative to its size, that rounding explains.
 
-    The change that padding causes does not tell it: in 16 bits it is often exactly 0, where that of another path is not.
+    The change that padding causes is no measure: in 16 bits it is often exactly 0, where that of another path is not.
     """
     dtypes = {compute_dtype(p) for p in forward.model.parameters() if p.is_floating_point()}
     precision = torch.get_float32_matmul_precision()

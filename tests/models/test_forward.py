@@ -29,9 +29,12 @@ def backends(monkeypatch):
             return before(self)
 
     monkeypatch.setattr(ModelForward, "fast_attention", on_cuda)
-    yield lambda model: model.register_forward_pre_hook(
-        lambda *_: seen.add(tuple(name for name in names if states[name]()))
-    ) and seen
+    yield (
+        lambda model: (
+            model.register_forward_pre_hook(lambda *_: seen.add(tuple(name for name in names if states[name]())))
+            and seen
+        )
+    )
     assert all(state() for state in states.values())
 
 
@@ -66,7 +69,14 @@ def test_cudnn_is_off_in_critics_and_reward_models(backends):
 
 
 def small() -> dict:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "pad_token_id",
+    )
     return {name: getattr(make_llama(263).config, name) for name in names} | {"num_labels": 1}
 
 

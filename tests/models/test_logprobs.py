@@ -1,6 +1,5 @@
 """Log-probabilities: every fast path equals the plain one; padding, dropout and new adapters change nothing."""
 
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

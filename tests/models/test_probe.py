@@ -156,7 +156,9 @@ def test_a_wrong_model_is_refused_with_a_warning(fault, dtype):
 def test_a_wrong_critic_is_refused_with_a_warning(dtype):
     config = make_llama(263).config
     config.num_labels = 1
-    model = ScalarModel(AutoModelForSequenceClassification.from_config(config).to(dtype), "the reward model", trained=False)
+    model = ScalarModel(
+        AutoModelForSequenceClassification.from_config(config).to(dtype), "the reward model", trained=False
+    )
     with wrong(loses_a_key), pytest.warns(UserWarning, match="the reward model computes each prompt once per"):
         model.probe()
     assert not model.shares_prompt

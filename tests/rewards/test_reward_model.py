@@ -117,7 +117,9 @@ def test_a_model_that_changes_its_score_afterwards_uses_its_own_forward(tokenize
     model = make_model()
     model.__class__ = Larger
     reward = RewardModel(model, tokenizer)
-    with pytest.warns(UserWarning, match="Larger' computes each prompt once per completion, .* its output would differ"):
+    with pytest.warns(
+        UserWarning, match="Larger' computes each prompt once per completion, .* its output would differ"
+    ):
         scores = reward(["why?"] * 4, ["a", "b", "a", "b"])
     alone = torch.cat([reward(["why?"], [text]) for text in ("a", "b", "a", "b")])
     torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
