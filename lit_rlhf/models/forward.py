@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -89,13 +90,15 @@ class ModelForward:
         return cast(Tensor, self.head(features)) if self.head_apart else features
 
     def fast_attention(self) -> AbstractContextManager[None]:
-        """Return a context in which attention is fast on a CPU.
+        """Return a context in which attention is fast on a CPU, and right on CUDA (see `without_cudnn_attention`).
 
-        Not under gradient checkpointing, since the second forward pass happens outside it.
+        Gradient checkpointing repeats the forward pass outside the context: on a CPU it is then PyTorch's own attention
+        in both, and on CUDA cuDNN's stays off.
         """
-        if self.device.type != "cpu" or checkpoints_activations(self.model):
-            return contextlib.nullcontext()
-        return cpu_attention()
+        checkpoints = checkpoints_activations(self.model)
+        if self.device.type == "cuda":
+            return without_cudnn_attention(restore=not checkpoints)
+        return contextlib.nullcontext() if self.device.type != "cpu" or checkpoints else cpu_attention()
 
     def _arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
         forward = type(self.trunk).forward
@@ -105,6 +108,30 @@ class ModelForward:
         if forward_accepts(forward, "position_ids"):
             arguments["position_ids"] = positions
         return arguments
+
+
+@contextlib.contextmanager
+def without_cudnn_attention(restore: bool = True) -> Iterator[None]:
+    """Turn cuDNN's attention off within this context, unless the user has chosen a backend.
+
+    PyTorch 2.11 to 2.13 prefer it on H100 and newer, where its gradients of padded rows can be NaN, and it builds a
+    plan for every new shape: at each token of a decoding. A choice is the variable TORCH_CUDNN_SDPA_DEPRIORITIZED, or
+    any backend that is off, as within `torch.nn.attention.sdpa_kernel`. To use cuDNN, turn another one off.
+
+    Args:
+        restore: Whether to turn it on again afterwards.
+    """
+    cuda = torch.backends.cuda
+    enabled = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled)
+    if "TORCH_CUDNN_SDPA_DEPRIORITIZED" in os.environ or not all(is_on() for is_on in enabled):
+        yield
+        return
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        if restore:
+            cuda.enable_cudnn_sdp(True)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
@@ -38,10 +38,12 @@ from lit_rlhf.models.loading import (
     make_savable,
     unwrapped,
 )
+from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode
-from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding
+from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
+from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
 from lit_rlhf.types import Completions, Prompts
 
@@ -83,6 +85,8 @@ class Policy(nn.Module):
         self.loaded = False  # whether the base model can be read again from its source
         self.processor_files = processor_files(self.causal_lm.config, local_files_only=True)
         self.model_forward = ModelForward(self.causal_lm)
+        self._sampling_rows = FittingRows("sampling", "a smaller --model.sampling.batch_size")
+        self._scoring_rows = FittingRows("scoring")
         disable_dropout(self.model)
         self.train()  # Lightning warns of modules in evaluation mode
         self.eos_ids = end_of_sequence_ids(self.causal_lm, tokenizer)
@@ -156,10 +160,12 @@ class Policy(nn.Module):
             epoch: See `seed`.
         """
         self.probe()
-        size = sampling.batch_size or len(prompts)
-        blocks = [prompts.rows(slice(start, start + size)) for start in range(0, len(prompts), size)]
+
+        def sample(rows: slice) -> Completions:
+            return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
+
         with eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
-            parts = [self._sample(fill_padding(block.trim()), num_samples, sampling, seed, epoch) for block in blocks]
+            parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
         return parts[0] if len(parts) == 1 else _join(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
@@ -168,7 +174,7 @@ class Policy(nn.Module):
         if not sampling.greedy:
             noise = counter_based_uniform(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
-        stops = StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None
+        stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         return decode(decoder, (len(prompts), k), noise, sampling, eos, stops)
 
     # Scoring
@@ -180,7 +186,13 @@ class Policy(nn.Module):
 
         Differentiable: the gradient runs through the shared prompt too.
         """
-        return self.logprobs_from(self.features(prompts, completions), completions, temperature)
+        self.probe()
+
+        def logprobs(prompts: Prompts, completions: TokenSequences) -> Tensor:
+            features = completion_features(self.model_forward, prompts, completions)
+            return self.logprobs_from(features, completions, temperature)
+
+        return score_in_parts(self._scoring_rows, logprobs, prompts, completions)
 
     def logprobs_from(
         self,
@@ -200,7 +212,11 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "prompts samples tokens features"]:
         """Return the features before each token of the completions: hidden states, or logits. Differentiable."""
         self.probe()
-        return completion_features(self.model_forward, prompts, completions)
+
+        def features(prompts: Prompts, completions: TokenSequences) -> Tensor:
+            return completion_features(self.model_forward, prompts, completions)
+
+        return score_in_parts(self._scoring_rows, features, prompts, completions)
 
     def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         def score(features: Tensor, tokens: Tensor) -> Tensor:

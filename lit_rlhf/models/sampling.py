@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import StoppingCriteria, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
@@ -27,7 +27,8 @@ class Sampling:
         temperature: Divides the logits, in sampling and wherever log-probabilities are computed.
         top_p: Sample from the smallest set of tokens with at least this probability (1: from all).
         top_k: Sample from the k most likely tokens (0: from all).
-        stop: Strings that end a completion, in addition to the end-of-sequence tokens.
+        stop: Strings that end a completion, in addition to the end-of-sequence tokens. They are searched in its text,
+            special tokens included, and stay in it, with what else their last token holds.
         greedy: Take the most likely token.
         batch_size: Number of prompts decoded at a time (None: all), to limit the memory of the cache.
 
@@ -115,7 +116,7 @@ def decode(
     noise: Float[Tensor, "rows length"] | None,
     sampling: Sampling,
     eos: Int[Tensor, " ids"],
-    stops: StoppingCriteria | None = None,
+    stops: Callable[[Tensor], Tensor] | None = None,
 ) -> Completions:
     """Sample until every row has ended or has `max_new_tokens` tokens. Rows that have ended leave the batch.
 
@@ -125,7 +126,7 @@ def decode(
         noise: Uniform numbers, one per row and token; not needed when greedy.
         sampling: The options.
         eos: Ids that end a completion.
-        stops: Criteria that detect completions with a stop string, by their token ids.
+        stops: Finds the rows that a stop string has ended, from their tokens so far.
     """
     logits = decoder.start()
     rows, device, length = logits.shape[0], logits.device, sampling.max_new_tokens
@@ -146,7 +147,7 @@ def decode(
         numbers[:, alive, t] = torch.stack([of_drawn, F.entropy(probabilities, logprobs), sampled_mass])
         ended = torch.isin(drawn, eos)
         if stops is not None:
-            ended |= stops(tokens[alive, : t + 1], None)
+            ended |= stops(tokens[alive, : t + 1])
         if bool(ended.any()):
             finished[alive[ended]] = True
             stay = remaining_rows(ended)

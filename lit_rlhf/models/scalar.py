@@ -18,6 +18,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import add_lora
 from lit_rlhf.models.forward import ModelForward, as_sampled
 from lit_rlhf.models.loading import disable_dropout, embedding_rows, unwrapped
+from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import is_adapter, is_classifier, load_config, load_model, resolve
 from lit_rlhf.models.probe import probe_scores
 from lit_rlhf.models.shared_prompt import (
@@ -28,6 +29,7 @@ from lit_rlhf.models.shared_prompt import (
     filled_tokens,
     last_features,
     prompt_of_row,
+    score_in_parts,
 )
 from lit_rlhf.types import Prompts
 
@@ -54,6 +56,7 @@ class ScalarModel(nn.Module):
         model = unwrapped(model)
         self.model, self.name = model, name
         check_reads_last_token(self.classifier, name)
+        self._fitting_rows = FittingRows(name)
         check_one_label(self.classifier.config, name)
         self.model_forward = ModelForward(self.classifier, head="score")
         head = getattr(self.classifier, "score", None)
@@ -124,12 +127,18 @@ class ScalarModel(nn.Module):
     def values(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples tokens"]:
         """Return a value before each token, at least float32, 0 where masked. Differentiable."""
         self.probe()
+        return score_in_parts(self._fitting_rows, self._values, prompts, completions)
+
+    def _values(self, prompts: Prompts, completions: TokenSequences) -> Tensor:
         features = completion_features(self.model_forward, prompts, completions)
         return value_head(self.model_forward.head, features, completions)
 
     def score(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples"]:
         """Return a score of each completion, read at its last token, at least float32. Differentiable."""
         self.probe()
+        return score_in_parts(self._fitting_rows, self._score, prompts, completions)
+
+    def _score(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples"]:
         n, k, _ = completions.tokens.shape
         mask = completions.mask.flatten(0, 1)
         with as_sampled(self.model):

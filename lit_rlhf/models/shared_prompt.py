@@ -7,8 +7,8 @@ gradient through the cache. Completions of similar length are computed together,
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,10 @@ from transformers import DynamicCache
 
 from lit_rlhf.models.forward import ModelForward, as_sampled, checkpoints_activations
 from lit_rlhf.models.length_groups import groups_of_similar_length
+from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.types import Prompts
+
+SequencesT = TypeVar("SequencesT", bound="TokenSequences")
 
 
 @runtime_checkable
@@ -31,6 +34,22 @@ class TokenSequences(Protocol):
     @property
     def mask(self) -> Tensor:
         """True where a token counts."""
+
+    def rows(self: SequencesT, index: slice) -> SequencesT:
+        """Return the completions of the prompts that `index` selects."""
+
+
+def score_in_parts(
+    fitting: FittingRows,
+    score: Callable[[Prompts, SequencesT], Tensor],
+    prompts: Prompts,
+    completions: SequencesT,
+) -> Tensor:
+    """Score a batch; without gradient, in parts where it runs out of memory."""
+    if torch.is_grad_enabled():
+        return score(prompts, completions)
+    n, k = completions.tokens.shape[:2]
+    return torch.cat(fitting.in_parts(lambda rows: score(prompts.rows(rows), completions.rows(rows)), n, k))
 
 
 def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
+from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options
 from lit_rlhf.models.scalar import ScalarModel, check_one_label, read_config
 from lit_rlhf.tokenization import check_template_kwargs, encode_completion, encode_prompt
@@ -68,6 +69,7 @@ class RewardModel:
         self.pretrained = model
         self.tokenizer_source = model if tokenizer is None else tokenizer
         self.batch_size = batch_size
+        self._fitting_rows = FittingRows(_called(model), "a smaller batch_size of the reward model", "completions")
         self.load_options = {"dtype": dtype, **(load or {})}
         check_template_kwargs(chat_template_kwargs or {})
         self.chat_template_kwargs, self.parse_special_tokens = chat_template_kwargs, parse_special_tokens
@@ -151,14 +153,18 @@ class RewardModel:
         with torch.autocast(self._scorer.model_forward.device.type, enabled=False):
             if (shared := self._shared_batches(rows, self.batch_size)) is not None:
                 for batch in shared:
-                    scores[batch] = self._shared_scores([rows[i] for i in batch]).float().cpu()
+                    scores[batch] = self._in_parts(self._shared_scores, [rows[i] for i in batch])
                 return scores
             joined = [start + end for start, end in rows]
             for batch in _batches(self.batch_size, len(rows), lambda i: -len(joined[i])):  # the largest first
                 for group in groups_of_similar_length([len(joined[i]) for i in batch]):
                     chosen = [batch[i] for i in group]
-                    scores[chosen] = self._scorer.plain_scores([joined[i] for i in chosen]).float().cpu()
+                    scores[chosen] = self._in_parts(self._scorer.plain_scores, [joined[i] for i in chosen])
             return scores
+
+    def _in_parts(self, score: Callable[[list[Any]], Tensor], rows: list[Any]) -> Float[Tensor, " batch"]:
+        parts = self._fitting_rows.in_parts(lambda part: score(rows[part]).float().cpu(), len(rows), 1)
+        return torch.cat(parts)
 
     def _shared_batches(self, rows: list[Row], size: int) -> list[list[int]] | None:
         """Return batches with the completions of a prompt next to each other; None if sharing it saves nothing."""

@@ -139,19 +139,21 @@ def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(start)
 
 
-def decode_completions(tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]]) -> list[str]:
-    """Decode completions as continuations of a prompt, without special tokens."""
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[list[int]], skip_special_tokens: bool = True
+) -> list[str]:
+    """Decode completions as continuations of a prompt, by default without special tokens."""
     before_ids = context_ids(tokenizer)
-    before = _decode(tokenizer, [before_ids])[0]
-    texts = _decode(tokenizer, [before_ids + ids for ids in completions])
+    before = _decode(tokenizer, [before_ids], skip_special_tokens)[0]
+    texts = _decode(tokenizer, [before_ids + ids for ids in completions], skip_special_tokens)
     return [
-        text[len(before) :] if text.startswith(before) else _decode(tokenizer, [ids])[0]
+        text[len(before) :] if text.startswith(before) else _decode(tokenizer, [ids], skip_special_tokens)[0]
         for text, ids in zip(texts, completions, strict=True)
     ]
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
-    return list(tokenizer.batch_decode(list(rows), skip_special_tokens=True))
+def _decode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], skip_special_tokens: bool) -> list[str]:
+    return list(tokenizer.batch_decode(list(rows), skip_special_tokens=skip_special_tokens))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

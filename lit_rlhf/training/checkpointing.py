@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.training.distributed import gather_over_ranks
+from lit_rlhf.training.distributed import gather_on_rank_zero
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.resume import (
@@ -77,7 +77,7 @@ class CheckpointHooks(LightningModule):
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]  # restored by a resume
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
+        in_flight = gather_on_rank_zero(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         if self._options is not None:
             checkpoint["optimization"] = self._options.state_dict()

@@ -28,6 +28,22 @@ def gather_over_ranks(trainer: Trainer, state: dict[Any, Any]) -> list[dict[Any,
     return states
 
 
+def gather_on_rank_zero(trainer: Trainer, state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """Return the states of all ranks on rank 0, and empty ones on the others.
+
+    The states, which may hold all gradients, meet in the memory of rank 0's host: NCCL would gather them on every GPU.
+    """
+    if trainer.world_size == 1:
+        return [state]
+    states: list[Any] = [{} for _ in range(trainer.world_size)]
+    group = torch.distributed.new_group(backend="gloo")
+    try:
+        torch.distributed.gather_object(state, states if trainer.is_global_zero else None, dst=0, group=group)
+    finally:
+        torch.distributed.destroy_process_group(group)
+    return states
+
+
 @contextlib.contextmanager
 def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     """Raise on every rank if the body raises on one, so that all ranks stop and save together instead of waiting."""

@@ -1,7 +1,5 @@
 """Log-probabilities: every fast path equals the plain one; padding, dropout and new adapters change nothing."""
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -202,7 +200,10 @@ def test_a_model_that_ignores_the_attention_mask_is_warned_about():
     torch.manual_seed(0)
     config = AutoConfig.for_model("rwkv", vocab_size=SIZE, hidden_size=32, num_hidden_layers=2)
     policy = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer())
-    with pytest.warns(UserWarning, match="RwkvForCausalLM does not ignore padding .*data.batch_size=1"):
+    with (
+        pytest.warns(UserWarning, match="RwkvForCausalLM does not ignore padding .*data.batch_size=1"),
+        pytest.warns(UserWarning, match="RwkvForCausalLM computes each prompt once per completion"),
+    ):
         policy.probe()
     assert policy.shares_prompt is False  # it ignores the cache, too
 
@@ -341,22 +342,21 @@ def test_frozen_weights_are_shared_with_the_reference_and_not_copied():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_without_a_kv_cache_uses_the_plain_path_and_logs_the_reason(caplog):
+def test_a_model_without_a_kv_cache_uses_the_plain_path_with_a_warning():
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "mamba", vocab_size=SIZE, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0, eos_token_id=2
     )
     policy, (prompts, completions) = Policy(AutoModelForCausalLM.from_config(config), make_tokenizer()), make_input()
-    with caplog.at_level(logging.INFO):
+    with pytest.warns(UserWarning, match="MambaForCausalLM computes each prompt once per completion"):
         actual = value_and_gradient(policy, prompts, completions)
     assert policy.shares_prompt is False
-    assert "MambaForCausalLM computes each prompt once per completion" in caplog.text
     assert_alike(actual, plain_value_and_gradient(policy, prompts, completions))
     drawn = policy.sample(prompts, 3, Sampling(max_new_tokens=5))
     torch.testing.assert_close(drawn.logprobs, policy.logprobs(prompts, drawn).detach(), atol=2e-5, rtol=0)
 
 
-def test_the_plain_path_samples_the_same_as_the_fast_one(monkeypatch, caplog):
+def test_the_plain_path_samples_the_same_as_the_fast_one(monkeypatch):
     fast, plain = make_policy(), make_policy()
 
     def no_cache(*args, **kwargs):
@@ -367,10 +367,9 @@ def test_the_plain_path_samples_the_same_as_the_fast_one(monkeypatch, caplog):
     prompts, _ = make_input()
     sampling = Sampling(max_new_tokens=9, temperature=1.3)
     expected = fast.sample(prompts, 4, sampling)
-    with caplog.at_level(logging.INFO):
+    with pytest.warns(UserWarning, match="without a cache, which is slow: NotImplementedError: no cache here"):
         drawn = plain.sample(prompts, 4, sampling)
     assert fast.shares_prompt and not plain.shares_prompt
-    assert "without a cache: NotImplementedError: no cache here" in caplog.text
     assert drawn.ids() == expected.ids()
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, atol=2e-5, rtol=0)
 

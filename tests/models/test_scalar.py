@@ -342,5 +342,6 @@ def test_the_probe_sees_a_wrong_cache_through_a_head_of_zeros(tiny, monkeypatch)
 
     monkeypatch.setattr(shared_prompt, "select_cache_rows", disturbed)
     critic = Critic.from_pretrained(tiny)
-    critic.probe()
+    with pytest.warns(UserWarning, match="computes each prompt once per completion, which is slow"):
+        critic.probe()
     assert not critic.shares_prompt

@@ -1,5 +1,4 @@
 import copy
-import logging
 import pickle
 
 import pytest
@@ -109,7 +108,7 @@ def test_the_completions_of_a_prompt_share_it(kind, rows):
     assert shared < 0.8 * sum(seen)
 
 
-def test_a_model_that_changes_its_score_afterwards_uses_its_own_forward(tokenizer, caplog):
+def test_a_model_that_changes_its_score_afterwards_uses_its_own_forward(tokenizer):
     class Larger(LlamaForSequenceClassification):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -119,11 +118,12 @@ def test_a_model_that_changes_its_score_afterwards_uses_its_own_forward(tokenize
     model = make_model()
     model.__class__ = Larger
     reward = RewardModel(model, tokenizer)
-    with caplog.at_level(logging.INFO):
+    with pytest.warns(
+        UserWarning, match="Larger' computes each prompt once per completion, .* its output would differ"
+    ):
         scores = reward(["why?"] * 4, ["a", "b", "a", "b"])
     alone = torch.cat([reward(["why?"], [text]) for text in ("a", "b", "a", "b")])
     torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-4)
-    assert "Larger' computes each prompt once per completion: its output would differ" in caplog.text
 
 
 def test_a_prompt_is_not_shared_if_that_saves_nothing(tokenizer):

@@ -1,0 +1,79 @@
+"""No method mixes tensors of the device with tensors of the host, and checkpoints hold none of the device's."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lit_rlhf import callbacks
+from pretended_device import DEVICE, PretendedDevice, tensors_of
+from runs import METHODS, ONLINE, make_data, make_module, make_trainer
+
+STEPS_BEFORE_SAVE = 3  # of 4 on a rollout, and of 2 in an update
+
+
+class SaveInside(Callback):
+    """Saves inside an update and a rollout, and checks what each rank would send to the others."""
+
+    def __init__(self, device: PretendedDevice, path) -> None:
+        self.device, self.path, self.held = device, path, []
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if self.path and trainer.fit_loop.epoch_loop.batch_progress.current.ready == STEPS_BEFORE_SAVE:
+            trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        own = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        self.held += [tensor.shape for tensor in tensors_of(own) if self.device.holds(tensor)]
+
+
+def options_of(name: str) -> dict:
+    if name not in ONLINE:
+        return {}
+    return dict(num_minibatches=4, stop=["ab", "<eos>"], top_k=200)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", METHODS)
+def test_no_operation_mixes_devices(name, ending, tmp_path, record_property):
+    with PretendedDevice() as device:
+        inside = tmp_path / "inside.ckpt"
+        for resumed in (None, inside):
+            saving = SaveInside(device, None if resumed else inside)
+            observers = [callbacks.KLMonitor(), callbacks.GradientNoise()] if name in ONLINE else []
+            strategy = SingleDeviceStrategy(DEVICE, accelerator=CPUAccelerator())
+            trainer = make_trainer(
+                tmp_path,
+                strategy=strategy,
+                accelerator="auto",
+                max_epochs=1,
+                accumulate_grad_batches=2,
+                callbacks=[*observers, saving],
+            )
+            module = make_module(name, ending, **options_of(name))
+            trainer.fit(module, make_data(name), ckpt_path=resumed, weights_only=False if resumed else None)
+            trained = [p for p in module.parameters() if p.requires_grad]
+            assert all(device.holds(p) for p in trained)
+            assert not saving.held
+    record_property("host_syncs", device.syncs)
+    assert not device.findings, "\n".join(dict.fromkeys(device.findings))
+    assert device.syncs > 0
+
+
+def test_a_mixed_operation_is_found():
+    with PretendedDevice() as device:
+        here, host = torch.ones(2, device=DEVICE), torch.ones(2)
+        here * 2 + torch.tensor(1.0) + host.to(DEVICE)
+        assert here.device == DEVICE and (here.cpu() + host).device != DEVICE
+        assert not device.findings
+        here + host
+        torch.tensor([1.0, 2.0], device=DEVICE) * host
+        host[here.long()]
+        here.numpy()
+    assert [finding.split(" at ")[0] for finding in device.findings] == [
+        "aten.add.Tensor",
+        "aten.mul.Tensor",
+        "aten.index.Tensor",
+        "numpy",
+    ]
