@@ -15,9 +15,10 @@ from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.adapters import merged
+from lit_rlhf.models.classifiers import read_config
 from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.scalar import ScalarModel, read_config
+from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.tokenization import pad_token_id
 from lit_rlhf.training.held_out import HeldOutMetrics
 from lit_rlhf.types import Metrics, Preferences

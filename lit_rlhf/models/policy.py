@@ -41,7 +41,7 @@ from lit_rlhf.models.loading import (
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
-from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode
+from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
@@ -166,7 +166,7 @@ class Policy(nn.Module):
 
         with eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
             parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
-        return parts[0] if len(parts) == 1 else _join(parts)
+        return parts[0] if len(parts) == 1 else join_completions(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
         decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
@@ -286,18 +286,3 @@ class Reference:
         """See `Policy.sample`."""
         with self._frozen():
             return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
-
-
-def _join(parts: list[Completions]) -> Completions:
-    """Stack completions of different prompts, padded to the longest."""
-    length = max(part.tokens.shape[-1] for part in parts)
-
-    def pad(tensor: Tensor) -> Tensor:
-        return nn.functional.pad(tensor, (0, length - tensor.shape[-1])) if tensor.ndim == 3 else tensor
-
-    columns = [vars(part.map(pad)) for part in parts]
-    joined: dict[str, Any] = {
-        name: None if first is None else torch.cat([column[name] for column in columns])
-        for name, first in columns[0].items()
-    }
-    return Completions(**joined)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -220,3 +220,18 @@ def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
         return inverse_cdf(kept, noise), kept.sum(-1)
 
     return choose
+
+
+def join_completions(parts: list[Completions]) -> Completions:
+    """Stack completions of different prompts, padded to the longest."""
+    length = max(part.tokens.shape[-1] for part in parts)
+
+    def pad(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1])) if tensor.ndim == 3 else tensor
+
+    columns = [vars(part.map(pad)) for part in parts]
+    joined: dict[str, Any] = {
+        name: None if first is None else torch.cat([column[name] for column in columns])
+        for name, first in columns[0].items()
+    }
+    return Completions(**joined)

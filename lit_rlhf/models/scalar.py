@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import add_lora
+from lit_rlhf.models.classifiers import check_one_label, check_reads_last_token, read_config
 from lit_rlhf.models.forward import ModelForward, as_sampled
 from lit_rlhf.models.loading import disable_dropout, embedding_rows, unwrapped
 from lit_rlhf.models.out_of_memory import FittingRows
-from lit_rlhf.models.pretrained import is_adapter, is_classifier, load_config, load_model, resolve
+from lit_rlhf.models.pretrained import load_model
 from lit_rlhf.models.probe import probe_scores
 from lit_rlhf.models.shared_prompt import (
     TokenSequences,
@@ -261,47 +262,3 @@ def padding_id(config: PreTrainedConfig, pad: int) -> Iterator[None]:
     finally:
         for c, values in zip(configs, before, strict=True):
             vars(c).update(values)
-
-
-def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConfig:
-    """Read the configuration of a model to load.
-
-    Args:
-        source: The hub id or folder.
-        name: Name in messages.
-        **options: Options of `from_pretrained`.
-
-    Raises:
-        ValueError: If it can't be read, is an adapter or an encoder-decoder, or is a sequence-classification model with
-            more than one label.
-    """
-    folder = Path(resolve(source), options.get("subfolder") or "")
-    if is_adapter(resolve(source), **options) and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{name} is an adapter: merge it first, with "
-            "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
-        )
-    config = load_config(source, name, **options)
-    if is_classifier(config):
-        check_one_label(config, name)
-    return config
-
-
-def check_reads_last_token(model: Any, name: str) -> None:
-    """Check that a sequence-classification model is a decoder: an encoder has a head that reads its first token.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    if not hasattr(model, "score") and not causal:
-        raise InputError(
-            f"{name} is a {type(model).__name__}, an encoder, which has another input format: give a decoder-only "
-            "model, or call that one in a reward function"
-        )
-
-
-def check_one_label(config: PreTrainedConfig, name: str) -> None:
-    """Raise a ValueError if a model has more than one label."""
-    if config.num_labels != 1:
-        raise InputError(f"{name} has {config.num_labels} labels: give a model with one label, since it is one number")

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.classifiers import check_one_label, read_config
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options
-from lit_rlhf.models.scalar import ScalarModel, check_one_label, read_config
+from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.tokenization import check_template_kwargs, encode_completion, encode_prompt
 from lit_rlhf.types import Prompts, Text
 
