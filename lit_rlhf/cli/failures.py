@@ -54,7 +54,8 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
 
 def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:
     """Return the frames of an error and of those that led to it."""
-    frames, seen = [], set()
+    frames: list[traceback.FrameSummary] = []
+    seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         frames += traceback.extract_tb(error.__traceback__)
