@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.folders import run_folder
+from lit_rlhf.callbacks.utils import is_fast_dev_run, scalar_metrics, validated_in_fit
 from lit_rlhf.errors import InputError
 
 if TYPE_CHECKING:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -30,15 +28,6 @@ class RolloutCallback(Callback):
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Handle a new rollout, at the end of its first training step."""
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of this run: the first logger's folder, else `default_root_dir`. Call it on all ranks.
-
-    Only local loggers have a folder per run; the folder of a web service's logger may be the working directory.
-    """
-    local = bool(trainer.loggers) and isinstance(trainer.loggers[0], TensorBoardLogger | CSVLogger)
-    return Path((trainer.log_dir if local else None) or trainer.default_root_dir)
 
 
 def completion_kl(rollout: Rollout) -> Float[Tensor, "prompts samples"]:
