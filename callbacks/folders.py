@@ -23,10 +23,8 @@ try:
 except ImportError:  # Windows has no advisory locks: no leftovers are removed there
     fcntl = None  # type: ignore[assignment]
 
-FOLDERS = {TrainerFn.FITTING: "version", TrainerFn.VALIDATING: "validate", TrainerFn.TESTING: "test"}
-"""Names of run folders, without their number; a prediction has none."""
-
-_folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+_folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()  # that all ranks agreed on
+_claimed: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()  # of the first rank
 _held: dict[Path, int] = {}  # descriptors of the folders that this process claimed: they hold the locks
 
 
@@ -47,13 +45,8 @@ def run_folder(trainer: Trainer) -> Path:
 
 def claim_run_folder(trainer: Trainer, kind: str) -> Path:
     """Create the folder of this run, such as `version_3` for the kind `version`. Call it on the first rank only."""
-    root = Path(trainer.default_root_dir)
-    path = claim_folder(root, kind)
-    _claimed[trainer] = path
-    return path
-
-
-_claimed: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+    _claimed[trainer] = claim_folder(Path(trainer.default_root_dir), kind)
+    return _claimed[trainer]
 
 
 def claim_folder(root: Path, kind: str = "version") -> Path:
