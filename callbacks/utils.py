@@ -12,7 +12,19 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lit_rlhf import functional as F
+from lit_rlhf.training.files import run_folder
 from lit_rlhf.types import Rollout
+
+__all__ = [
+    "RolloutCallback",
+    "completion_kl",
+    "concatenate_over_ranks",
+    "format_number",
+    "is_fast_dev_run",
+    "run_folder",
+    "scalar_metrics",
+    "validated_in_fit",
+]
 
 
 class RolloutCallback(Callback):

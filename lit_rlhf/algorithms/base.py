@@ -6,25 +6,24 @@ import math
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import load_tokenizer
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions
-from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
+from lit_rlhf.training.distributed import sum_over_ranks
 from lit_rlhf.training.optimization import (
     LossSums,
     check_step_size,
@@ -33,20 +32,12 @@ from lit_rlhf.training.optimization import (
     gradient_norms,
     scale_gradients,
 )
-from lit_rlhf.training.resume import (
-    InFlight,
-    StepLayout,
-    check_weights,
-    fix_loop_progress,
-    load_progress,
-    save_progress,
-)
 from lit_rlhf.training.schedules import Warmup
-from lit_rlhf.training.timing import TrainingTimer, peak_memory
+from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
 
 
-class Algorithm(LightningModule, ABC):
+class Algorithm(CheckpointHooks, ABC):
     """An algorithm that trains a language model.
 
     Args:
@@ -63,10 +54,6 @@ class Algorithm(LightningModule, ABC):
     policy: Policy
     batch_type: type[Record] | None = None
     """Type of the batches that the data module must yield."""
-    export_prefix = "policy.model."
-    """Prefix in the `state_dict` of the model that `export` writes."""
-    steps_per_rollout = 1
-    """Training steps on one batch of the data module."""
     max_new_tokens = 0
     """Maximum number of tokens sampled after a prompt."""
 
@@ -83,13 +70,7 @@ class Algorithm(LightningModule, ABC):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.seed = 0
         self.strict_loading = False  # checkpoints do not hold the weights under an adapter
-        self.training_timer = TrainingTimer()
-        self.running_statistics: dict[str, Any] = {}  # dataclasses of numbers that training updates, by name
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._snapshot: dict[str, Any] | None = None
-        self._loss_sums = LossSums()
-        self._in_flight = InFlight()  # of the checkpoint that is resumed, until it is restored
-        self._updates_loaded: int | None = None  # updates of the run whose checkpoint or result is evaluated
         self.pretrained = "" if isinstance(policy, Policy) else str(policy)
         if isinstance(policy, Policy):
             if lora is not None or load:
@@ -107,11 +88,6 @@ class Algorithm(LightningModule, ABC):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.pretrained, **self.load_options)
         return self._tokenizer
-
-    @property
-    def updates_done(self) -> int:
-        """Number of updates so far; outside `fit`, that of the loaded checkpoint or of the last fit."""
-        return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
 
     @property
     def data_module(self) -> Any:
@@ -224,10 +200,6 @@ class Algorithm(LightningModule, ABC):
         """Write the model's files into a folder."""
         self.policy.save(folder)
 
-    @property
-    def _trained_model(self) -> PreTrainedModel | PeftModel:
-        return cast("PreTrainedModel | PeftModel", self.get_submodule(self.export_prefix.removesuffix(".")))
-
     def export_snapshot(self) -> dict[str, Any]:
         """Return everything that an export needs besides the weights."""
         found = snapshot(self._trained_model, self.tokenizer)
@@ -235,65 +207,3 @@ class Algorithm(LightningModule, ABC):
             return {**found, "source": ""}
         revision = self.load_options.get("revision") if found["source"] == self.pretrained else None
         return {**found, "revision": revision}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
-
-        The trained model is the adapter with LoRA, otherwise the whole model, including its frozen layers.
-        """
-        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        if not isinstance(self._trained_model, PeftModel):
-            frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
-        self._snapshot = self._snapshot or self.export_snapshot()
-        checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
-        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
-        save_progress(checkpoint, self._step_layout, in_flight)
-        checkpoint["running_state"] = self.running_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the saved state and correct Lightning's loop progress."""
-        self.seed = checkpoint.get("seed", self.seed)
-        self.training_timer = TrainingTimer(checkpoint.get("training_seconds", 0.0))
-        self._updates_loaded = checkpoint.get("global_step")
-        self.load_running_state(checkpoint.get("running_state", {}))
-        check_weights(self.named_parameters(), checkpoint["state_dict"])
-        if "loops" in checkpoint:
-            fix_loop_progress(checkpoint["loops"]["fit_loop"])
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
-
-    def running_state(self) -> dict[str, Any]:
-        """Return the running statistics as plain data."""
-        return {name: dict(vars(record)) for name, record in self.running_statistics.items()}
-
-    def load_running_state(self, state: dict[str, Any]) -> None:
-        """Restore what `running_state` returned."""
-        for name, record in self.running_statistics.items():
-            vars(record).update(state.get(name, {}))
-
-    def in_flight_state(self, steps_done: int) -> InFlight:
-        """Return what this rank needs to resume after `steps_done` steps of the epoch."""
-        state = InFlight()
-        if steps_done % self.trainer.accumulate_grad_batches:
-            state.add_update(self.named_parameters(), self._loss_sums)
-        return state
-
-    def on_train_start(self) -> None:
-        """Restore an update in progress, and fail early if the model cannot be saved."""
-        self._updates_loaded = None
-        self._snapshot = self._snapshot or self.export_snapshot()
-        if "policy" in self._modules:
-            self.policy.new_adapter = False  # the next algorithm's reference is the policy that this one leaves
-        self._loss_sums = self._in_flight.restore_update(self.named_parameters())
-
-    def on_fit_end(self) -> None:
-        """Keep the number of updates, for a Trainer that evaluates the trained policy."""
-        self._updates_loaded = self.trainer.global_step
-
-    @property
-    def _step_layout(self) -> StepLayout:
-        return StepLayout(self.steps_per_rollout, self.trainer.accumulate_grad_batches)

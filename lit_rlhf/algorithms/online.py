@@ -42,8 +42,7 @@ from lit_rlhf.training.logging import (
     mean_reward_metrics,
     reduce_rollout_metrics,
 )
-from lit_rlhf.training.resume import InFlight, restore_on_error
-from lit_rlhf.training.timing import PhaseTimer
+from lit_rlhf.training.resume import restore_on_error
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Completions, Metrics, Prompts, Rollout
 
@@ -103,10 +102,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
-        self.rollout: Rollout | None = None  # the current one, collected at its first training step
         self.running_statistics["rewards"] = RewardStatistics()
-        self.timer = PhaseTimer()
-        self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
 
     # What a method overrides
 
@@ -282,18 +278,3 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         self.log_dict(scalars, sync_dist=True, batch_size=1)
         self.metric_sums = add_loss_metrics(self.metric_sums, metrics)
         self.log_dict(mean_loss_metrics(self.metric_sums, self.sum_over_ranks), batch_size=1)
-
-    def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
-        """Return the seconds of a rollout by phase after its last step, and nothing before."""
-        self.timer.end_step()
-        if (batch_idx + 1) % self.steps_per_rollout or self.rollout is None:
-            return {}
-        tokens = self.sum_over_ranks(self.rollout.completions.mask.sum().float())
-        return self.timer.metrics(int(tokens))
-
-    def in_flight_state(self, steps_done: int) -> InFlight:
-        """Return what this rank needs to resume: inside a rollout, the rollout too."""
-        state = super().in_flight_state(steps_done)
-        if steps_done % self.steps_per_rollout and self.rollout is not None:
-            state.add_rollout(self.rollout, self.metric_sums, self.timer.so_far())
-        return state

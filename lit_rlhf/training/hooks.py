@@ -1,4 +1,4 @@
-"""Lightning hooks of algorithms that sample: checks, setup of the models, validation, test and prediction."""
+"""Lightning hooks of algorithms that sample: checks, setup of the models, timing, validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lit_rlhf.evaluation.completions import completion_texts
@@ -15,23 +15,25 @@ from lit_rlhf.evaluation.evaluator import Evaluator, prediction_rows
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
-from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.policy import Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks
-from lit_rlhf.training.distributed import raise_on_all_ranks
+from lit_rlhf.training.checkpointing import CheckpointHooks
+from lit_rlhf.training.distributed import raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.resume import InFlight
+from lit_rlhf.training.timing import PhaseTimer
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Prompts
+from lit_rlhf.types import Prompts, Rollout
 
 
-class OnlineHooks(LightningModule):
+class OnlineHooks(CheckpointHooks):
     """Mixin of `lit_rlhf.OnlineAlgorithm` with the hooks around its training loop.
 
     Attributes:
         examples: Greedy completions of the first held-out prompts, from the last evaluation.
     """
 
-    policy: Policy
     reference: Reference
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
@@ -41,9 +43,6 @@ class OnlineHooks(LightningModule):
     updates: Updates
     num_samples: int
     kl_coef: float
-    seed: int
-    updates_done: int
-    steps_per_rollout: int
     uses_importance_ratio: bool
     data_module: Any
 
@@ -52,6 +51,9 @@ class OnlineHooks(LightningModule):
         self.examples: list[dict[str, Any]] = []
         self._evaluator: Evaluator | None = None
         self._validated_at = -1
+        self.rollout: Rollout | None = None  # the current one, collected at its first training step
+        self.timer = PhaseTimer()
+        self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
 
     @property
     def reward_weights(self) -> list[float]:
@@ -162,3 +164,18 @@ class OnlineHooks(LightningModule):
         texts = completion_texts(self.tokenizer, batch, completions)
         scores = score(self.scorer, batch, completions, texts, self.trainer_state())
         return prediction_rows(batch, completions, texts, scores)
+
+    def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
+        """Return the seconds of a rollout by phase after its last step, and nothing before."""
+        self.timer.end_step()
+        if (batch_idx + 1) % self.steps_per_rollout or self.rollout is None:
+            return {}
+        tokens = sum_over_ranks(self.trainer, self.rollout.completions.mask.sum().float())
+        return self.timer.metrics(int(tokens))
+
+    def in_flight_state(self, steps_done: int) -> InFlight:
+        """Return what this rank needs to resume: inside a rollout, the rollout too."""
+        state = super().in_flight_state(steps_done)
+        if steps_done % self.steps_per_rollout and self.rollout is not None:
+            state.add_rollout(self.rollout, self.metric_sums, self.timer.so_far())
+        return state

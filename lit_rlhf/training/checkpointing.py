@@ -1,0 +1,118 @@
+"""Lightning hooks of every algorithm for its checkpoints: what they hold besides weights, and how a run resumes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.training.distributed import gather_over_ranks
+from lit_rlhf.training.optimization import LossSums
+from lit_rlhf.training.resume import (
+    InFlight,
+    StepLayout,
+    check_weights,
+    fix_loop_progress,
+    load_progress,
+    save_progress,
+)
+from lit_rlhf.training.timing import TrainingTimer
+
+
+class CheckpointHooks(LightningModule):
+    """Mixin of `lit_rlhf.Algorithm` with the hooks that write and read checkpoints."""
+
+    policy: Policy
+    seed: int
+    export_prefix = "policy.model."
+    """Prefix in the `state_dict` of the model that `export` writes."""
+    steps_per_rollout = 1
+    """Training steps on one batch of the data module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_timer = TrainingTimer()
+        self.running_statistics: dict[str, Any] = {}  # dataclasses of numbers that training updates, by name
+        self._snapshot: dict[str, Any] | None = None
+        self._loss_sums = LossSums()
+        self._in_flight = InFlight()  # of the checkpoint that is resumed, until it is restored
+        self._updates_loaded: int | None = None  # updates of the run whose checkpoint or result is evaluated
+
+    def export_snapshot(self) -> dict[str, Any]:
+        """Return everything that an export needs besides the weights."""
+        raise NotImplementedError
+
+    @property
+    def updates_done(self) -> int:
+        """Number of updates so far; outside `fit`, that of the loaded checkpoint or of the last fit."""
+        return self.trainer.global_step if self._updates_loaded is None else self._updates_loaded
+
+    @property
+    def _trained_model(self) -> PreTrainedModel | PeftModel:
+        return cast("PreTrainedModel | PeftModel", self.get_submodule(self.export_prefix.removesuffix(".")))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
+
+        The trained model is the adapter with LoRA, otherwise the whole model, including its frozen layers.
+        """
+        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        if not isinstance(self._trained_model, PeftModel):
+            frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
+        checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
+        self._snapshot = self._snapshot or self.export_snapshot()
+        checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
+        in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
+        save_progress(checkpoint, self._step_layout, in_flight)
+        checkpoint["running_state"] = self.running_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the saved state and correct Lightning's loop progress."""
+        self.seed = checkpoint.get("seed", self.seed)
+        self.training_timer = TrainingTimer(checkpoint.get("training_seconds", 0.0))
+        self._updates_loaded = checkpoint.get("global_step")
+        self.load_running_state(checkpoint.get("running_state", {}))
+        check_weights(self.named_parameters(), checkpoint["state_dict"])
+        if "loops" in checkpoint:
+            fix_loop_progress(checkpoint["loops"]["fit_loop"])
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
+
+    def running_state(self) -> dict[str, Any]:
+        """Return the running statistics as plain data."""
+        return {name: dict(vars(record)) for name, record in self.running_statistics.items()}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore what `running_state` returned."""
+        for name, record in self.running_statistics.items():
+            vars(record).update(state.get(name, {}))
+
+    def in_flight_state(self, steps_done: int) -> InFlight:
+        """Return what this rank needs to resume after `steps_done` steps of the epoch."""
+        state = InFlight()
+        if steps_done % self.trainer.accumulate_grad_batches:
+            state.add_update(self.named_parameters(), self._loss_sums)
+        return state
+
+    def on_train_start(self) -> None:
+        """Restore an update in progress, and fail early if the model cannot be saved."""
+        self._updates_loaded = None
+        self._snapshot = self._snapshot or self.export_snapshot()
+        if "policy" in self._modules:
+            self.policy.new_adapter = False  # the next algorithm's reference is the policy that this one leaves
+        self._loss_sums = self._in_flight.restore_update(self.named_parameters())
+
+    def on_fit_end(self) -> None:
+        """Keep the number of updates, for a Trainer that evaluates the trained policy."""
+        self._updates_loaded = self.trainer.global_step
+
+    @property
+    def _step_layout(self) -> StepLayout:
+        return StepLayout(self.steps_per_rollout, self.trainer.accumulate_grad_batches)
