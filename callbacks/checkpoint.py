@@ -13,10 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.callbacks.folders import run_folder
 from lit_rlhf.callbacks.saving import SavingFailed, Unwritten, export_policy, use_checkpoint_files, write_checkpoint
 from lit_rlhf.callbacks.sources import is_source, model_folders
-from lit_rlhf.callbacks.utils import is_fast_dev_run, validated_in_fit
+from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
 from lit_rlhf.errors import InputError, InputTypeError
 
 

@@ -12,8 +12,7 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from lit_rlhf.callbacks.folders import run_folder
-from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run
+from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run, run_folder
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import get_console
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
-from lit_rlhf.callbacks.folders import is_removed, run_folder
 from lit_rlhf.callbacks.saving import SavingFailed, use_checkpoint_files, write_checkpoint
-from lit_rlhf.callbacks.utils import validated_in_fit
+from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
 from lit_rlhf.errors import InputError
+from lit_rlhf.training.files import is_removed, release_if_empty
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
@@ -69,6 +69,7 @@ class SaveOnSignal(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the previous handlers and the Trainer's limits."""
         self._restore_handlers()
+        release_if_empty(self._folder)
         if self._limits is not None:
             loop = trainer.fit_loop
             trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-MAX_DEPTH, MAX_ITEMS = 6, 100
-"""How deep to look (a list of weighted rewards that hold the name of a model is 5 deep), and in how long lists."""
+MAX_DEPTH, MAX_ITEMS = 16, 100
+"""How deep to look (objects count twice: a list of weighted rewards that name a model is 10 deep), in how long lists."""
 
 
 def is_source(folder: Path, sources: Iterable[Path]) -> bool:

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
 from lit_rlhf.callbacks.samples import as_text
-from lit_rlhf.callbacks.folders import run_folder
-from lit_rlhf.callbacks.utils import format_number, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.utils import format_number, run_folder, scalar_metrics, validated_in_fit
 
 ROWS = {
     "val/reward": "reward",

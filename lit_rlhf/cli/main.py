@@ -18,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import __version__, callbacks
 from lit_rlhf.algorithms import Algorithm
-from lit_rlhf.callbacks.folders import release_if_empty
 from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.errors import PROGRAM, UsageError
 from lit_rlhf.cli.parser import CommandLineParser, call_function, expand_configs
@@ -26,6 +25,7 @@ from lit_rlhf.cli.run_files import RunConfig, give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
 from lit_rlhf.errors import input_error
+from lit_rlhf.training.files import release_if_empty
 
 CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": callbacks.PolicyCheckpoint,
@@ -39,10 +39,6 @@ DESCRIPTION = (
     "Align language models with human feedback. Two more commands have a --help of their own: `lit-rlhf export` writes "
     "the model of a checkpoint to a folder, `lit-rlhf compare` runs several methods side by side."
 )
-
-
-FOLDERS = {"fit": "version", "validate": "validate", "test": "test", "predict": "predict"}
-"""Names of the run folders of each command, without their number."""
 
 
 class RLHFCommandLine(LightningCLI):
@@ -77,7 +73,7 @@ class RLHFCommandLine(LightningCLI):
         """Create the Trainer and its folder; its default loggers are TensorBoard and `metrics.csv`."""
         default_loggers = self._get(self.config_init, "trainer.logger") in (None, True)
         trainer = super().instantiate_trainer(**kwargs, **({"logger": False} if default_loggers else {}))
-        self.folder = give_folder(trainer, FOLDERS[str(self.subcommand)], default_loggers)
+        self.folder = give_folder(trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

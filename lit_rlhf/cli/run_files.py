@@ -12,9 +12,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_rlhf.callbacks.folders import claim_run_folder, run_folder
 from lit_rlhf.callbacks.utils import is_fast_dev_run
 from lit_rlhf.cli.errors import import_object
+from lit_rlhf.training.files import claim_run_folder, run_folder
 
 FOLDER_OPTIONS = ("save_dir", "offline_directory")
 """Options of Lightning's loggers that say where they write."""

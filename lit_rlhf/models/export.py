@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.models.fingerprint import fingerprint
 
 BASE_CONFIG = "base_config"
 
@@ -91,17 +90,6 @@ def check_replaceable(folder: Path) -> None:
     if names and not names & {"config.json", "adapter_config.json"}:
         some = ", ".join(sorted(names)[:3])
         raise InputError(f"--out {str(folder)!r} holds something other than a model ({some}): give another folder")
-
-
-def fingerprint(model: Any) -> str:
-    """Hash the base model's 1-D parameters, to detect a base model that changed under an adapter."""
-    digest = hashlib.sha256()
-    wrapped = re.compile(r"\.(base_layer|original_module)\b")
-    plain = {wrapped.sub("", name): weight for name, weight in model.named_parameters() if weight.ndim == 1}
-    for name, weight in sorted(plain.items()):
-        if "lora_" not in name and "modules_to_save" not in name:
-            digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merge: bool) -> None:

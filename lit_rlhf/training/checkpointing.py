@@ -9,15 +9,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.distributed import gather_over_ranks
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.training.resume import (
     InFlight,
     StepLayout,
+    check_identity,
     check_weights,
     fix_loop_progress,
     load_progress,
+    save_identity,
     save_progress,
 )
 from lit_rlhf.training.timing import TrainingTimer
@@ -55,6 +58,14 @@ class CheckpointHooks(LightningModule):
     def _trained_model(self) -> PreTrainedModel | PeftModel:
         return cast("PreTrainedModel | PeftModel", self.get_submodule(self.export_prefix.removesuffix(".")))
 
+    @property
+    def _start(self) -> str:
+        """Fingerprint of the weights that training started from, where it still depends on them; else empty."""
+        model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
+        if "policy" in self._modules:
+            return self.policy.start if adapted or hasattr(self, "reference") else ""
+        return fingerprint(cast(PeftModel, model).get_base_model()) if adapted else ""
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
 
@@ -70,10 +81,14 @@ class CheckpointHooks(LightningModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current  # restored by a resume
         in_flight = gather_over_ranks(self.trainer, self.in_flight_state(progress.processed).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
+        save_identity(checkpoint, type(self).__name__, self._start)
         checkpoint["running_state"] = self.running_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""
+        trainer = self._trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        check_identity(checkpoint, type(self).__name__ if fitting else "", self._start)
         self.seed = checkpoint.get("seed", self.seed)
         self.training_timer = TrainingTimer(checkpoint.get("training_seconds", 0.0))
         self._updates_loaded = checkpoint.get("global_step")
@@ -81,8 +96,7 @@ class CheckpointHooks(LightningModule):
         check_weights(self.named_parameters(), checkpoint["state_dict"])
         if "loops" in checkpoint:
             fix_loop_progress(checkpoint["loops"]["fit_loop"])
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        if trainer is not None and fitting:
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
 
     def running_state(self) -> dict[str, Any]:
