@@ -240,4 +240,3 @@ class PolicyCheckpoint(Checkpoint):
                 f"{names}; monitor one of these, or set save_best=False"
             )
         self._warned = True
-

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, survive_full_disk, validated_in_fit
 from lit_rlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,13 +71,15 @@ class Curves(Callback):
         if validated_in_fit(trainer):
             self._record(trainer, "val")
             if self._enabled and time.monotonic() - self._drawn >= self.every_n_seconds:
-                draw(self.history, self._path)
+                with survive_full_disk(self._path.name):
+                    draw(self.history, self._path)
                 self._drawn = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole run, including a validation that the module runs at the end of training."""
         if self._enabled:
-            draw(self.history, self._path)
+            with survive_full_disk(self._path.name):
+                draw(self.history, self._path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curves so far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -100,6 +101,8 @@ class SaveOnSignal(Callback):
         received = self._received is not None or removed
         if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
             if trainer.strategy.broadcast(removed):
+                with contextlib.suppress(OSError):
+                    self._folder.mkdir(parents=True, exist_ok=True)  # the loggers need it to end
                 error = InputError(f"the folder of this run, {str(self._folder)!r}, was removed or moved: the run ends")
                 error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
                 raise error

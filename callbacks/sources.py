@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 MAX_DEPTH, MAX_ITEMS = 16, 100
-"""How deep to look (objects count twice: a list of weighted rewards that name a model is 10 deep), in how long lists."""
+"""How deep to look (objects count twice: a list of weighted rewards that name a model is 10 deep); longest list."""
 
 
 def is_source(folder: Path, sources: Iterable[Path]) -> bool:

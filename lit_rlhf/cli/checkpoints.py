@@ -35,22 +35,19 @@ def resolve_checkpoint(given: str, root: Path, may_be_missing: bool = False) -> 
         path = Path(given).expanduser()
         _check(path)
         return path
-    path, content = _newest(given, root)
-    if path is None:
+    newest, content = _newest(given, root)
+    if newest is None:
         if may_be_missing and given == "last":
             rank_zero_info(f"--ckpt_path last: there is no checkpoint in {str(root)!r} yet, so training starts anew")
             return None
         raise InputFileNotFoundError(f"--ckpt_path {given}: there is no checkpoint in {str(root)!r}")
     if given == "best":
-        _check_best(content, path)
-    check_file(path)
-    rank_zero_info(f"--ckpt_path {given}: {path}, saved after {content['global_step']} updates")
-    return path
+        _check_best(content, newest)
+    rank_zero_info(f"--ckpt_path {given}: {newest}, saved after {content['global_step']} updates")
+    return newest
 
 
-def export(
-    ckpt_path: str | Path, out: str | Path, merge: bool = False, default_root_dir: str | Path = "runs"
-) -> Path:
+def export(ckpt_path: str | Path, out: str | Path, merge: bool = False, default_root_dir: str | Path = "runs") -> Path:
     """Write the folder of the model or adapter that a training checkpoint holds.
 
     Args:

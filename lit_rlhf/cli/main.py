@@ -18,10 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import __version__, callbacks
 from lit_rlhf.algorithms import Algorithm
+from lit_rlhf.callbacks.run_config import RunConfig
 from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.errors import PROGRAM, UsageError
 from lit_rlhf.cli.parser import CommandLineParser, call_function, expand_configs
-from lit_rlhf.cli.run_files import RunConfig, give_folder, place_loggers
+from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
 from lit_rlhf.errors import input_error
@@ -73,7 +74,9 @@ class RLHFCommandLine(LightningCLI):
         """Create the Trainer and its folder; its default loggers are TensorBoard and `metrics.csv`."""
         default_loggers = self._get(self.config_init, "trainer.logger") in (None, True)
         trainer = super().instantiate_trainer(**kwargs, **({"logger": False} if default_loggers else {}))
-        self.folder = give_folder(trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers)
+        self.folder = give_folder(
+            trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers
+        )
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -7,35 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.callbacks.utils import is_fast_dev_run
 from lit_rlhf.cli.errors import import_object
-from lit_rlhf.training.files import claim_run_folder, run_folder
+from lit_rlhf.training.files import claim_run_folder
 
 FOLDER_OPTIONS = ("save_dir", "offline_directory")
 """Options of Lightning's loggers that say where they write."""
-
-
-class RunConfig(SaveConfigCallback):
-    """Write `config.yaml` into the run's folder, where Lightning's writes it into that of the first logger."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "save_to_log_dir": False})
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file."""
-        self.folder = run_folder(trainer)
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, on the first rank."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / self.config_filename
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class MetricsLogger(CSVLogger):
@@ -123,10 +104,9 @@ def give_folder(trainer: Trainer, kind: str, default_loggers: bool) -> Path | No
 
 
 def _use_folder(logger: CSVLogger | TensorBoardLogger, root: Path, version: str) -> None:
-    """Let a logger of the user's that writes below `root` without a version of its own use the run's."""
+    """Let a logger of the user's that writes below `root` without a chosen version use the run's."""
     place = Path(logger.save_dir).expanduser().resolve()
     if logger._version is None and place.is_relative_to(root.resolve()):  # not yet chosen
         logger._version = version
         if place == root.resolve() and logger.name == "lightning_logs":
             logger._name = ""
-

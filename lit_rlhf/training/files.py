@@ -34,8 +34,7 @@ def run_folder(trainer: Trainer) -> Path:
     else `version_N` there. Outside `fit`, without a claimed folder or such a logger, it is `default_root_dir`.
     """
     if trainer not in _folders:
-        path = _choose(trainer) if trainer.is_global_zero else None
-        path = trainer.strategy.broadcast(path)
+        path: Path = trainer.strategy.broadcast(_choose(trainer) if trainer.is_global_zero else Path())
         if not _writes(trainer):
             return path
         _folders[trainer] = path
