@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lit_rlhf.callbacks.saving import SavingFailed, Unwritten, export_policy, use_checkpoint_files, write_checkpoint
+from lit_rlhf.callbacks.sources import is_source, model_folders
 from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
 from lit_rlhf.errors import InputError, InputTypeError
 
@@ -20,10 +22,12 @@ from lit_rlhf.errors import InputError, InputTypeError
 class PolicyCheckpoint(Checkpoint):
     """Export the best and the last policy, and write a training checkpoint to resume from.
 
-    Under `default_root_dir`: `policy/best` after each validation that improves `monitor`, and `policy/last` at the end
-    of every `fit`, written by the module's `export`. In the run's folder: `checkpoints/last.ckpt`, written every
-    `every_n_updates`, at the end, and on an exception, as of the start of an update that fails. It replaces the
-    previous checkpoint only once it is complete.
+    Under `default_root_dir`: `policy/best` after each validation that is at least as good by `monitor` as all before,
+    and `policy/last` at the end of every `fit`, written by the module's `export`; in the run's folder instead if one of
+    the run's models was read from there. In the run's folder: `checkpoints/last.ckpt`, written every
+    `every_n_updates`, at the end, and on an exception, as of the start of an update that fails. Each replaces the
+    previous one only once it is complete and on the disk, and never with weights that are not finite. What can't be
+    written gives a warning, and `unwritten` lists it at the end.
 
     Args:
         monitor: Validation metric that selects the best policy; the sanity check does not count. While a schedule
@@ -35,8 +39,10 @@ class PolicyCheckpoint(Checkpoint):
 
     Attributes:
         best_score: Best value of `monitor` so far; a resumed run keeps it.
+        best_step: Number of updates at which it was measured.
         last_path: Latest training checkpoint of this run; None until one is written.
         policies: Folders of the policies that this run exported, by name: `best` and `last`.
+        unwritten: What could not be written, with the reasons.
 
     Raises:
         ValueError: If `mode` or `every_n_updates` is invalid.
@@ -65,8 +71,10 @@ class PolicyCheckpoint(Checkpoint):
         self.save_last = save_last
         self.best_score: float | None = None
         self.best_weights: list[float] | None = None  # reward weights when best_score was measured
+        self.best_step, self.best_path = 0, ""
         self.last_path: Path | None = None
         self.policies: dict[str, Path] = {}
+        self.unwritten = Unwritten()
         self._warned = False
         self._step = 0
         # State of Lightning's loops at the end of the last batch. A checkpoint written later, after a validation or at
@@ -81,17 +89,29 @@ class PolicyCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output folder and check that the module can be exported."""
-        self._folder = run_folder(trainer) / "checkpoints"
+        use_checkpoint_files(trainer)
+        self._folder = run_folder(trainer)
+        self._policies = Path(trainer.default_root_dir) / "policy"
         self._enabled = stage == "fit" and not is_fast_dev_run(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
         self._before_update = self._callback_states = None
-        if stage == "fit":
-            self.best_score, self.best_weights = None, None  # a resumed run loads its own
+        self.unwritten.clear()
+        if stage == "fit":  # a resumed run loads its own
+            self.best_score, self.best_weights, self.best_step, self.best_path = None, None, 0, ""
         if self._enabled and not callable(getattr(pl_module, "export", None)):
             name = type(pl_module).__name__
             raise InputTypeError(
                 f"PolicyCheckpoint needs a module with export(folder), not {name}: use ModelCheckpoint"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the folders that the run's models were read from: they are its reference, also after a resume."""
+        names = ("pretrained", "critic_pretrained", "policy", "scorer", "judge")
+        sources = model_folders([getattr(pl_module, name, None) for name in names])
+        if any(is_source(self._policies / name, sources) for name in ("best", "last")):
+            kept, self._policies = self._policies, self._folder / "policy"
+            if self._enabled:
+                rank_zero_info(f"this run started from a model in {kept}, which it keeps: it writes {self._policies}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the number of updates at the start."""
@@ -129,9 +149,9 @@ class PolicyCheckpoint(Checkpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             self._warn_missing(trainer)
-        elif trainer.strategy.broadcast(self._improves(float(score))):
-            self.best_score = float(score)
-            self._export(pl_module, trainer, "best")
+        elif trainer.strategy.broadcast(self._improves(float(score))) and self._export(pl_module, trainer, "best"):
+            self.best_score, self.best_step = float(score), trainer.global_step
+            self.best_path = str(self.policies["best"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint and export `policy/last`."""
@@ -140,11 +160,17 @@ class PolicyCheckpoint(Checkpoint):
             self._export(pl_module, trainer, "last")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after a final validation; export `policy/last` if the run was already complete."""
-        if self._saved is not None and self._saved[1] != self._validations:
+        """Save the state after a final validation; report which policy is the best, and what could not be written."""
+        late = self._saved is not None and self._saved[1] != self._validations
+        if late or "last.ckpt" in self.unwritten.reasons:
             self.save(trainer)
-        if self.save_last and self._enabled and "last" not in self.policies:  # resumed after the last step
+        if self.save_last and self._enabled and "last" not in self.policies:  # also resumed after the last step
             self._export(pl_module, trainer, "last")
+        if self._enabled and self.best_path and self.best_score is not None:
+            updates = f"update {self.best_step}" if self.best_step else "the start: no validation after it was as good"
+            rank_zero_info(f"{self.best_path} is of {updates} ({self.monitor} {self.best_score:.4g})")
+        if self.unwritten.reasons:
+            rank_zero_warn(f"not written at the end of the run: {self.unwritten}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last complete state if all ranks can take part."""
@@ -160,13 +186,15 @@ class PolicyCheckpoint(Checkpoint):
         except Exception as error:  # do not hide the first exception
             rank_zero_warn(f"no checkpoint could be written after {type(exception).__name__}: {error}")
         else:
-            rank_zero_info(f"saved {path} after {type(exception).__name__}; resume with --ckpt_path {path}")
+            if "last.ckpt" not in self.unwritten.reasons:
+                rank_zero_info(f"saved {path} after {type(exception).__name__}; resume with --ckpt_path {path}")
 
     def save(self, trainer: Trainer) -> Path | None:
         """Write `last.ckpt` as of the last complete batch unless it is up to date. Call it on all ranks.
 
         Returns:
-            Path of the checkpoint; None if no training step is complete.
+            Path of the latest checkpoint; None if no training step is complete. If it can't be written, that is the
+            previous one, and `unwritten` names `last.ckpt`.
         """
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress
         if batches.current.processed != batches.current.completed:  # called from a hook at the end of a batch
@@ -175,25 +203,30 @@ class PolicyCheckpoint(Checkpoint):
         if self._enabled and self._loops is not None and position != self._saved:
             self._saving = True
             try:
-                self.last_path = write_checkpoint(trainer, self._folder / "last.ckpt")
+                self.last_path = write_checkpoint(trainer, self._folder / "checkpoints" / "last.ckpt")
+            except SavingFailed as error:
+                self.unwritten.add("last.ckpt", error, f"the last one is {self.last_path}")
+            else:
+                self._saved = position
+                self.unwritten.remove("last.ckpt")
             finally:
                 self._saving = False
-            self._saved = position
         return self.last_path
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the loop state of the last complete batch in the checkpoint."""
+        """Store the time, and the loop state of the last complete batch, in the checkpoint."""
+        checkpoint["saved_at"] = time.time()
         if self._saving:
             checkpoint["loops"]["fit_loop"] = self._loops
             checkpoint["callbacks"] = self._callback_states or checkpoint["callbacks"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and the reward weights that it was measured with."""
-        return {"best_score": self.best_score, "best_weights": self.best_weights}
+        """Return the best score, the reward weights that it was measured with, and which policy it is of."""
+        return {name: getattr(self, name) for name in ("best_score", "best_weights", "best_step", "best_path")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score of the resumed run."""
-        self.best_score, self.best_weights = state_dict["best_score"], state_dict["best_weights"]
+        vars(self).update(state_dict)
 
     def _undo_update(self, pl_module: LightningModule) -> bool:
         """Return to the start of the update in progress, if the module can."""
@@ -204,14 +237,21 @@ class PolicyCheckpoint(Checkpoint):
         return True
 
     def _improves(self, score: float) -> bool:
-        if self.best_score is None:
-            return score == score
-        return score > self.best_score if self.mode == "max" else score < self.best_score
+        if self.best_score is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score >= self.best_score if self.mode == "max" else score <= self.best_score
 
-    def _export(self, module: LightningModule, trainer: Trainer, name: str) -> None:
-        path = Path(trainer.default_root_dir) / "policy" / name
-        module.export(path)  # type: ignore[operator]
+    def _export(self, module: LightningModule, trainer: Trainer, name: str) -> bool:
+        """Export a policy; return whether it could be written."""
+        path = self._policies / name
+        try:
+            export_policy(trainer, module.export, path)  # type: ignore[arg-type]
+        except SavingFailed as error:
+            self.unwritten.add(f"policy/{name}", error, "an earlier one is kept")
+            return False
         self.policies[name] = path
+        self.unwritten.remove(f"policy/{name}")
+        return True
 
     def _warn_missing(self, trainer: Trainer) -> None:
         if not self._warned:
@@ -221,28 +261,3 @@ class PolicyCheckpoint(Checkpoint):
                 f"{names}; monitor one of these, or set save_best=False"
             )
         self._warned = True
-
-
-def write_checkpoint(trainer: Trainer, path: Path) -> Path:
-    """Write a training checkpoint and move it to `path` once it is complete. Call it on all ranks."""
-    partial = path.with_name(f"partial-{path.name}")
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-    trainer.strategy.barrier()
-    trainer.save_checkpoint(partial, weights_only=False)
-    if trainer.is_global_zero:
-        old = path.with_name(f"old-{path.name}")
-        if path.is_dir():  # a sharded checkpoint: os.replace does not replace folders
-            os.replace(path, old)
-        os.replace(partial, path)
-        _remove(old)
-    trainer.strategy.barrier()
-    return path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

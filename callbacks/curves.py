@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, scalar_metrics, survive_full_disk, validated_in_fit
 from lit_rlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ PANELS = {
     "accuracy": ["accuracy"],
     "loss": ["loss"],
 }
+MAX_POINTS = 1000
+"""Points of a curve; a longer one keeps every second, fourth, ... so that the checkpoints stay small."""
 COLOURS = {"train": "#4878a8", "val": "#d1662f", "second": "#5a9a57"}
 
 
@@ -49,6 +51,7 @@ class Curves(Callback):
             raise InputError(f"every_n_seconds={every_n_seconds} must be at least 0")
         self.every_n_seconds = every_n_seconds
         self.history: History = {}
+        self.seen: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output file and check that matplotlib is installed."""
@@ -68,29 +71,44 @@ class Curves(Callback):
         if validated_in_fit(trainer):
             self._record(trainer, "val")
             if self._enabled and time.monotonic() - self._drawn >= self.every_n_seconds:
-                draw(self.history, self._path)
+                with survive_full_disk(self._path.name):
+                    draw(self.history, self._path)
                 self._drawn = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the whole run, including a validation that the module runs at the end of training."""
         if self._enabled:
-            draw(self.history, self._path)
+            with survive_full_disk(self._path.name):
+                draw(self.history, self._path)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curves so far."""
-        return {"history": {name: list(points) for name, points in self.history.items()}}
+        history = {name: list(points) for name, points in self.history.items()}
+        return {"history": history, "seen": dict(self.seen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curves of the resumed run."""
         self.history = {
             name: [(step, value) for step, value in points] for name, points in state_dict["history"].items()
         }
+        self.seen = dict(state_dict["seen"])
 
     def _record(self, trainer: Trainer, split: str) -> None:
         names = {f"{split}/{name}" for panel in PANELS.values() for name in panel}
         for name, value in scalar_metrics(trainer, f"{split}/").items():
             if name in names and value == value:  # not NaN
-                self.history.setdefault(name, []).append((trainer.global_step, value))
+                self._add(name, trainer.global_step, value)
+
+    def _add(self, name: str, step: int, value: float) -> None:
+        points, count = self.history.setdefault(name, []), self.seen.get(name, 0)
+        stride = 1
+        while count // stride >= MAX_POINTS:
+            stride *= 2
+        if stride > 1 and count == stride // 2 * MAX_POINTS:  # it has just doubled
+            del points[1::2]
+        if count % stride == 0:
+            points.append((step, value))
+        self.seen[name] = count + 1
 
 
 def draw(history: History, path: Path) -> None:

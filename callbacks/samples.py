@@ -12,7 +12,14 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from lit_rlhf.callbacks.utils import RolloutCallback, completion_kl, format_number, is_fast_dev_run, run_folder
+from lit_rlhf.callbacks.utils import (
+    RolloutCallback,
+    completion_kl,
+    format_number,
+    is_fast_dev_run,
+    run_folder,
+    survive_full_disk,
+)
 from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
@@ -76,7 +83,8 @@ class SampleLogger(RolloutCallback):
         for logger in trainer.loggers:
             _to_logger(logger, f"{split}/samples", rows, step)
         if not is_fast_dev_run(trainer):
-            _append(self._path, rows)
+            with survive_full_disk(self._path.name):
+                _append(self._path, rows)
         return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -11,9 +12,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import get_console
 
-from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint, write_checkpoint
+from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
+from lit_rlhf.callbacks.saving import SavingFailed, use_checkpoint_files, write_checkpoint
 from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.calls import interrupt_rewards
+from lit_rlhf.training.files import is_removed, release_if_empty
 
 REWARD_SECONDS = 5.0
 """Seconds that rewards may take after a signal, before they are interrupted."""
@@ -45,7 +49,8 @@ class SaveOnSignal(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the output folder and restore the handlers of an earlier run."""
-        self._folder = run_folder(trainer) / "checkpoints"
+        use_checkpoint_files(trainer)
+        self._folder = run_folder(trainer)
         self.stopped = self._received = self._limits = None
         self._restore_handlers()  # a run that failed skips teardown
 
@@ -72,6 +77,7 @@ class SaveOnSignal(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the previous handlers and the Trainer's limits."""
         self._restore_handlers()
+        release_if_empty(self._folder)
         if self._limits is not None:
             loop = trainer.fit_loop
             trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits
@@ -112,21 +118,38 @@ class SaveOnSignal(Callback):
             os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop immediately\n")
 
     def _check(self, trainer: Trainer) -> None:
-        received = self._received is not None
+        removed = trainer.is_global_zero and is_removed(self._folder)
+        received = self._received is not None or removed
         if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
+            if trainer.strategy.broadcast(removed):
+                with contextlib.suppress(OSError):
+                    self._folder.mkdir(parents=True, exist_ok=True)  # the loggers need it to end
+                error = InputError(f"the folder of this run, {str(self._folder)!r}, was removed or moved: the run ends")
+                error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
+                raise error
             self.stopped = self._received or signal.SIGTERM
-            path = self._save(trainer)
+            text = self._save(trainer)
             self._stop(trainer)
-            resume = f"saved {path}; resume with: lit-rlhf fit ... --ckpt_path {path}"
             if trainer.is_global_zero:
-                text = resume if path else "stopped before the first update; there is nothing to save"
                 get_console().print(text, soft_wrap=True, markup=False, highlight=False)
 
-    def _save(self, trainer: Trainer) -> Any:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PolicyCheckpoint):
-                return callback.save(trainer)
-        return write_checkpoint(trainer, self._folder / "last.ckpt") if trainer.global_step else None
+    def _save(self, trainer: Trainer) -> str:
+        """Save, and return the line that says how to resume."""
+        path, failed = None, ""
+        keeper = next((c for c in trainer.callbacks if isinstance(c, PolicyCheckpoint)), None)  # type: ignore[attr-defined]
+        if keeper is not None:
+            path = keeper.save(trainer)
+            failed = keeper.unwritten.reasons.get("last.ckpt", "")
+        elif trainer.global_step:
+            try:
+                path = write_checkpoint(trainer, self._folder / "checkpoints" / "last.ckpt")
+            except SavingFailed as error:
+                failed = str(error)
+        if failed:
+            return f"stopped; the state could not be saved ({failed}), the last checkpoint is {path}"
+        if path is None:
+            return "stopped before the first update; there is nothing to save"
+        return f"saved {path}; resume with: lit-rlhf fit ... --ckpt_path {path}"
 
     def _stop(self, trainer: Trainer) -> None:
         loop = trainer.fit_loop

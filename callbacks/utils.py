@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -23,6 +26,7 @@ __all__ = [
     "is_fast_dev_run",
     "run_folder",
     "scalar_metrics",
+    "survive_full_disk",
     "validated_in_fit",
 ]
 
@@ -59,6 +63,15 @@ def concatenate_over_ranks(
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Return whether this is a `fast_dev_run`, which writes no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+@contextlib.contextmanager
+def survive_full_disk(name: str) -> Iterator[None]:
+    """Warn if a file that training can do without can't be written."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"{name} could not be written ({error.strerror or error}); training continues")
 
 
 def validated_in_fit(trainer: Trainer) -> bool:

@@ -54,9 +54,12 @@ class FakeRuns:
         if "--broken" in args:
             return None
         root = Path(args[args.index("--trainer.default_root_dir") + 1])
-        folder = root / f"version_{len(list(root.glob('version_*')))}"
-        (folder / "checkpoints").mkdir(parents=True)
-        (folder / "checkpoints" / "last.ckpt").touch()
+        kind = "version" if args[0] == "fit" else args[0]
+        folder = root / f"{kind}_{len(list(root.glob(f'{kind}_*')))}"
+        folder.mkdir(parents=True)
+        if args[0] == "fit":
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.ckpt").touch()
         (root / "policy" / "last").mkdir(parents=True, exist_ok=True)
         seed = float(args[args.index("--seed_everything") + 1])
         rows = [{"test/win_rate": seed / 10, "test/return": seed}] if args[0] == "test" else self.updates

@@ -14,19 +14,21 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 from lit_rlhf import __version__, callbacks
 from lit_rlhf.algorithms import Algorithm
+from lit_rlhf.callbacks.run_config import RunConfig
+from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
 from lit_rlhf.cli.failures import failure
 from lit_rlhf.cli.parser import CommandLineParser, call_function
+from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
-from lit_rlhf.models.export import export_checkpoint
 from lit_rlhf.rewards.base import RewardInterrupted
+from lit_rlhf.training.files import release_if_empty
 
 CALLBACKS: dict[str, type[Callback]] = {
     "checkpoint": callbacks.PolicyCheckpoint,
@@ -35,6 +37,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "curves": callbacks.Curves,
     "predictions": callbacks.PredictionWriter,
 }
+DEFAULT_ROOT = "runs"
 DESCRIPTION = (
     "Align language models with human feedback. Two more commands have a --help of their own: `lit-rlhf export` writes "
     "the model of a checkpoint to a folder, `lit-rlhf compare` runs several methods side by side."
@@ -42,20 +45,49 @@ DESCRIPTION = (
 
 
 class RLHFCommandLine(LightningCLI):
-    """LightningCLI with a configurable set of default callbacks, and one log folder per run."""
+    """LightningCLI with a configurable set of default callbacks, one folder per run, and checkpoints that are data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the default callbacks."""
         for name, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, name)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's commands; a checkpoint is read as data, so there is no option `weights_only`."""
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolve `--ckpt_path`; nothing in the checkpoint reaches the configuration, where Lightning merges it."""
+        command = self.config["subcommand"]
+        options = self.config[command]
+        options.trainer.default_root_dir = options.trainer.default_root_dir or DEFAULT_ROOT
+        root = Path(options.trainer.default_root_dir).expanduser()
+        place_loggers(options.trainer.logger, root)
+        if options.ckpt_path is not None:
+            found = resolve_checkpoint(str(options.ckpt_path), root, may_be_missing=command == "fit")
+            options.ckpt_path = None if found is None else str(found)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Read checkpoints as data."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the Trainer; its default loggers are TensorBoard and `metrics.csv` in the same folder."""
-        if self._get(self.config_init, "trainer.logger") in (None, True):
-            root = self._get(self.config_init, "trainer.default_root_dir") or "runs"
-            tensorboard = TensorBoardLogger(root, name="")
-            kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
-        return super().instantiate_trainer(**kwargs)
+        """Create the Trainer and its folder; its default loggers are TensorBoard and `metrics.csv`."""
+        default_loggers = self._get(self.config_init, "trainer.logger") in (None, True)
+        trainer = super().instantiate_trainer(**kwargs, **({"logger": False} if default_loggers else {}))
+        self.folder = give_folder(
+            trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers
+        )
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; a run that could not start leaves no empty folder."""
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            if self.folder is not None:
+                release_if_empty(self.folder)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Create it without the default callbacks that the Trainer's flags disable."""
@@ -112,7 +144,7 @@ def run_command(args: list[str]) -> None:
     if args[0] == "compare":
         call_function(compare, "compare", args[1:], parse_error=parse_error)
     elif args[0] == "export":
-        print(f"wrote {call_function(export_checkpoint, 'export', args[1:])}")
+        print(f"wrote {call_function(export, 'export', args[1:])}")
     elif args[0].startswith("-") and (command := next((arg for arg in args if arg in COMMANDS), None)):
         raise UsageError(f"the command comes first: {PROGRAM} {command} {args[0]} ...")
     else:
@@ -123,7 +155,7 @@ def run_lightning(args: list[str]) -> None:
     """Run one of Lightning's commands."""
     sys.argv[1:] = args  # read by LightningCLI and by the processes that DDP starts
     defaults = {
-        "default_root_dir": "runs",
+        "default_root_dir": DEFAULT_ROOT,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,  # a full validation runs before the first update
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
@@ -138,13 +170,16 @@ def run_lightning(args: list[str]) -> None:
         seed_everything_default=1,
         auto_configure_optimizers=False,
         trainer_defaults=defaults,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=RunConfig,
         parser_class=CommandLineParser,
         parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, **usage},
     )
     for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.SaveOnSignal) and callback.stopped is not None:
             sys.exit(128 + callback.stopped)  # the shell's convention: the run isn't finished
+    for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, callbacks.PolicyCheckpoint) and callback.unwritten.reasons:
+            sys.exit(f"{PROGRAM}: the run is complete, but not written: {callback.unwritten}")
 
 
 def parse_error(args: Sequence[str]) -> str | None:

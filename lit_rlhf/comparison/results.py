@@ -18,13 +18,13 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 """Two-sided 95 % quantiles of Student's t with 1 to 15 degrees of freedom."""
 
 
-def newest_file(folder: Path, name: str) -> Path:
-    """Return the file of this name in the newest version below a folder.
+def newest_file(folder: Path, name: str, kind: str = "version") -> Path:
+    """Return the file of this name in the newest `KIND_N` below a folder.
 
     Raises:
         FileNotFoundError: If there is none.
     """
-    found = sorted(folder.glob(f"version_*/{name}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob(f"{kind}_*/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputFileNotFoundError(
             f"there is no {name} in {str(folder)!r}: was checkpointing or logging switched off?"

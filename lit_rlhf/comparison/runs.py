@@ -183,7 +183,7 @@ def run_arm(run: Run, environment: dict[str, str]) -> str | None:
         checkpoint = ["--ckpt_path", str(newest_file(run.folder, LAST))]
     if run_logged(["test", *test, *location, *checkpoint], log, environment) is None:
         return last_lines(log)
-    path = newest_file(run.folder, "metrics.csv")
+    path = newest_file(run.folder, "metrics.csv", "test")
     tested = [row for row in read_csv(path) if any(name.startswith("test/") for name in row)]
     if not tested:
         return f"{path} holds no result of the test"

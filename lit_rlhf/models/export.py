@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.adapters import merge, save_adapter, tied_weights
+from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.pretrained import load_config, load_model
 
 BASE_CONFIG = "base_config"
@@ -139,17 +138,6 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
             f"--out {str(folder)!r} holds a model that lit_rlhf has not written: give another folder, or "
             "--overwrite true to replace it"
         )
-
-
-def fingerprint(model: Any) -> str:
-    """Hash the base model's 1-D parameters, to detect a base model that changed under an adapter."""
-    digest = hashlib.sha256()
-    wrapped = re.compile(r"\.(base_layer|original_module)\b")
-    plain = {wrapped.sub("", name): weight for name, weight in model.named_parameters() if weight.ndim == 1}
-    for name, weight in sorted(plain.items()):
-        if "lora_" not in name and "modules_to_save" not in name:
-            digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merging: bool) -> None:

@@ -26,6 +26,7 @@ from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import add_lora, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
+from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.forward import ModelForward, eval_mode
 from lit_rlhf.models.loading import (
     add_stop_id,
@@ -79,6 +80,7 @@ class Policy(nn.Module):
                 f"{model.active_peft_config.peft_type.value} trains prompts, not layers: use LoRA or the like"
             )
         self.new_adapter = lora is not None
+        self.start = fingerprint(model, adapters=True)  # of the reference
         self.model = model if lora is None else add_lora(model, lora)
         check_decoder(self.causal_lm)
         self.tokenizer = tokenizer

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.distributed import gather_on_rank_zero
 from lit_rlhf.training.optimization import LossSums
@@ -18,10 +19,12 @@ from lit_rlhf.training.resume import (
     InFlight,
     StepLayout,
     UpdateStart,
+    check_identity,
     check_weights,
     fix_loop_progress,
     keep_patience,
     load_progress,
+    save_identity,
     save_progress,
 )
 from lit_rlhf.training.timing import TrainingTimer
@@ -62,6 +65,14 @@ class CheckpointHooks(LightningModule):
     def _trained_model(self) -> PreTrainedModel | PeftModel:
         return cast("PreTrainedModel | PeftModel", self.get_submodule(self.export_prefix.removesuffix(".")))
 
+    @property
+    def _start(self) -> str:
+        """Fingerprint of the weights that training started from, where it still depends on them; else empty."""
+        model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
+        if "policy" in self._modules:
+            return self.policy.start if adapted or hasattr(self, "reference") else ""
+        return fingerprint(cast(PeftModel, model).get_base_model()) if adapted else ""
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
 
@@ -79,6 +90,7 @@ class CheckpointHooks(LightningModule):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]  # restored by a resume
         in_flight = gather_on_rank_zero(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
+        save_identity(checkpoint, type(self).__name__, self._start)
         if self._options is not None:
             checkpoint["optimization"] = self._options.state_dict()
         checkpoint["running_state"] = self.running_state()
@@ -87,6 +99,7 @@ class CheckpointHooks(LightningModule):
         """Restore the saved state and correct Lightning's loop progress."""
         trainer = self._trainer
         resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        check_identity(checkpoint, type(self).__name__ if resumed else "", self._start)
         if resumed and checkpoint.get("seed", self.seed) != self.seed:
             rank_zero_info(f"the seed remains {checkpoint['seed']}, that of the checkpoint")
         self.seed = checkpoint.get("seed", self.seed)

@@ -148,6 +148,36 @@ def load_progress(checkpoint: dict[str, Any], layout: StepLayout, world_size: in
     return InFlight.from_state_dict(ranks[rank])
 
 
+def save_identity(checkpoint: dict[str, Any], algorithm: str, start: str) -> None:
+    """Add the algorithm and the fingerprint of the model that its training started from to a checkpoint."""
+    checkpoint["algorithm"], checkpoint["start"] = algorithm, start
+
+
+def check_identity(checkpoint: Mapping[str, Any], algorithm: str, start: str) -> None:
+    """Check that a checkpoint belongs to this run.
+
+    Args:
+        checkpoint: The checkpoint.
+        algorithm: Name of the algorithm that resumes; empty if the checkpoint is only evaluated.
+        start: Fingerprint of the model that this run starts from; empty if nothing depends on it.
+
+    Raises:
+        ValueError: If it was written by another algorithm, or its run started from other weights.
+    """
+    written_by, started = checkpoint.get("algorithm", algorithm), checkpoint.get("start", "")
+    if algorithm and written_by != algorithm:
+        raise InputError(
+            f"the checkpoint was written by {written_by}, and this run is {algorithm}: resume with --model "
+            f"{written_by}, or start from its policy by --model.policy"
+        )
+    if start and started and start != started:
+        raise InputError(
+            "the checkpoint's run started from a policy with other weights than this one's, and the KL is measured "
+            "against them: give the --model.policy and --model.load of that run; if its folder has been replaced, "
+            "restore it"
+        )
+
+
 def check_weights(parameters: Iterable[tuple[str, nn.Parameter]], state_dict: Mapping[str, Tensor]) -> None:
     """Check that a checkpoint holds every trained weight: else it is of another model or of other LoRA options.
 
@@ -177,8 +207,8 @@ def fix_loop_progress(fit_loop: dict[str, Any]) -> None:
     Lightning counts the epoch as complete if it was cut short, and as begun if its last batch was the last step.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
-    if epochs["current"]["processed"] != epochs["current"]["ready"]:
-        return
+    if epochs["current"]["processed"] != epochs["current"]["ready"] or not epochs["current"]["ready"]:
+        return  # in the middle of an epoch, or before the first one
     if batches["is_last_batch"]:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False

@@ -1,3 +1,5 @@
+import errno
+import os
 import warnings
 
 import pytest
@@ -6,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf.callbacks import PolicyCheckpoint
+from lit_rlhf.training import checkpoint_files
 
 
 def fit(make_trainer, checkpoint, module=None, *others, ckpt_path=None, **flags):
@@ -123,19 +126,91 @@ def test_checkpoints_are_written_every_n_updates_only(make_trainer):
     assert saves == [(2, 4), (4, 8), (6, 12), (6, 12)]
 
 
-def test_failed_write_keeps_the_last_complete_checkpoint(make_trainer, monkeypatch):
-    trainer, _ = fit(make_trainer, checkpoint := PolicyCheckpoint())
-    complete = checkpoint.last_path.read_bytes()
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write_half(path, **_):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", write_half)
-    checkpoint._saved = None
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(trainer)
-    assert checkpoint.last_path.read_bytes() == complete
+class FullDisk:
+    """A disk that is full for some of the saves: flushing a checkpoint fails."""
+
+    def __init__(self, monkeypatch, *failing):
+        self.saves, self.failing = 0, failing
+        monkeypatch.setattr(checkpoint_files.torch, "save", self.save)
+        self.write = torch.serialization.save
+
+    def save(self, content, file):
+        checkpoint = isinstance(content, dict)  # not an export
+        self.saves += checkpoint
+        self.write(content, file)
+        if checkpoint and self.saves in self.failing:
+            raise FULL
+
+
+def test_failed_save_warns_and_the_run_continues(make_trainer, monkeypatch, tmp_path):
+    disk = FullDisk(monkeypatch, 2, 3)
+    with pytest.warns(UserWarning, match=r"last.ckpt could not be written: No space .* training continues") as record:
+        trainer, _ = fit(make_trainer, checkpoint := PolicyCheckpoint(every_n_updates=2))
+    assert len([w for w in record if "could not be written" in str(w.message)]) == 1
+    assert disk.saves == 7 and trainer.global_step == 12
+    assert torch.load(checkpoint.last_path, weights_only=True)["global_step"] == 12
+    assert not checkpoint.unwritten.reasons and not list(tmp_path.rglob("partial-*"))
+
+
+def test_failed_last_save_keeps_the_previous_checkpoint_and_is_reported(make_trainer, monkeypatch, tmp_path):
+    FullDisk(monkeypatch, 3, 4)  # the end of training, and the attempt after it
+    with (
+        pytest.warns(UserWarning, match="last.ckpt could not be written"),
+        pytest.warns(UserWarning, match="not written at the end of the run: last.ckpt: No space left"),
+    ):
+        _, module = fit(make_trainer, checkpoint := PolicyCheckpoint(every_n_updates=5))
+    assert torch.load(checkpoint.last_path, weights_only=True)["global_step"] == 10
+    assert set(checkpoint.unwritten.reasons) == {"last.ckpt"} and module.exports[-1] == "last"
+
+
+def test_failed_export_is_reported(make_trainer, monkeypatch):
+    class NoSpace(FakeAlgorithm):
+        def export(self, folder):
+            raise FULL
+
+    with (
+        pytest.warns(UserWarning, match="policy/best could not be written: No space"),
+        pytest.warns(UserWarning, match="not written at the end of the run: policy/best: .*; policy/last: No space"),
+    ):
+        fit(make_trainer, checkpoint := PolicyCheckpoint(), NoSpace())
+    assert checkpoint.best_score is None and not checkpoint.policies
+
+
+def test_weights_that_are_not_finite_never_replace_finite_ones(make_trainer):
+    class Explodes(FakeAlgorithm):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.global_step == 7:
+                self.weights.data[1] = torch.inf
+
+    with pytest.warns(UserWarning, match="the weight 'weights' is not finite any more"):
+        _, module = fit(make_trainer, checkpoint := PolicyCheckpoint(every_n_updates=3), Explodes())
+    saved = torch.load(checkpoint.last_path, weights_only=True)
+    assert saved["global_step"] == 6 and saved["state_dict"]["weights"].isfinite().all()
+    assert module.exports == ["best"] and checkpoint.best_step == 4
+    assert set(checkpoint.unwritten.reasons) == {"last.ckpt", "policy/best", "policy/last"}
+
+
+@pytest.mark.parametrize("scores", [[0.2, 0.2, 0.2], [float("nan"), 0.3, 0.3], [0.1, 0.5, float("inf")]], ids=str)
+def test_ties_take_the_later_and_the_end_says_which(make_trainer, scores, caplog):
+    module = FakeAlgorithm()
+    module.scores = [*scores[:1], *scores]  # after 4, 8 and 12 updates
+    with caplog.at_level("INFO"):
+        _, module = fit(make_trainer, checkpoint := PolicyCheckpoint(), module)
+    assert checkpoint.best_step == (8 if scores[-1] == float("inf") else 12)
+    assert f"is of update {checkpoint.best_step} (val/reward" in caplog.text
+
+
+def test_a_checkpoint_before_the_first_update_resumes(make_trainer, tmp_path):
+    class SaveAtStart(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "start.ckpt")
+
+    uninterrupted = weights_and_adam(*fit(make_trainer, PolicyCheckpoint(), None, SaveAtStart(), max_epochs=2))
+    resumed = fit(make_trainer, PolicyCheckpoint(), ckpt_path=tmp_path / "start.ckpt", max_epochs=2)
+    assert torch.equal(weights_and_adam(*resumed), uninterrupted)
 
 
 def test_exception_within_an_update_writes_no_checkpoint(make_trainer):
@@ -152,8 +227,8 @@ def test_exception_within_an_update_writes_no_checkpoint(make_trainer):
 def test_failed_save_does_not_hide_the_first_exception(make_trainer, monkeypatch):
     checkpoint = PolicyCheckpoint()
     trainer = make_trainer(checkpoint, StopAt(3, ValueError("the cause")))
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.warns(UserWarning, match="disk full"), pytest.raises(ValueError, match="the cause"):
+    FullDisk(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="No space left"), pytest.raises(ValueError, match="the cause"):
         trainer.fit(FakeAlgorithm())
 
 

@@ -61,14 +61,38 @@ def test_curves_are_drawn_and_continued_by_a_resumed_run(make_trainer, tmp_path)
     pytest.importorskip("matplotlib")
     checkpoint = PolicyCheckpoint()
     fit(make_trainer, curves := Curves(), checkpoint, max_steps=7)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "version_0" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in curves.history["train/kl"]] == [1, 3, 5, 7]
-    (tmp_path / "curves.png").unlink()
     trainer = make_trainer(resumed := Curves(), PolicyCheckpoint())
     trainer.fit(FakeOnlineAlgorithm(), ckpt_path=checkpoint.last_path)
     assert [step for step, _ in resumed.history["train/kl"]] == [1, 3, 5, 7, 9, 11]
     assert resumed.history["val/reward"] == [(4, pytest.approx(0.3)), (8, pytest.approx(0.2)), (12, pytest.approx(0.4))]
-    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "version_1" / "curves.png").exists()
+
+
+def test_a_long_curve_keeps_evenly_spaced_points(tmp_path):
+    whole, resumed = Curves(), Curves()
+    for step in range(10_000):
+        if step == 4_321:
+            resumed.load_state_dict(whole.state_dict())
+        whole._add("train/kl", step, 0.0)
+        if step >= 4_321:
+            resumed._add("train/kl", step, 0.0)
+    assert [step for step, _ in whole.history["train/kl"]] == list(range(0, 10_000, 16))
+    assert resumed.history == whole.history
+
+
+def test_a_full_disk_does_not_end_a_run(make_trainer, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_rlhf.callbacks.curves.draw", full)
+    monkeypatch.setattr("lit_rlhf.callbacks.samples._append", full)
+    with (
+        pytest.warns(UserWarning, match=r"curves.png could not be written \(No space"),
+        pytest.warns(UserWarning, match=r"samples.jsonl could not be written \(No space"),
+    ):
+        assert fit(make_trainer, Curves(), SampleLogger()).global_step == 12
 
 
 @pytest.mark.parametrize("seconds, drawings", [(0.0, 3 + 1), (3600.0, 1)])
@@ -89,7 +113,7 @@ def test_curves_with_negative_interval_raise():
 def test_without_matplotlib_no_curves_are_drawn(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_rlhf.callbacks.curves.find_spec", lambda name: None)
     fit(make_trainer, Curves())
-    assert not (tmp_path / "curves.png").exists()
+    assert not list(tmp_path.rglob("curves.png"))
 
 
 class ValidateFirst(Callback):
@@ -110,7 +134,7 @@ def test_summary_compares_before_and_after_and_lists_the_output_files(make_train
     assert rows["reward"] == ["0.1", "0.4"] and rows["style"] == ["0", "12"] and rows["win rate"] == ["0.5", "0.62"]
     assert rows["KL (nats per completion)"] == ["0", "1.2"]
     assert out.count("answer 0") == out.count("answer 12") == 3 and "prompt 2" in out
-    for path in ("policy/last", "policy/best", "checkpoints/last.ckpt"):
+    for path in ("policy/last", "policy/best", "version_0/checkpoints/last.ckpt"):
         assert str(tmp_path / path) in out
 
 
@@ -138,7 +162,7 @@ def test_summary_of_a_resumed_run_keeps_the_first_validation(make_trainer, capsy
 def test_summary_of_a_run_without_validation_lists_only_files(make_trainer, tmp_path, capsys):
     fit(make_trainer, Summary(), module=FakeAlgorithm(), limit_val_batches=0)
     out = capsys.readouterr().out
-    assert "held-out" not in out and str(tmp_path) in out
+    assert "held-out" not in out and str(tmp_path / "version_0") in out
 
 
 NEED_REAL_ALGORITHMS = ("AdaptiveBatch", "BatchSchedule", "GradientNoise")  # the fakes lack what they read

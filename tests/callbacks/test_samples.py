@@ -73,7 +73,7 @@ def test_prompts_without_text_are_decoded():
 
 def test_algorithms_without_rollouts_write_nothing(make_trainer, tmp_path):
     make_trainer(SampleLogger()).fit(FakeAlgorithm())
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_invalid_arguments_raise():

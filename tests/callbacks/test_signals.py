@@ -77,7 +77,7 @@ def test_signal_during_validation_stops_without_another_batch(make_trainer):
 
 def test_signal_saves_without_a_policy_checkpoint(make_trainer, tmp_path):
     make_trainer(Kill(signal.SIGTERM, batch=2), SaveOnSignal()).fit(FakeAlgorithm())
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_signal_before_the_first_update_saves_nothing(make_trainer, tmp_path, capsys):
@@ -137,5 +137,5 @@ def test_signal_to_either_process_saves_on_both(tmp_path, rank):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"steps-{i}").read_text() for i in (0, 1)] == ["3", "3"]
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert (tmp_path / "policy" / "last" / "weights.pt").exists()

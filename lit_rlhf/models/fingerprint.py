@@ -1,0 +1,40 @@
+"""A fingerprint of a model's weights, to notice that a run would continue from, or be merged into, another model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES = 64
+"""Values of each weight that are hashed one by one, beside the sum over all of them."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+ADAPTER = re.compile(r"\blora_|\bmodules_to_save\b")
+
+
+def fingerprint(model: Any, adapters: bool = False) -> str:
+    """Hash all weights of a model: the same on every device, for any names, number of threads and repeated layers.
+
+    The sums are of the weights' bits as integers, so they are exact in any order. A layer that an adapter's
+    `layer_replication` repeats counts once, as does a tied weight.
+
+    Args:
+        model: The model, or a PEFT model around it.
+        adapters: Whether to include the weights of adapters.
+    """
+    weights = {
+        id(weight): weight
+        for name, weight in model.named_parameters()
+        if weight.device.type != "meta" and (adapters or not ADAPTER.search(name))
+    }
+    return hashlib.sha256("\n".join(sorted(map(_digest, weights.values()))).encode()).hexdigest()
+
+
+def _digest(weight: Tensor) -> str:
+    flat = weight.detach().reshape(-1)
+    bits = flat.view(INTEGERS[flat.element_size()]) if flat.numel() else flat.to(torch.int32)
+    chosen = bits[:: max(1, bits.numel() // SAMPLES)].tolist()
+    return f"{tuple(weight.shape)} {weight.dtype} {int(bits.sum(dtype=torch.int64))} {chosen}"

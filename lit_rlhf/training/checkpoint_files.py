@@ -1,0 +1,126 @@
+"""Training checkpoints on the disk: a new one replaces the old one only when it is complete, and damage is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_rlhf.errors import InputError, InputFileNotFoundError
+
+PARTIAL = "partial-"
+"""Prefix of files that are being written."""
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoint files, flushed to the disk before they replace the previous one, and checked on reading.
+
+    They are read as data: `weights_only` is True unless the caller of the Trainer chose False.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint next to `path`, flush it, and move it there.
+
+        Raises:
+            OSError: If it can't be written; the previous checkpoint is kept.
+        """
+        write_durably(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU; see `read_checkpoint`."""
+        return read_checkpoint(Path(path), weights_only=weights_only is not False)
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file next to `path`, flush it to the disk, then replace `path` by it.
+
+    Raises:
+        OSError: If the file can't be written.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # some file systems can't flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
+    """Read a training checkpoint onto the CPU.
+
+    Args:
+        path: The file.
+        weights_only: Refuse anything but tensors and plain data.
+        mmap: Map the tensors instead of reading them, and skip the check of every byte: for a first look.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or not a training checkpoint.
+    """
+    check_file(path, every_byte=not mmap)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"the checkpoint {str(path)!r} holds more than tensors and plain data, which could run commands, so it is "
+            "not read"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(_damaged(path)) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "epoch"} <= checkpoint.keys():
+        raise InputError(f"{str(path)!r} is not a training checkpoint: give the .ckpt of a `fit`")
+    return checkpoint
+
+
+def check_file(path: Path, every_byte: bool = True) -> None:
+    """Check that a checkpoint is a complete file, by the checksums that it holds.
+
+    Raises:
+        ValueError: If it is missing, a folder, empty, truncated or altered.
+    """
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder, not a checkpoint")
+    if not path.is_file():
+        raise InputFileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+        damaged = empty
+        if not empty:
+            with zipfile.ZipFile(path) as archive:
+                # torch writes no attributes; one that marks an entry as a folder would leave its tensor uninitialized
+                damaged = any(entry.external_attr for entry in archive.infolist())
+                damaged |= every_byte and archive.testzip() is not None
+    except PermissionError as error:
+        raise InputError(f"the checkpoint {str(path)!r} can't be read: {error.strerror}") from error
+    except Exception as error:  # what a damaged archive raises depends on the byte
+        raise InputError(_damaged(path)) from error
+    if damaged:
+        raise InputError(_damaged(path) if not empty else f"the checkpoint {str(path)!r} is an empty file")
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"{str(path)!r} is not a checkpoint, or a damaged one (truncated or altered): resume from another one, or copy "
+        "it again"
+    )
