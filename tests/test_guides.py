@@ -92,6 +92,12 @@ def test_every_path_in_code_exists(path):
         assert (ROOT / found).exists(), f"{name_of(path)} names {found}, which does not exist"
 
 
+@pytest.mark.parametrize("path", CURRENT, ids=name_of)
+def test_every_test_in_code_exists(path):
+    for file, name in re.findall(r"`(tests/[\w/.]+)::(\w+)`", read(path)):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{name_of(path)} names {file}::{name}"
+
+
 # Flags
 
 
