@@ -126,7 +126,9 @@ def test_messages_are_sent_as_they_are(serve):
     assert server.requests[0]["prompts"] == [prompt] and server.requests[0]["completions"] == [completion]
 
 
-@pytest.mark.parametrize("failure", [reply("busy", 429, Retry_After="0"), reply("oops", 503), breaks_off], ids=str)
+@pytest.mark.parametrize(
+    "failure", [reply("busy", 429, Retry_After="0"), reply("oops", 503), breaks_off], ids=["429", "503", "breaks off"]
+)
 def test_transient_failures_are_retried(serve, failure):
     server = serve(failure, failure, lengths)
     assert flat(score([reward(server)])) == [2, 2, 2]
