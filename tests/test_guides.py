@@ -16,10 +16,10 @@ import yaml
 
 import lit_rlhf
 from lit_rlhf import algorithms, callbacks, data, rewards, testbed
+from lit_rlhf.cli.checkpoints import export
 from lit_rlhf.cli.config_files import shipped_config
 from lit_rlhf.cli.main import CALLBACKS
 from lit_rlhf.comparison.compare import compare
-from lit_rlhf.models.export import export_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {"node_modules", "runs", "build", "dist"}
@@ -183,7 +183,7 @@ def test_every_flag_is_an_option_of_the_parser(path):
 
 @pytest.mark.parametrize("path", [*CURRENT, *NOTEBOOKS, *CONFIGS], ids=name_of)
 def test_every_flag_of_a_command_without_sections_is_one_of_its_arguments(path):
-    allowed = {"compare": {*parameters(compare), "config"}, "export": set(parameters(export_checkpoint))}
+    allowed = {"compare": {*parameters(compare), "config"}, "export": set(parameters(export))}
     for command, arguments in re.findall(r"lit-rlhf (compare|export)\b([^`\n]*)", read(path)):
         flags = {flag.partition(".")[0] for flag in re.findall(r"(?<!\S)--(\w[\w.]*)", arguments.partition("+=")[0])}
         assert flags <= allowed[command], f"{name_of(path)}: lit-rlhf {command} has no {flags - allowed[command]}"

@@ -22,6 +22,8 @@ from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.pretrained import load_config, load_model
 
 BASE_CONFIG = "base_config"
+HEAD = "score"
+"""Head of a classifier: trained beside an adapter, and new if the base model is a policy."""
 MARKER = "lit_rlhf.json"
 """File of a folder that the package has written, and may replace."""
 BASE_OPTIONS = ("revision", "subfolder", "cache_dir", "variant")
@@ -82,7 +84,7 @@ def snapshot(
         "load": {name: str(options[name]) for name in BASE_OPTIONS if options.get(name)},
         "files": files,
     }
-    return {**export, "base": fingerprint(inner)} if isinstance(model, PeftModel) else export
+    return {**export, "base": fingerprint(inner, skip=HEAD)} if isinstance(model, PeftModel) else export
 
 
 def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False, overwrite: bool = False) -> Path:
@@ -157,8 +159,8 @@ def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, m
     if (folder / "adapter_config.json").is_file():
         in_memory = not export["source"]  # the checkpoint then holds the base model's weights
         merging = merging or in_memory
-        base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
         peft_config = PeftConfig.from_pretrained(str(folder))
+        base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
         peft_config.base_model_name_or_path = export["source"] or None
         with tied_weights():
             model = get_peft_model(base, peft_config)
@@ -198,7 +200,7 @@ def base_model(architecture: Any, config: PreTrainedConfig, export: dict[str, An
     source, options = export["source"], {**export["load"], "config": config, "dtype": export["dtype"]}
     new_head = architecture.__name__.endswith("ForSequenceClassification")
     base, _ = load_model(architecture, source, f"{source!r}, the adapter's base model,", new_head, **options)
-    if export["base"] != fingerprint(base):
+    if export["base"] != fingerprint(base, skip=HEAD):
         raise InputError(
             f"{source!r} has changed since the adapter was trained on it: restore that model, or export without --merge"
         )

@@ -12,10 +12,10 @@ from torch import Tensor
 SAMPLES = 64
 """Values of each weight that are hashed one by one, beside the sum over all of them."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ADAPTER = re.compile(r"\blora_|\bmodules_to_save\b")
+ADAPTER = re.compile(r"\blora_|\bmodules_to_save\b|\btrainable_tokens_")
 
 
-def fingerprint(model: Any, adapters: bool = False) -> str:
+def fingerprint(model: Any, adapters: bool = False, skip: str = "") -> str:
     """Hash all weights of a model: the same on every device, for any names, number of threads and repeated layers.
 
     The sums are of the weights' bits as integers, so they are exact in any order. A layer that an adapter's
@@ -24,11 +24,12 @@ def fingerprint(model: Any, adapters: bool = False) -> str:
     Args:
         model: The model, or a PEFT model around it.
         adapters: Whether to include the weights of adapters.
+        skip: Name of a module to leave out, such as a new head, which is in no folder.
     """
     weights = {
         id(weight): weight
         for name, weight in model.named_parameters()
-        if weight.device.type != "meta" and (adapters or not ADAPTER.search(name))
+        if weight.device.type != "meta" and (adapters or not ADAPTER.search(name)) and skip not in name.split(".")
     }
     return hashlib.sha256("\n".join(sorted(map(_digest, weights.values()))).encode()).hexdigest()
 

@@ -239,7 +239,7 @@ class Policy(nn.Module):
     def probe(self) -> None:
         """Find out, once, whether this model allows chunked logits and a shared prompt; log the reason if not."""
         if self.model_forward.shares_prompt is None:
-            with eval_mode(self.model):
+            with eval_mode(self.model), self.model_forward.fast_attention():
                 check_causal(self.causal_lm)
         probe_policy(self.model_forward)
 

@@ -3,6 +3,7 @@
 import torch
 
 import lit_rlhf
+from lit_rlhf import models
 from runs import make_trainer
 from tiny import make_llama, make_tokenizer
 
@@ -15,13 +16,13 @@ def test_training_forward_computes_only_the_best_completions(tmp_path, monkeypat
     """Even if prompts are shorter than groups."""
     policy, forwards = lit_rlhf.Policy(make_llama(len(make_tokenizer())), make_tokenizer()), []
     module = lit_rlhf.RAFT(policy, rewards=[length], num_samples=5, sampling=lit_rlhf.Sampling(max_new_tokens=4))
-    features = lit_rlhf.Policy.features
+    features = models.policy.completion_features
 
-    def recording(self, prompts, completions):
+    def recording(forward, prompts, completions):
         forwards.append((tuple(completions.mask.shape[:2]), torch.is_grad_enabled()))
-        return features(self, prompts, completions)
+        return features(forward, prompts, completions)
 
-    monkeypatch.setattr(lit_rlhf.Policy, "features", recording)
+    monkeypatch.setattr(models.policy, "completion_features", recording)
     data = lit_rlhf.PromptData(train=[{"prompt": c} for c in "abcdefgh"], batch_size=4)
     make_trainer(tmp_path, max_steps=1).fit(module, data)
     assert [shape for shape, with_gradient in forwards if with_gradient] == [(4, 1)]
