@@ -21,5 +21,6 @@ class RunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if trainer.is_global_zero and not self.already_saved:
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=self.overwrite)
+            path = folder / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
             self.already_saved = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -121,14 +120,11 @@ class SaveOnSignal(Callback):
         removed = trainer.is_global_zero and is_removed(self._folder)
         received = self._received is not None or removed
         if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
-            if trainer.strategy.broadcast(removed):
-                with contextlib.suppress(OSError):
-                    self._folder.mkdir(parents=True, exist_ok=True)  # the loggers need it to end
-                error = InputError(f"the folder of this run, {str(self._folder)!r}, was removed or moved: the run ends")
-                error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
-                raise error
+            removed = trainer.strategy.broadcast(removed)
             self.stopped = self._received or signal.SIGTERM
             text = self._save(trainer)
+            if removed:
+                raise InputError(f"the folder of this run, {str(self._folder)!r}, was removed or moved: {text}")
             self._stop(trainer)
             if trainer.is_global_zero:
                 get_console().print(text, soft_wrap=True, markup=False, highlight=False)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf import callbacks
-from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, Summary
+from lit_rlhf.callbacks import Curves, PolicyCheckpoint, RLHFProgressBar, SampleLogger, Summary
 from lit_rlhf.models.sampling import Sampling
 
 
