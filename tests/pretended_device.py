@@ -26,7 +26,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 class PretendedDevice:
-    """A context in which `DEVICE` is a device of its own.
+    """A context in which `DEVICE` is another device than the host.
 
     Attributes:
         findings: Operations that would have failed on a GPU, with the line that they come from.
@@ -36,6 +36,7 @@ class PretendedDevice:
     def __init__(self) -> None:
         self.findings: list[str] = []
         self.syncs = 0
+        self.inside = False  # a function of PyTorch that was given a tensor of the device
         self._memory: dict[int, StorageWeakRef] = {}
         self._modes = ExitStack()
 
@@ -59,10 +60,9 @@ class PretendedDevice:
                 self._memory.pop(storage.cdata, None)
 
     def report(self, operation: Any) -> None:
-        frames = [f for f in traceback.extract_stack() if "/lit_rlhf/" in f.filename] or traceback.extract_stack(
-            limit=9
-        )
-        self.findings.append(f"{operation} at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}")
+        stack = traceback.extract_stack()
+        place = next((frame for frame in reversed(stack) if "/lit_rlhf/" in frame.filename), stack[0])
+        self.findings.append(f"{operation} at {place.filename}:{place.lineno}: {place.line}")
 
 
 class Operations(TorchDispatchMode):
@@ -83,9 +83,8 @@ class Operations(TorchDispatchMode):
         result = operation(*args, **kwargs)
         if operation is aten.copy_.default:
             return result
-        target = kwargs.get("device")
-        if target is not None or any(here):
-            device.place(result, any(here) if target is None else target == DEVICE)
+        if any(here) or kwargs.get("device") == DEVICE or (not given and device.inside):
+            device.place(result, True)
         return result
 
 
@@ -102,21 +101,28 @@ class Functions(TorchFunctionMode):
             return DEVICE
         if function is Tensor.numpy and device.holds(args[0]):
             device.report("numpy")
-        if function in (Tensor.to, Tensor.cpu) and device.holds(args[0]):
+        device.inside = any(device.holds(tensor) for tensor in tensors_of((args, kwargs)))
+        if function in (Tensor.to, Tensor.cpu) and device.inside:
             return self._moved(function, *args, **kwargs)
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            device.inside = False
         if (target := kwargs.get("device")) is not None and isinstance(result, Tensor):
             device.place(result, torch.device(target) == DEVICE)
         return result
 
     def _moved(self, function, tensor: Tensor, *args, **kwargs) -> Tensor:
-        if len(args) > 0 and isinstance(args[0], Tensor):
-            args = (args[0].device, args[0].dtype, *args[1:])
-        target, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2] if function is Tensor.to else ("cpu", None)
+        device, here = self.device, self.device.holds(tensor)
+        device.inside = False
+        if args and isinstance(args[0], Tensor):
+            target, dtype = DEVICE if device.holds(args[0]) else torch.device("cpu"), args[0].dtype
+        else:
+            target, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2] if function is Tensor.to else ("cpu", None)
         copy = tensor if dtype is None else tensor.to(dtype)
-        if target is None or torch.device(target) == DEVICE:
+        if target is None or (torch.device(target) == DEVICE) == here:
             return copy
-        self.device.syncs += 1
+        device.syncs += here
         copy = copy.clone()
-        self.device.place(copy, False)
+        device.place(copy, not here)
         return copy

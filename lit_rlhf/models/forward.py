@@ -121,14 +121,9 @@ def without_cudnn_attention(restore: bool = True) -> Iterator[None]:
     Args:
         restore: Whether to turn it on again afterwards.
     """
-    cuda = torch.backends.cuda
-    queries: tuple[Any, ...] = (
-        cuda.flash_sdp_enabled,
-        cuda.mem_efficient_sdp_enabled,
-        cuda.math_sdp_enabled,
-        cuda.cudnn_sdp_enabled,
-    )
-    if "TORCH_CUDNN_SDPA_DEPRIORITIZED" in os.environ or not all(is_on() for is_on in queries):
+    cuda: Any = torch.backends.cuda
+    enabled = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled)
+    if "TORCH_CUDNN_SDPA_DEPRIORITIZED" in os.environ or not all(is_on() for is_on in enabled):
         yield
         return
     cuda.enable_cudnn_sdp(False)
