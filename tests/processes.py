@@ -147,14 +147,21 @@ def run_validated(folder: Path, root: Path, devices: int) -> dict:
     return dict(make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0])
 
 
+class SeedModels(Callback):
+    """Seed the new head of a reward model, after DDP has seeded its processes anew."""
+
+    def setup(self, trainer, pl_module, stage):
+        torch.manual_seed(0)
+
+
 def run_held_out(folder: Path, root: Path, devices: int) -> dict:
     """Return the metrics of three held-out rows, which two processes cannot share equally, after one update."""
     found = {}
     for name in ("DPO", "IPO", "RewardModeling", "SFT"):
-        torch.manual_seed(0)
         module = make_module(name, folder, optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
         data = make_data(name, rows=4, batch_size=4 // devices, eval_batch_size=2)
-        make_distributed_trainer(root, devices, max_steps=1, limit_val_batches=0).fit(module, data)
+        seed = [SeedModels()]
+        make_distributed_trainer(root, devices, max_steps=1, limit_val_batches=0, callbacks=seed).fit(module, data)
         metrics = make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0]
         found |= {f"{name} {n}": v for n, v in metrics.items()}
     return found

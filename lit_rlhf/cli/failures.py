@@ -65,7 +65,7 @@ def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary
 
 def is_library(filename: str) -> bool:
     """Return whether a file belongs to Python or an installed package other than this one."""
-    return filename.startswith((*LIBRARIES, "<frozen")) and not filename.startswith(str(PACKAGE))
+    return filename.startswith((*LIBRARIES, "<frozen", "<@")) and not filename.startswith(str(PACKAGE))
 
 
 def is_known(filename: str) -> bool:

@@ -62,7 +62,7 @@ def test_error_in_an_update_keeps_the_state_before_it(name, accumulate, hook, at
     failing = {**options, "callbacks": [*options["callbacks"], Fail(hook, at, error)]}
     with pytest.raises((torch.OutOfMemoryError, SystemExit)):
         fit(name, tiny, tmp_path / "failed", accumulate, **failing)
-    path = tmp_path / "failed/checkpoints/last.ckpt"
+    path = tmp_path / "failed/version_0/checkpoints/last.ckpt"
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] >= 1
     assert not any("gradients" in rank for rank in saved["in_flight"])
@@ -83,4 +83,4 @@ def test_error_after_weights_have_changed_saves_nothing(fused, tiny, tmp_path):
 
     with pytest.raises(torch.OutOfMemoryError):
         fit("SFT", tiny, tmp_path, 1, optimizer=lambda params: Failing(params, lr=1e-2, fused=fused))
-    assert not (tmp_path / "checkpoints/last.ckpt").exists()
+    assert not (tmp_path / "version_0/checkpoints/last.ckpt").exists()

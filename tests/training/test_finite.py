@@ -72,11 +72,11 @@ def test_run_stops_after_updates_in_a_row_that_are_not_finite(name, tiny, tmp_pa
     ):
         trainer.fit(module, make_data(name))
     assert trainer.global_step == 3
-    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "version_0/checkpoints/last.ckpt", weights_only=True)
     expected = state.states[1][0]
     assert saved["global_step"] == 3
     assert all(torch.equal(saved["state_dict"][name], weight) for name, weight in expected.items())
-    inspected = torch.load(tmp_path / "skipped_update_rank0.pt", weights_only=True)
+    inspected = torch.load(tmp_path / "version_0/skipped_update_rank0.pt", weights_only=True)
     prompts = inspected["batch"] if name in ONLINE else inspected["batch"]["prompts"]
     assert len(prompts["text"]) == 4 and prompts["tokens"].shape[0] == 4
     if name in ONLINE:
@@ -184,7 +184,7 @@ def test_first_batch_with_a_broken_loss_is_written(tiny, tmp_path):
         pytest.raises(ValueError, match="1 updates in a row were skipped"),
     ):
         trainer.fit(module, make_data("SFT"))
-    inspected = torch.load(tmp_path / "skipped_update_rank0.pt", weights_only=True)
+    inspected = torch.load(tmp_path / "version_0/skipped_update_rank0.pt", weights_only=True)
     assert inspected["batch"]["prompts"]["text"] == logprobs[0]
 
 
@@ -216,7 +216,7 @@ def test_update_that_leaves_weights_that_are_not_finite_stops_the_run_before_it_
     )
     with pytest.raises(ValueError, match="update 0 left weights that are not finite"):
         trainer.fit(module, make_data("SFT"))
-    assert not (tmp_path / "checkpoints/last.ckpt").exists()
+    assert not (tmp_path / "version_0/checkpoints/last.ckpt").exists()
 
 
 def test_max_skipped_updates_below_1_is_refused(tiny):
