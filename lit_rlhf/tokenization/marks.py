@@ -53,10 +53,6 @@ class Marks:
         parts = re.split(f"{self.start}({tokens.pattern}){self.end}|[{self.start}{self.end}]", text)
         return [part or "" for part in parts]
 
-    def unwrap(self, text: str) -> str:
-        """Remove all marks."""
-        return text.replace(self.start, "").replace(self.end, "")
-
 
 def strings_of(value: Any) -> Iterator[str]:
     """Yield every string of nested dicts and lists, keys included."""

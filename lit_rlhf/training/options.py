@@ -39,9 +39,12 @@ class OptimizationOptions:
         sizes = [len(group["params"]) for group in self.optimizer.param_groups]
         return {
             "optimizer": type(self.optimizer).__name__,
-            "groups": [{**plain(g), "lr": r, "size": n} for g, r, n in zip(self.groups, rates, sizes, strict=True)],
+            "groups": [
+                {**as_numbers(group), "lr": rate, "size": size}
+                for group, rate, size in zip(self.groups, rates, sizes, strict=True)
+            ],
             "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else "",
-            "schedule": plain(self.schedule),
+            "schedule": as_numbers(self.schedule),
         }
 
     def check(self, saved: Mapping[str, Any]) -> None:
@@ -101,12 +104,12 @@ class OptimizationOptions:
         rank_zero_info(f"changed since the checkpoint was written: {', '.join(n for n in names if n != 'initial_lr')}")
 
 
-def plain(value: Any) -> Any:
+def as_numbers(value: Any) -> Any:
     """Return numbers, strings, lists and dicts; tensors as numbers, other objects as None."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): as_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [as_numbers(v) for v in value]
     if isinstance(value, Tensor):
         return value.tolist()
     return value if isinstance(value, bool | int | float | str) else None
