@@ -88,7 +88,7 @@ TARGET = 1.9
 
 def make_distributed_trainer(root: Path, devices: int, **options):
     if devices > 1:
-        options["strategy"] = "ddp"
+        options["strategy"] = os.environ.get("STRATEGY", "ddp")
     return make_trainer(root, devices=devices, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -15,14 +16,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.export import snapshot, write_folder
+from lit_rlhf.models.export import rebuild, snapshot, write_folder
 from lit_rlhf.models.loading import unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
+from lit_rlhf.models.scalar import ScalarModel
+from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
@@ -46,6 +50,7 @@ from lit_rlhf.training.optimization import (
 )
 from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.schedules import Warmup, check_schedule
+from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
 
@@ -72,6 +77,8 @@ class Algorithm(Guards, CheckpointHooks, ABC):
     policy: Policy
     batch_type: type[Record] | None = None
     """Type of the batches that the data module must yield."""
+    merges_adapter = False
+    """Whether an export merges an adapter into its base model."""
     max_new_tokens = 0
     """Maximum number of tokens sampled after a prompt."""
 
@@ -138,6 +145,16 @@ class Algorithm(Guards, CheckpointHooks, ABC):
             self.policy = Policy.from_pretrained(self.pretrained, self.lora, **self.load_options)
         unwrapped(self.policy)
         self._check_positions(self.policy.causal_lm.config, "policy")
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard the models over ranks, after all of them are loaded."""
+        for module in self.children():
+            if isinstance(module, Policy | ScalarModel):
+                module.shard(sharding)
+            elif any(p.requires_grad for p in module.parameters()) and not isinstance(module, FSDPModule):
+                ShardedWeights(module, sharding)
+        if "reference" in vars(self):
+            self.reference.shard(sharding)
 
     def _check_positions(self, config: Any, role: str) -> None:
         check_positions(config, role, getattr(self.data_module, "max_sequence_length", 0), self.max_new_tokens)
@@ -226,7 +243,7 @@ class Algorithm(Guards, CheckpointHooks, ABC):
     ) -> None:
         """Make the update and check the new weights."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        check_finite_weights(optimizer, self.trainer.global_step)
+        check_finite_weights(optimizer, self.trainer.global_step, self.sum_over_ranks)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log step time, total training time and peak memory; stop after too many skipped updates."""
@@ -253,8 +270,14 @@ class Algorithm(Guards, CheckpointHooks, ABC):
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""
+        save: Callable[[Path], None] = self.save_model
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            state = self.saved_weights(self.trainer.strategy.lightning_module_state_dict())
+            prefix = self.export_prefix
+            weights = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+            save = functools.partial(rebuild, self.export_snapshot(), weights, merging=self.merges_adapter)
         if self.trainer.is_global_zero:
-            write_folder(Path(folder), self.save_model)
+            write_folder(Path(folder), save)
         self.trainer.strategy.barrier("export")
 
     def save_model(self, folder: Path) -> None:

@@ -39,6 +39,7 @@ class RewardModeling(HeldOutMetrics, Algorithm):
     batch_type = Preferences
     reward_model: ScalarModel
     export_prefix = "reward_model.model."
+    merges_adapter = True
 
     def __init__(self, policy: str, **options: Any) -> None:
         super().__init__(policy, **options)

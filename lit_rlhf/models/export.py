@@ -119,7 +119,7 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
     for needed in (ckpt_path, *filter(os.path.isdir, [export["source"]])):
         if Path(needed).resolve().is_relative_to(Path(out).resolve()):
             raise InputError(f"--out {str(out)!r} holds {str(needed)!r}, which the export needs: give another folder")
-    write_folder(Path(out), lambda folder: _rebuild(export, weights, folder, merge))
+    write_folder(Path(out), lambda folder: rebuild(export, weights, folder, merge))
     return Path(out)
 
 
@@ -142,7 +142,15 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
         )
 
 
-def _rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merging: bool) -> None:
+def rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, merging: bool = False) -> None:
+    """Write the files of a model folder from a snapshot and weights.
+
+    Args:
+        export: What `snapshot` returned.
+        weights: Weights of the model by name; of an adapter alone unless its model was given in memory.
+        folder: An empty folder.
+        merging: Whether to merge an adapter into its base model.
+    """
     for name, content in export["files"].items():
         path = folder / safe_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_rlhf.models.sharding import whole
+
 SAMPLES = 64
 """Values of each weight that are hashed one by one, beside the sum over all of them."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,6 +22,8 @@ def fingerprint(model: Any, adapters: bool = False, skip: str = "") -> str:
 
     The sums are of the weights' bits as integers, so they are exact in any order. A layer that an adapter's
     `layer_replication` repeats counts once, as does a tied weight.
+
+    Call it on all ranks if the weights are sharded.
 
     Args:
         model: The model, or a PEFT model around it.
@@ -35,7 +39,7 @@ def fingerprint(model: Any, adapters: bool = False, skip: str = "") -> str:
 
 
 def _digest(weight: Tensor) -> str:
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     bits = flat.view(INTEGERS[flat.element_size()]) if flat.numel() else flat.to(torch.int32)
     chosen = bits[:: max(1, bits.numel() // SAMPLES)].tolist()
     return f"{tuple(weight.shape)} {weight.dtype} {int(bits.sum(dtype=torch.int64))} {chosen}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lit_rlhf.models.cpu import cpu_attention
+from lit_rlhf.models.sharding import ShardedWeights
 
 
 class ModelForward:
@@ -32,6 +33,7 @@ class ModelForward:
     Attributes:
         head_apart: Whether features are hidden states; None until it is known.
         shares_prompt: Whether a prompt is computed once for all its completions; None until it is known.
+        sharded: The weights, if they are sharded over ranks.
     """
 
     def __init__(self, model: Any, head: str | None = None) -> None:
@@ -39,6 +41,16 @@ class ModelForward:
         self.head_name = head
         self.head_apart: bool | None = None
         self.shares_prompt: bool | None = None
+        self.sharded: ShardedWeights | None = None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a pass takes all ranks together: the weights are sharded, and not gathered now."""
+        return self.sharded is not None and not self.sharded.is_gathered
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Return a context in which this rank holds all weights, without gradient. Enter it on all ranks."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.gathered()
 
     @property
     def trunk(self) -> nn.Module:

@@ -43,6 +43,7 @@ from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions
+from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
@@ -166,7 +167,8 @@ class Policy(nn.Module):
         def sample(rows: slice) -> Completions:
             return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
 
-        with eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
+        gathered = self.model_forward.gathered()
+        with gathered, eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
             parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
         return parts[0] if len(parts) == 1 else join_completions(parts)
 
@@ -191,10 +193,9 @@ class Policy(nn.Module):
         self.probe()
 
         def logprobs(prompts: Prompts, completions: TokenSequences) -> Tensor:
-            features = completion_features(self.model_forward, prompts, completions)
-            return self.logprobs_from(features, completions, temperature)
+            return self.logprobs_from(self._features(prompts, completions), completions, temperature)
 
-        return score_in_parts(self._scoring_rows, logprobs, prompts, completions)
+        return score_in_parts(self.model_forward, self._scoring_rows, logprobs, prompts, completions)
 
     def logprobs_from(
         self,
@@ -214,11 +215,10 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "prompts samples tokens features"]:
         """Return the features before each token of the completions: hidden states, or logits. Differentiable."""
         self.probe()
+        return score_in_parts(self.model_forward, self._scoring_rows, self._features, prompts, completions)
 
-        def features(prompts: Prompts, completions: TokenSequences) -> Tensor:
-            return completion_features(self.model_forward, prompts, completions)
-
-        return score_in_parts(self._scoring_rows, features, prompts, completions)
+    def _features(self, prompts: Prompts, completions: TokenSequences) -> Tensor:
+        return completion_features(self.model_forward, prompts, completions)
 
     def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         def score(features: Tensor, tokens: Tensor) -> Tensor:
@@ -238,10 +238,17 @@ class Policy(nn.Module):
 
     def probe(self) -> None:
         """Find out, once, whether this model allows chunked logits and a shared prompt; log the reason if not."""
-        if self.model_forward.shares_prompt is None:
+        if self.model_forward.shares_prompt is not None:
+            return
+        with self.model_forward.gathered():
             with eval_mode(self.model), self.model_forward.fast_attention():
                 check_causal(self.causal_lm)
-        probe_policy(self.model_forward)
+            probe_policy(self.model_forward)
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard the weights over ranks, once. A reference must have been copied before."""
+        if self.model_forward.sharded is None:
+            self.model_forward.sharded = ShardedWeights(self, sharding, ["_features"])
 
     @property
     def chunks_logits(self) -> bool:
@@ -276,6 +283,14 @@ class Reference:
             own = next(self._policy.parameters()).dtype
             self._policy.to(device, None if own == dtype else dtype)
         return self
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard the weights of a copy over ranks."""
+        self._policy.shard(sharding)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """See `ModelForward.gathered`."""
+        return self._policy.model_forward.gathered()
 
     def logprobs(self, prompts: Prompts, completions: TokenSequences, temperature: float = 1.0) -> Tensor:
         """See `Policy.logprobs`; without gradient."""

@@ -22,6 +22,7 @@ from lit_rlhf.models.loading import disable_dropout, embedding_rows, unwrapped
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import load_model
 from lit_rlhf.models.probe import probe_scores
+from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import (
     TokenSequences,
     can_share,
@@ -123,12 +124,19 @@ class ScalarModel(nn.Module):
 
     def probe(self) -> None:
         """Find out, once, whether the completions of a prompt can share it; log the reason if not."""
-        probe_scores(self.model_forward, self.plain_scores, self.shared_scores, self.name)
+        if self.model_forward.shares_prompt is None:
+            with self.model_forward.gathered():
+                probe_scores(self.model_forward, self.plain_scores, self.shared_scores, self.name)
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard the weights over ranks, once."""
+        if self.model_forward.sharded is None:
+            self.model_forward.sharded = ShardedWeights(self, sharding, ["_values", "_score"])
 
     def values(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples tokens"]:
         """Return a value before each token, at least float32, 0 where masked. Differentiable."""
         self.probe()
-        return score_in_parts(self._fitting_rows, self._values, prompts, completions)
+        return score_in_parts(self.model_forward, self._fitting_rows, self._values, prompts, completions)
 
     def _values(self, prompts: Prompts, completions: TokenSequences) -> Tensor:
         features = completion_features(self.model_forward, prompts, completions)
@@ -137,7 +145,7 @@ class ScalarModel(nn.Module):
     def score(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples"]:
         """Return a score of each completion, read at its last token, at least float32. Differentiable."""
         self.probe()
-        return score_in_parts(self._fitting_rows, self._score, prompts, completions)
+        return score_in_parts(self.model_forward, self._fitting_rows, self._score, prompts, completions)
 
     def _score(self, prompts: Prompts, completions: TokenSequences) -> Float[Tensor, "prompts samples"]:
         n, k, _ = completions.tokens.shape

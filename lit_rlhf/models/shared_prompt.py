@@ -40,16 +40,18 @@ class TokenSequences(Protocol):
 
 
 def score_in_parts(
+    forward: ModelForward,
     fitting: FittingRows,
     score: Callable[[Prompts, SequencesT], Tensor],
     prompts: Prompts,
     completions: SequencesT,
 ) -> Tensor:
-    """Score a batch; without gradient, in parts where it runs out of memory."""
+    """Score a batch; without gradient, with all weights gathered, and in parts where it runs out of memory."""
     if torch.is_grad_enabled():
         return score(prompts, completions)
     n, k = completions.tokens.shape[:2]
-    return torch.cat(fitting.in_parts(lambda rows: score(prompts.rows(rows), completions.rows(rows)), n, k))
+    with forward.gathered():
+        return torch.cat(fitting.in_parts(lambda rows: score(prompts.rows(rows), completions.rows(rows)), n, k))
 
 
 def prompt_positions(mask: Bool[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
@@ -77,11 +79,15 @@ def completion_features(
     n, k, t = completions.tokens.shape
     tokens = filled_tokens(prompts, completions)
     prompts = fill_padding(prompts)
+    if forward.in_step and t == 1:  # other ranks make a second pass
+        tokens = tokens.repeat(1, 2)
     with as_sampled(forward.model):
         if can_share(forward):
             lengths = completions.mask.flatten(0, 1).sum(1).tolist()
-            return shared_features(forward, prompts, tokens, prompt_of_row(n, k), lengths).view(n, k, t, -1)
-        return plain_features(forward, prompts, tokens, k).view(n, k, t, -1)
+            features = shared_features(forward, prompts, tokens, prompt_of_row(n, k), lengths)
+        else:
+            features = plain_features(forward, prompts, tokens, k)
+    return features[:, :t].reshape(n, k, t, -1)
 
 
 def can_share(forward: ModelForward) -> bool:
@@ -115,7 +121,8 @@ def shared_features(
         lengths: Number of tokens of each row; features past a row's length are undefined. By default all tokens.
     """
     length = tokens.shape[1]
-    lengths = [length] * len(tokens) if lengths is None else lengths
+    if lengths is None or forward.in_step:  # every rank makes two passes
+        lengths = [length] * len(tokens)
     owner, cache = owner.to(tokens.device), DynamicCache(config=forward.config)
     first = forward(prompts.tokens, prompts.mask, prompt_positions(prompts.mask), cache, 1).index_select(0, owner)
     groups, parts = groups_of_similar_length(lengths), []

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_rlhf.models.fingerprint import fingerprint
@@ -74,16 +75,8 @@ class CheckpointHooks(LightningModule):
         return fingerprint(cast(PeftModel, model).get_base_model()) if adapted else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.
-
-        The trained model is the adapter with LoRA, if its base model is in a folder; otherwise the whole model,
-        including its frozen layers.
-        """
-        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        in_memory = "policy" in self._modules and not self.policy.loaded
-        if in_memory or not isinstance(self._trained_model, PeftModel):
-            frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in frozen}
+        """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights."""
+        checkpoint["state_dict"] = self.saved_weights(checkpoint["state_dict"])
         checkpoint["seed"], checkpoint["training_seconds"] = self.seed, self.training_timer.so_far()
         self._snapshot = self._snapshot or self.export_snapshot()
         checkpoint["export"] = {"prefix": self.export_prefix, **self._snapshot}
@@ -94,6 +87,18 @@ class CheckpointHooks(LightningModule):
         if self._options is not None:
             checkpoint["optimization"] = self._options.state_dict()
         checkpoint["running_state"] = self.running_state()
+
+    def saved_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the part of a `state_dict` that checkpoints hold: the trained model and other trained weights.
+
+        The trained model is the adapter with LoRA, if its base model is in a folder; otherwise the whole model,
+        including its frozen layers.
+        """
+        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        in_memory = "policy" in self._modules and not self.policy.loaded
+        if in_memory or not isinstance(self._trained_model, PeftModel):
+            frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
+        return {name: value for name, value in state_dict.items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""

@@ -23,6 +23,7 @@ from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
+from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record, Rollout
 
@@ -87,10 +88,10 @@ def check_processes(strategy: Strategy, world_size: int, devices: int, nodes: in
             another number of processes than the Trainer knows, which would each run alone, in the same folders.
     """
     others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, others):
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy) or isinstance(strategy, others):
         raise InputError(
-            f"the strategy {type(strategy).__name__} is not supported: models are not sharded; use "
-            "--trainer.strategy ddp for several devices, or auto"
+            f"the strategy {type(strategy).__name__} is not supported: use --trainer.strategy fsdp2 to shard models "
+            "over several devices, ddp to have them whole on each, or auto"
         )
     launched = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else world_size
     if not world_size == launched == devices * nodes:

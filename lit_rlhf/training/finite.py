@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import local
 from lit_rlhf.training.files import run_folder
 from lit_rlhf.types import Record, Rollout
 
@@ -94,19 +95,24 @@ def scaler_overflows(trainer: Trainer, problems: list[str]) -> bool:
     return problems == ["gradient"] and scaler is not None and scaler.get_scale() > 1
 
 
-def check_finite_weights(optimizer: Optimizer, update: int) -> None:
-    """Check the trained weights after an update.
+def check_finite_weights(optimizer: Optimizer, update: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """Check the trained weights after an update. Call it on all ranks.
+
+    Args:
+        optimizer: Has the weights, or this rank's shards of them.
+        update: Its number, for the message.
+        sum_over_ranks: Sums a tensor over all ranks.
 
     Raises:
-        ValueError: If one is not finite. It is too late to save a checkpoint.
+        ValueError: If one is not finite, on all ranks. It is too late to save a checkpoint.
     """
-    for group in optimizer.param_groups:
-        weights = [p.detach() for p in group["params"] if p.numel()]
-        if not bool(torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()):
-            raise InputError(
-                f"update {update} left weights that are not finite (NaN or infinite): resume from an earlier "
-                "checkpoint with a lower learning rate, and train float32 weights"
-            )
+    weights = [shard for group in optimizer.param_groups for p in group["params"] if (shard := local(p.detach())).numel()]
+    broken = ~torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()
+    if sum_over_ranks(broken.float()) > 0:
+        raise InputError(
+            f"update {update} left weights that are not finite (NaN or infinite): resume from an earlier "
+            "checkpoint with a lower learning rate, and train float32 weights"
+        )
 
 
 def stop_after_skipped_updates(

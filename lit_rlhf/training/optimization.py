@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import local, whole
 
 
 @dataclass
@@ -59,7 +60,7 @@ def gradient_norms(optimizer: Optimizer, device: torch.device) -> dict[str, Tens
     for group in optimizer.param_groups:
         prefix = "" if group is optimizer.param_groups[0] else f"{group['name']}_"
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        norms[f"{prefix}grad_norm"] = torch.nn.utils.get_total_norm(gradients).to(device).float()
+        norms[f"{prefix}grad_norm"] = whole(torch.nn.utils.get_total_norm(gradients)).to(device).float()
     return norms
 
 
@@ -131,7 +132,7 @@ def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
     """
     for group in optimizer.param_groups:
         for dtype in (torch.bfloat16, torch.float16):
-            weights = [p.detach() for p in group["params"] if p.dtype == dtype and p.numel()]
+            weights = [shard for p in group["params"] if p.dtype == dtype and (shard := local(p.detach())).numel()]
             medians = [weight.abs().float().median() for weight in weights]
             nonzero = [size for size in medians if size > 0]  # half of a new adapter is 0, which any step changes
             if not nonzero:

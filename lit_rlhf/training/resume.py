@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import from_local, local
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.types import Prompts, Rollout
 
@@ -62,7 +63,7 @@ class InFlight:
 
     def add_update(self, parameters: Iterable[tuple[str, nn.Parameter]], loss_sums: LossSums) -> None:
         """Capture the update in progress: copies of the gradients on the CPU, and the loss sums."""
-        self.gradients = {name: p.grad.cpu().clone() for name, p in parameters if p.grad is not None}
+        self.gradients = {name: local(p.grad).cpu().clone() for name, p in parameters if p.grad is not None}
         self.loss_sums = dataclasses.replace(loss_sums)
 
     def add_rollout(
@@ -77,7 +78,7 @@ class InFlight:
         """Put the gradients back in place and return the loss sums; empty ones between two updates."""
         for name, parameter in parameters:
             if name in self.gradients:
-                parameter.grad = self.gradients[name].to(parameter.device)
+                parameter.grad = from_local(self.gradients[name], parameter)
         self.gradients, loss_sums, self.loss_sums = {}, self.loss_sums, None
         return loss_sums or LossSums()
 
@@ -251,7 +252,7 @@ class UpdateStart:
         states = [state for optimizer in optimizers for state in optimizer.state.values()]
         tensors = [p for group in groups for p in group["params"]]
         tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in tensors]
+        self._versions = [(shard, shard._version) for shard in map(local, tensors)]
 
     def restore_buffers(self) -> bool:
         """Restore the buffers; return False if a weight or an optimizer state has changed."""

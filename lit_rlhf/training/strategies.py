@@ -1,0 +1,125 @@
+"""Strategies: how the weights of a run are placed on its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import Sharding, sharded_like, whole
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallel training: weights, gradients and optimizer state are split over all ranks.
+
+    `--trainer.strategy fsdp2`. Policy, reference and critic are sharded, a group of weights per decoder layer. A model
+    is gathered on every rank while it samples or scores. Checkpoints are single files, like those of one device.
+
+    Args:
+        timeout: See `lightning.pytorch.strategies.DDPStrategy`.
+        process_group_backend: See there.
+    """
+
+    def __init__(
+        self, timeout: timedelta | None = default_pg_timeout, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """Start the processes; all of them split the weights, and each has data of its own."""
+        self._data_parallel_size = self.num_processes * self.num_nodes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the models that the algorithm has loaded."""
+        algorithm: Any = self.lightning_module
+        algorithm.shard(Sharding(self.device_mesh["data_parallel"], self._precision()))
+        check_sharded(algorithm.named_parameters())
+        super().setup(trainer)
+
+    def _precision(self) -> MixedPrecisionPolicy:
+        plugin = self.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed":
+            return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return all weights, on the CPU of rank 0; empty on the other ranks. Call it on all ranks."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer as without sharding, on the CPU of rank 0. Call it on all ranks."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        state = optimizer.state_dict()
+        gathered: dict[Any, dict[str, Any]] = {}
+        for key, values in state["state"].items():
+            full = {n: whole(v).cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+            if self.is_global_zero:
+                gathered[key] = full
+        return {**state, "state": gathered}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; the hooks of Lightning load its weights and optimizer states."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load this rank's shards of the weights of a checkpoint."""
+        assert self.lightning_module is not None
+        state, targets = checkpoint["state_dict"], self.lightning_module.state_dict(keep_vars=True)
+        sharded = {name: sharded_like(value, targets[name]) for name, value in state.items() if name in targets}
+        self.lightning_module.load_state_dict(sharded, strict=strict)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning restores optimizers, by `load_optimizer_state_dict`."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Load this rank's shards of the optimizer states of a checkpoint."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            sharded = {
+                key: {
+                    n: sharded_like(v, parameters[key]) if isinstance(v, Tensor) and v.ndim else v
+                    for n, v in values.items()
+                }
+                for key, values in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": sharded})
+
+
+def check_sharded(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Check that the strategy synchronizes every trainable parameter.
+
+    Raises:
+        ValueError: If one is not sharded: each rank would train its own.
+    """
+    apart = [name for name, p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if apart:
+        raise InputError(
+            f"the parameter {apart[0]!r} ({len(apart)} in all) is trainable but not sharded, so each rank would train "
+            "its own: make it part of a submodule of the algorithm that configure_model creates, or use "
+            "--trainer.strategy ddp"
+        )
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel training (FSDP2)")
