@@ -91,7 +91,8 @@ class GradientNoise(Callback):
         window_idx = trainer.fit_loop.total_batch_idx // window
         first = step < trainer.accumulate_grad_batches
         if first and window_idx % self.every_n_rollouts == 0 and algorithm.rollout is not None:
-            self._measure(trainer, algorithm)
+            with algorithm.gathered():
+                self._measure(trainer, algorithm)
 
     def _measure(self, trainer: Trainer, algorithm: OnlineAlgorithm) -> None:
         """Measure the gradient of the current rollout and log the variance and the noise scale."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,15 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         if "reference" in vars(self):
             self.reference.shard(sharding)
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold all weights on every rank within this context, if they are sharded. Enter it on all ranks."""
+        with contextlib.ExitStack() as stack:
+            for module in self.children():
+                if isinstance(module, Policy | ScalarModel) and module.model_forward.sharded is not None:
+                    stack.enter_context(module.model_forward.sharded.gathered())
+            yield
+
     def _check_positions(self, config: Any, role: str) -> None:
         check_positions(config, role, getattr(self.data_module, "max_sequence_length", 0), self.max_new_tokens)
 
@@ -275,7 +285,8 @@ class Algorithm(Guards, CheckpointHooks, ABC):
             state = self.saved_weights(self.trainer.strategy.lightning_module_state_dict())
             prefix = self.export_prefix
             weights = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-            save = functools.partial(rebuild, self.export_snapshot(), weights, merging=self.merges_adapter)
+            self._snapshot = self._snapshot or self.export_snapshot()
+            save = functools.partial(rebuild, self._snapshot, weights, merging=self.merges_adapter)
         if self.trainer.is_global_zero:
             write_folder(Path(folder), save)
         self.trainer.strategy.barrier("export")

@@ -159,7 +159,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         with self.timer("score"), raise_on_all_ranks(self.trainer):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, self.tokenizer, prompts, completions, texts, self.trainer_state())
-        with self.timer("score"), self.reference.gathered(), raise_on_all_ranks(self.trainer):
+        with self.timer("score"), self.reference.without_gradient(), raise_on_all_ranks(self.trainer):
             temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))
             reference_logprobs = torch.cat(
                 [self.reference.logprobs(prompts.rows(i).trim(), completions.rows(i), temperature) for i in parts]

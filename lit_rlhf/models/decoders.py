@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from lit_rlhf.models.cpu import Product, compute_dtype, packed_product
 from lit_rlhf.models.forward import ModelForward
+from lit_rlhf.models.sampling import Decoder
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.models.shared_prompt import prompt_positions
 from lit_rlhf.types import Prompts
 
@@ -97,6 +99,39 @@ class CachedDecoder:
         """Drop all rows but these."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+
+class InStepDecoder:
+    """A decoder whose passes take all ranks in step: a rank whose rows have ended goes on until all have."""
+
+    def __init__(self, decoder: CachedDecoder | PlainDecoder, forward: ModelForward, sharding: Sharding) -> None:
+        self.decoder, self.forward, self.sharding = decoder, forward, sharding
+        self.start, self.keep = decoder.start, decoder.keep
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `Decoder`."""
+        self.sharding.any_rank(True)
+        return self.decoder.step(tokens)
+
+    def wait(self) -> None:
+        """Make passes, of no use, until all ranks wait."""
+        row = torch.zeros(1, 1, dtype=torch.long, device=self.forward.device)
+        while self.sharding.any_rank(False):
+            self.forward(row, torch.ones_like(row, dtype=torch.bool), row, None, keep=1)
+
+
+@contextlib.contextmanager
+def in_step(decoder: CachedDecoder | PlainDecoder, forward: ModelForward) -> Iterator[Decoder]:
+    """Keep all ranks decoding within this context if each pass takes all of them."""
+    if not forward.in_step:
+        yield decoder
+        return
+    assert forward.sharded is not None
+    together = InStepDecoder(decoder, forward, forward.sharded.sharding)
+    try:
+        yield together
+    finally:
+        together.wait()
 
 
 class PlainDecoder:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.adapters import add_lora, merged, save_adapter
-from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
+from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, in_step, prepared_linears
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.forward import ModelForward, eval_mode
 from lit_rlhf.models.loading import (
@@ -42,7 +42,7 @@ from lit_rlhf.models.loading import (
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
-from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions
+from lit_rlhf.models.sampling import Sampling, Decoder, counter_based_uniform, decode, join_completions
 from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
@@ -167,19 +167,21 @@ class Policy(nn.Module):
         def sample(rows: slice) -> Completions:
             return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
 
-        gathered = self.model_forward.gathered()
-        with gathered, eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
+        with self.model_forward.without_gradient(), eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
+            if self.model_forward.in_step:
+                return sample(slice(None))
             parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
         return parts[0] if len(parts) == 1 else join_completions(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
-        decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
+        decoder: Decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
         noise = None
         if not sampling.greedy:
             noise = counter_based_uniform(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
         stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
-        return decode(decoder, (len(prompts), k), noise, sampling, eos, stops)
+        with in_step(decoder, self.model_forward) as decoder:
+            return decode(decoder, (len(prompts), k), noise, sampling, eos, stops)
 
     # Scoring
 
@@ -240,7 +242,7 @@ class Policy(nn.Module):
         """Find out, once, whether this model allows chunked logits and a shared prompt; log the reason if not."""
         if self.model_forward.shares_prompt is not None:
             return
-        with self.model_forward.gathered():
+        with self.model_forward.without_gradient():
             with eval_mode(self.model), self.model_forward.fast_attention():
                 check_causal(self.causal_lm)
             probe_policy(self.model_forward)
@@ -249,6 +251,7 @@ class Policy(nn.Module):
         """Shard the weights over ranks, once. A reference must have been copied before."""
         if self.model_forward.sharded is None:
             self.model_forward.sharded = ShardedWeights(self, sharding, ["_features"])
+            self.start = sharding.from_first(self.start)
 
     @property
     def chunks_logits(self) -> bool:
@@ -288,9 +291,9 @@ class Reference:
         """Shard the weights of a copy over ranks."""
         self._policy.shard(sharding)
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """See `ModelForward.gathered`."""
-        return self._policy.model_forward.gathered()
+    def without_gradient(self) -> contextlib.AbstractContextManager[None]:
+        """See `ModelForward.without_gradient`."""
+        return self._policy.model_forward.without_gradient()
 
     def logprobs(self, prompts: Prompts, completions: TokenSequences, temperature: float = 1.0) -> Tensor:
         """See `Policy.logprobs`; without gradient."""

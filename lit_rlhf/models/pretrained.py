@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ OWN_OPTIONS = ("revision", "subfolder", "variant", "gguf_file", "code_revision")
 """Options that are right for one model only, not for others that are loaded with it."""
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+NO_WEIGHTS: ContextVar[bool] = ContextVar("NO_WEIGHTS", default=False)
+"""Whether models are loaded without storage for their weights, on the meta device."""
+
+
+@contextlib.contextmanager
+def without_weights(active: bool) -> Iterator[None]:
+    """Load models without storage for their weights within this context: another rank sends them."""
+    before = NO_WEIGHTS.set(active)
+    try:
+        yield
+    finally:
+        NO_WEIGHTS.reset(before)
 
 
 def resolve(source: str | Path) -> str:
@@ -143,6 +158,8 @@ def load_model(
     options = {**options, "trust_remote_code": options.get("trust_remote_code", False)}
     options["use_safetensors"] = True if options.get("use_safetensors", True) else None  # None: pickled ones, too
     options["dtype"] = checked_dtype(options.pop("torch_dtype", None) or options.get("dtype") or torch.float32)
+    if NO_WEIGHTS.get():
+        options["device_map"] = "meta"
     with explained(what):
         # sizes that don't fit are reported below, with the names of the weights
         model, report = loader.from_pretrained(

@@ -125,7 +125,7 @@ class ScalarModel(nn.Module):
     def probe(self) -> None:
         """Find out, once, whether the completions of a prompt can share it; log the reason if not."""
         if self.model_forward.shares_prompt is None:
-            with self.model_forward.gathered():
+            with self.model_forward.without_gradient():
                 probe_scores(self.model_forward, self.plain_scores, self.shared_scores, self.name)
 
     def shard(self, sharding: Sharding) -> None:

@@ -2,7 +2,7 @@
 
 With gradient, each layer's weights are gathered for its own passes, so all ranks must make the same passes in step.
 Without gradient, as in sampling and scoring, a whole model is gathered first, and ranks may make as many passes as they
-need.
+need; by choice these passes, too, are made in step, for models that no rank can hold as a whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How weights are sharded.
@@ -27,42 +30,82 @@ class Sharding:
     Attributes:
         mesh: The ranks, in one dimension.
         precision: Dtypes in which weights are gathered and gradients are reduced.
+        gather: Whether a whole model is gathered for passes without gradient.
     """
 
     mesh: DeviceMesh
     precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    gather: bool = True
+
+    def from_first(self, value: T) -> T:
+        """Return the value of the first rank. Call it on all ranks."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, group=self.mesh.get_group(), group_src=0)
+        return values[0]
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank. Call it on all ranks."""
+        flags = torch.tensor(float(flag), device=device_of(self.mesh))
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.mesh.get_group())
+        return bool(flags)
 
 
 class ShardedWeights:
     """The sharded weights of a module.
 
     Args:
-        module: The module. Its weights become shards.
+        module: The module. Its weights become shards. Ranks whose weights are on the meta device, where they have no
+            storage, get those of the first rank.
         sharding: How.
         methods: Names of its methods that run the model with gradient, and count as its forward passes. None may call
             another.
     """
 
     def __init__(self, module: nn.Module, sharding: Sharding, methods: Sequence[str] = ()) -> None:
+        first_ranks = {name: p.detach() for name, p in module.named_parameters()}
+        empty = sharding.any_rank(any(weight.is_meta for weight in first_ranks.values()))
         options: dict[str, Any] = {"mesh": sharding.mesh, "mp_policy": sharding.precision}
         for layer in decoder_layers(module):
             fully_shard(layer, **options, reshard_after_forward=True)
         fully_shard(module, **options, reshard_after_forward=False)  # the head is used after the forward pass
         for method in methods:
             register_fsdp_forward_method(module, method)
+        if empty:
+            scatter(module, first_ranks, sharding.mesh)
         self.root: Any = module
+        self.sharding = sharding
         self.is_gathered = False
 
     @contextlib.contextmanager
+    def without_gradient(self) -> Iterator[None]:
+        """Prepare passes without gradient within this context. Enter it on all ranks.
+
+        The whole model is gathered, or else what is not part of a layer; each layer then takes all ranks in step.
+        """
+        if self.is_gathered or self.sharding.gather:
+            with self.gathered():
+                yield
+            return
+        self.root._get_fsdp_state()._lazy_init()
+        self.root.unshard()
+        try:
+            yield
+        finally:
+            self.root.reshard()
+
+    @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold all weights within this context, without gradient. Enter it on all ranks."""
+        """Hold all weights within this context. Enter it on all ranks.
+
+        Gradients are not reduced: take those that you need by `torch.autograd.grad`, each rank its own.
+        """
         if self.is_gathered:
             yield
             return
         self.root._get_fsdp_state()._lazy_init()  # otherwise a layer that runs first becomes the root
         parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        self._stay_gathered(True)
         for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
         self.is_gathered = True
         try:
@@ -71,7 +114,13 @@ class ShardedWeights:
             self.is_gathered = False
             for part in parts:
                 part.reshard()
-                part.set_reshard_after_forward(part is not self.root, recurse=False)
+            self._stay_gathered(False)
+
+    def _stay_gathered(self, stay: bool) -> None:
+        self.root.set_reshard_after_forward(not stay)
+        self.root.set_reshard_after_forward(False, recurse=False)
+        self.root.set_reshard_after_backward(not stay)
+        self.root.set_requires_gradient_sync(not stay)
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
@@ -79,6 +128,34 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     names = {name for model in models for name in model._no_split_modules or ()}
     return [part for part in module.modules() if type(part).__name__ in names]
+
+
+@torch.no_grad()
+def scatter(module: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> None:
+    """Give every rank its shards of the weights, and the buffers, of the first rank.
+
+    Args:
+        module: The sharded module, on the other ranks without storage.
+        weights: On the first rank the whole weights by name.
+        mesh: The ranks.
+    """
+    group, device, first = mesh.get_group(), device_of(mesh), mesh.get_local_rank() == 0
+    if not first:
+        module.to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        weight = weights[name].to(device) if first else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        parameter.to_local().copy_(distribute_tensor(weight, mesh, parameter.placements).to_local())
+    for buffer in module.buffers():
+        values = buffer.to(device)
+        torch.distributed.broadcast(values, group=group, group_src=0)
+        buffer.copy_(values)
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """Return this rank's device."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def whole(tensor: Tensor) -> Tensor:

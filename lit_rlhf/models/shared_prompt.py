@@ -50,7 +50,9 @@ def score_in_parts(
     if torch.is_grad_enabled():
         return score(prompts, completions)
     n, k = completions.tokens.shape[:2]
-    with forward.gathered():
+    with forward.without_gradient():
+        if forward.in_step:
+            return score(prompts, completions)
         return torch.cat(fitting.in_parts(lambda rows: score(prompts.rows(rows), completions.rows(rows)), n, k))
 
 

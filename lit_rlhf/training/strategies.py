@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.pretrained import without_weights
 from lit_rlhf.models.sharding import Sharding, sharded_like, whole
 
 
@@ -29,12 +31,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     is gathered on every rank while it samples or scores. Checkpoints are single files, like those of one device.
 
     Args:
+        gather: Whether a whole model is gathered on every rank while it samples or scores. Without, all ranks compute
+            in step, layer by layer, which is slower and needs the memory of a layer only.
         timeout: See `lightning.pytorch.strategies.DDPStrategy`.
         process_group_backend: See there.
     """
 
     def __init__(
-        self, timeout: timedelta | None = default_pg_timeout, process_group_backend: str | None = None
+        self,
+        gather: bool = True,
+        timeout: timedelta | None = default_pg_timeout,
+        process_group_backend: str | None = None,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -42,16 +49,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.gather = gather
 
     def setup_environment(self) -> None:
         """Start the processes; all of them split the weights, and each has data of its own."""
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Load models within this context; only rank 0 reads their weights."""
+        with super().model_sharded_context(), without_weights(not self.is_global_zero):
+            yield
+
     def setup(self, trainer: Trainer) -> None:
-        """Shard the models that the algorithm has loaded."""
+        """Shard the models that the algorithm has loaded.
+
+        Raises:
+            ValueError: If the strategy does not synchronize a trainable parameter.
+        """
         algorithm: Any = self.lightning_module
-        algorithm.shard(Sharding(self.device_mesh["data_parallel"], self._precision()))
+        if not self.gather and getattr(getattr(algorithm, "sampling", None), "batch_size", None):
+            raise InputError(
+                "sampling.batch_size splits a rollout on each rank apart, and with gather=false all ranks sample in "
+                "step: lower data.batch_size instead"
+            )
+        algorithm.shard(Sharding(self.device_mesh["data_parallel"], self._precision(), self.gather))
         check_sharded(algorithm.named_parameters())
         super().setup(trainer)
 
