@@ -13,6 +13,8 @@ import yaml
 PROGRAM = "lit-rlhf"
 CONFIG_FLAGS = ("--config", "-c")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+STRATEGIES = {"ddp": "DDPStrategy", "fsdp2": "FSDP2Strategy"}
+"""Classes of strategies by short name: only classes have options on the command line."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -50,6 +52,8 @@ class StrictLoader(yaml.SafeLoader):
 def expand_configs(args: Sequence[str]) -> list[str]:
     """Replace the names of shipped configurations after `--config` by their paths, and check the files.
 
+    The short name of a strategy with options becomes that of its class.
+
     Raises:
         UsageError: If one is neither a file nor a shipped configuration, or can't be read.
     """
@@ -58,6 +62,8 @@ def expand_configs(args: Sequence[str]) -> list[str]:
         flag, separator, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in CONFIG_FLAGS and (separator or flag == previous):
             value = checked_config(value, args[0])
+        elif flag == "--trainer.strategy" and any(other.startswith("--trainer.strategy.") for other in args):
+            value = STRATEGIES.get(value, value)
         elif holds_options(flag, value):
             check_nesting(read_yaml(given := f"{flag} {value!r}", value), given)
         expanded.append(f"{flag}={value}" if separator else value if flag == previous else arg)
