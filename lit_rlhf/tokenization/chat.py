@@ -99,7 +99,7 @@ class Chat:
         return EncodedTurns(ids, None if all(learned) else learned, self.rebuilt)
 
     def _render(self, messages: list[Message], **fixed: Any) -> str:
-        text = render(self.tokenizer, messages, self.kwargs, **fixed)
+        text = render(self.tokenizer, messages, self.kwargs, self.template.blocks, **fixed)
         for mark in (self.marks.start, self.marks.end) if self.marks else ():
             text = text.replace(json.dumps(mark)[1:-1], mark)
         return text
@@ -174,15 +174,20 @@ class Chat:
             raise InputError(
                 "the chat template leaves out a turn in the middle of the completion: split the completion"
             )
-        return rest.removeprefix("".join(part or "" for part in self._cut(self._around(index)[1], True)))
+        text, end = self._cut(self._around(index)[1], True)
+        if rest.startswith(last := text + (end or "")):
+            return rest[len(last) :]
+        other = self.template.control.match(rest)  # which ends a turn that is not the last, as in gpt-oss
+        return rest[other.end() :] if end and other else rest
 
     def _cut(self, text: str, finished: bool) -> tuple[str, str | None]:
         """Split a turn before the token that ends it; drop what the template adds after it, which is never sampled."""
         unmarked = f"(?<!{self.marks.start})" if self.marks else ""
         token = f"{unmarked}(?:{self.template.control.pattern})"
         if run := re.search(rf"(?:{token}\s*)+\Z", text):
-            found = re.match(self.template.control, run[0])
-            text, end = text[: run.start()], found[0] if found else None
+            tokens = list(self.template.control.finditer(run[0]))
+            found = next((token for token in tokens if token[0] == self.template.end), tokens[0])
+            text, end = text[: run.start() + found.start()], found[0]
         elif self.template.end and (last := list(re.finditer(unmarked + re.escape(self.template.end), text))):
             text, end = text[: last[-1].start()], self.template.end
         else:

@@ -117,8 +117,11 @@ def _split(tokens: re.Pattern[str], text: str) -> list[str]:
 
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text with the tokens that the tokenizer puts before every text, once."""
+    template = read_template(tokenizer)
+    if text.startswith(template.openings):  # rendered beforehand
+        return encode(tokenizer, text)
     ids = list(tokenizer(text)["input_ids"])
-    if text.endswith(tokenizer.eos_token or "\0") or read_template(tokenizer).special.match(text):
+    if text.endswith(tokenizer.eos_token or "\0") or template.special.match(text):
         alone = encode(tokenizer, text)
         for count in range(len(ids) - len(alone) + 1):
             if ids[count : count + len(alone)] == alone:
