@@ -28,7 +28,8 @@ _PYTHON_MESSAGES = re.compile(r"\[\s*\{\s*'(role|content|from|value)'\s*:")
 def read_text(value: Any, name: str) -> Text:
     """Return the string or the messages in the column `name`.
 
-    A string that is a JSON list of messages, as a csv file has it, is read as these messages.
+    A string that is a JSON list of messages, as a csv file has it, is read as these messages, and a single message as
+    a list of one.
 
     Raises:
         ValueError: If the value is neither, or a message can't be read.
@@ -36,6 +37,8 @@ def read_text(value: Any, name: str) -> Text:
     if isinstance(value, str):
         messages = _parse_messages(value, name)
         return value if messages is None else _messages(messages, name)
+    if is_message(value):
+        value = [value]
     if is_messages(value) or (isinstance(value, list) and not value):
         return _messages(value, name)
     raise InputError(f"the column {name!r} contains {brief(value)}: it must be a string or a list of messages")
@@ -44,6 +47,12 @@ def read_text(value: Any, name: str) -> Text:
 def is_messages(value: Any) -> bool:
     """Return whether a value is a list of dicts with at least one item."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is a message."""
+    keys = set(value) if isinstance(value, dict) else set()
+    return ("role" in keys and bool({"content", "tool_calls"} & keys)) or {"from", "value"} <= keys
 
 
 def read_template_kwargs(row: Row) -> dict[str, Any]:
@@ -163,8 +172,4 @@ def _parse_messages(text: str, name: str) -> list[Row] | None:
                 f"the column {name!r} has messages in Python's notation, {brief(text)}: write them with json.dumps"
             ) from error
         return None
-    return value if is_messages(value) and all(map(_is_message, value)) else None
-
-
-def _is_message(item: Row) -> bool:
-    return ("role" in item and bool({"content", "tool_calls"} & item.keys())) or {"from", "value"} <= item.keys()
+    return value if is_messages(value) and all(map(is_message, value)) else None

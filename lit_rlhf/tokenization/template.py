@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, InputTypeError, brief
 from lit_rlhf.tokenization.marks import any_of
 from lit_rlhf.types import Message
 
@@ -191,8 +191,11 @@ def check_template_kwargs(kwargs: dict[str, Any], of_a_row: bool = False) -> Non
         of_a_row: Whether they come with the data, and so may neither replace the template nor keep it busy.
 
     Raises:
+        TypeError: If they are no dict.
         ValueError: If a name is reserved, or a number of a row is too large.
     """
+    if not isinstance(kwargs, dict):
+        raise InputTypeError(f"chat_template_kwargs={brief(kwargs)}: it must be a dict")
     reserved = RESERVED if of_a_row else RESERVED - SPECIAL_TOKENS - {"chat_template"}
     if names := sorted(reserved & kwargs.keys()):
         raise InputError(f"chat_template_kwargs has {names[0]!r}, which is not an argument of the template: remove it")

@@ -6,6 +6,9 @@ import re
 
 from lit_rlhf.tokenization.template import THINKING
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message with the thoughts before its content."""
+
 OPENED = re.compile(r"([<\[◁])([^<>\[\]◁▷/|\s]+)([>\]▷])(\s*)\Z")
 """A tag that a text leaves open at its end."""
 
