@@ -78,9 +78,7 @@ FAMILIES = {
         eos="<|END_OF_TURN|>",
         special=["<|START_OF_TURN|>", "<|CHATBOT|>", "<|USER|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
     ),
-    "gptoss": dict(
-        template=CHANNELS, eos="<|return|>", special=["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
-    ),
+    "gptoss": dict(template=CHANNELS, eos="<|return|>", special=["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]),
     "smolvlm": dict(template=BLOCKS, bos="<bos>", special=["<end_of_utterance>", "<image>"]),
     "gpt2": dict(bos="<eos>", unk="<eos>"),
 }
@@ -98,7 +96,16 @@ ENDS_OF_TURNS = {
 
 def make_family(name: str, *tags: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer of a family; `tags` are added as special tokens, as users do. Id 0 is an ordinary "!"."""
-    options = {"template": None, "eos": "<eos>", "bos": None, "pad": None, "unk": None, "special": [], "plain": [], **FAMILIES[name]}
+    options = {
+        "template": None,
+        "eos": "<eos>",
+        "bos": None,
+        "pad": None,
+        "unk": None,
+        "special": [],
+        "plain": [],
+        **FAMILIES[name],
+    }
     named = list(dict.fromkeys(t for t in (options["eos"], options["bos"], options["pad"], options["unk"]) if t))
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *named, *options["special"]]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))

@@ -15,7 +15,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_minimum(minimum: int, optional: bool = True, **arguments: int | None) -> None:
-    """Raise a ValueError if an argument is below `minimum`, a TypeError if it is no integer; None passes if optional."""
+    """Raise a ValueError if an argument is below `minimum`, a TypeError if it is no integer; None may pass."""
     for name, value in arguments.items():
         if not (value is None and optional) and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise InputTypeError(f"{name}={brief(value)}: it must be a whole number")

@@ -171,7 +171,9 @@ def _example(
 ) -> Example:
     for name in _MEDIA:
         if row.get(name):
-            raise InputError(f"the column {name!r} is not empty, but only text is read: drop it or the row in a transform")
+            raise InputError(
+                f"the column {name!r} is not empty, but only text is read: drop it or the row in a transform"
+            )
     if "instruction" in used and row.get("input"):
         raise InputError(
             "the instruction has an 'input' beside it, as in Alpaca's data: join the two into a prompt in a transform"

@@ -15,10 +15,14 @@ from lit_rlhf.data.readers import Row
 from lit_rlhf.errors import InputError, brief
 from lit_rlhf.types import Message, Text
 
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
 _SHAREGPT_ROLES = {
     **_ROLES,
-    **dict.fromkeys(("bot", "chatgpt", "model", "function_call"), "assistant"),
+    "function_call": "assistant",
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool"),
 }
 _TEXT_BLOCKS = ("text", "input_text", "output_text")

@@ -16,6 +16,7 @@ from lit_rlhf.tokenization.thoughts import REASONING, continue_opened, opened_th
 from lit_rlhf.tokenization.turns import check_role, contents, is_answer, join, squash
 from lit_rlhf.types import Message
 
+
 @dataclass(frozen=True)
 class EncodedTurns:
     """Token ids of a completion.

@@ -118,7 +118,9 @@ def _end(tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str], tail: str
 
 def _needs_blocks(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
     """Whether a template writes a content that is given in typed blocks, and not one that is a string."""
-    texts = (_try_render(tokenizer, source, [{"role": "user", "content": SENTINEL}], blocks) for blocks in (False, True))
+    texts = (
+        _try_render(tokenizer, source, [{"role": "user", "content": SENTINEL}], blocks) for blocks in (False, True)
+    )
     return [SENTINEL in text for text in texts] == [False, True]
 
 
@@ -173,7 +175,9 @@ def render(
             "use an instruct model, set tokenizer.chat_template, or use plain strings"
         )
     if blocks:
-        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m for m in messages]
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m for m in messages
+        ]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **fixed, **(kwargs or {})))
     except Exception as error:  # a template may fail with any error

@@ -51,7 +51,9 @@ def check_role(message: Message, control: re.Pattern[str]) -> None:
     """
     role = message["role"]
     if role not in ROLES and (not re.fullmatch(r"[\w .-]+", role) or re.escape(role) in control.pattern):
-        raise InputError(f"a message has the role {role!r}, which can become a control token of the template: rename it")
+        raise InputError(
+            f"a message has the role {role!r}, which can become a control token of the template: rename it"
+        )
 
 
 def join(prompt: list[Message], completion: list[Message]) -> list[Message]:

@@ -47,6 +47,14 @@ SKY = [SYSTEM, user("Hi"), assistant("Hello!"), user("What color is the sky?")]
             [user("Hi")],
             {"completion": [assistant("Hello!")]},
         ),
+        ({"messages": SKY, "chosen": "Blue."}, SKY, {"chosen": [assistant("Blue.")]}),
+        ({"messages": [user("Hi"), {"role": "model", "content": "A"}]}, [user("Hi")], {"completion": [assistant("A")]}),
+        ({"prompt": SKY[1:], "system": "Be brief."}, SKY, {"system": "Be brief."}),
+        (
+            {"prompt": "Hi", "completion": {"length": 3}, "images": []},
+            "Hi",
+            {"completion": {"length": 3}, "images": []},
+        ),
     ],
 )
 def test_read_prompt(row, prompt, columns):
@@ -104,6 +112,17 @@ BLUE, GREEN = [assistant("Blue.")], [assistant("Green.")]
             "\n\nHuman: Hi\n\nAssistant:",
             " I am well",
             " I am ill",
+        ),
+        ({"messages": SKY, "chosen": "Blue.", "rejected": "Green."}, SKY, BLUE, GREEN),
+        (
+            {
+                "conversations": [{"from": "human", "value": "The sky?"}],
+                "chosen": {"from": "gpt", "value": "Blue."},
+                "rejected": {"from": "gpt", "value": "Green."},
+            },
+            [user("The sky?")],
+            BLUE,
+            GREEN,
         ),
         # equal conversations keep their last answers, so that the pair is recognized as a tie
         ({"chosen": SKY + BLUE, "rejected": SKY + BLUE}, SKY, BLUE, BLUE),
@@ -166,6 +185,9 @@ def test_template_kwargs_come_from_their_columns():
         (read_demonstration, {"messages": [user("a")]}, {}, "'messages' has no assistant turn"),
         (read_preference, {"prompt": "a", "chosen": "b"}, {}, "no column 'rejected' .* rejected_column"),
         (read_preference, {"chosen": "b", "rejected": BLUE}, {}, "one of 'chosen' and 'rejected' is a string"),
+        (read_prompt, {"prompt": "<image> What?", "images": ["a.png"]}, {}, "the column 'images' is not empty"),
+        (read_preference, {"prompt": SKY, "chosen": BLUE, "rejected": GREEN, "image": b"1"}, {}, "the column 'image'"),
+        (read_prompt, {"instruction": "Add.", "input": "2, 2"}, {"prompt_column": "instruction"}, "has an 'input'"),
     ],
 )
 def test_unreadable_rows_raise(read, row, names, message):
