@@ -99,7 +99,7 @@ def _read_template(
             structure.add(token)
     control, special_text = any_of(structure), any_of(special | structure)
     tail = _tail(tokenizer, source, blocks)
-    end = _end(tokenizer, control, tail, texts[2].rsplit(SENTINEL, 2)[1] if texts[2].count(SENTINEL) > 2 else "")
+    end = _end(tokenizer, control, tail, "".join(texts[2].split(SENTINEL)[2:3]))
     lead = tail[: tail.index(end)] if end else ""
     header = turns.partition(SEPARATOR)[0]
     starts = (text.partition(SENTINEL)[0] for text in (texts[0], texts[3]))
@@ -109,11 +109,12 @@ def _read_template(
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str], tail: str, between: str) -> str | None:
-    """Return the token that ends an answer: EOS if it does so between turns too, or else the first in the tail."""
+    """Return the token that ends an answer: the first after it, or EOS if it directly follows between turns, too."""
+    if (found := control.search(tail)) is None:
+        return None
+    run = re.match(rf"(?:{control.pattern})+", tail[found.start() :])
     eos = tokenizer.eos_token
-    if eos and eos in tail and eos in between:
-        return str(eos)
-    return found[0] if (found := control.search(tail)) else None
+    return str(eos) if eos and run and eos in run[0] and eos in between else found[0]
 
 
 def _needs_blocks(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:

@@ -37,7 +37,7 @@ TEXTS = {
     "a truth": True,
     "bytes": b"Why?",
     "a dict": {"a": "b"},
-    "one message": USER,
+    "a message without content": {"role": "user"},
     "an empty list": [],
     "strings": ["a", "b"],
     "an empty message": [{}],
