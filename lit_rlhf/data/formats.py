@@ -21,6 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_rlhf.data.messages import is_message, is_messages, read_template_kwargs, read_text
 from lit_rlhf.data.sources import Row
 from lit_rlhf.errors import InputError, brief
@@ -61,7 +63,7 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
     name = prompt_column or next((name for name in ("prompt", *_CONVERSATIONS) if name in row), None)
     if name in _CONVERSATIONS:
         conversation = _conversation(row, name, is_text_allowed=prompt_column is not None)
-        if not _is_answered(conversation):  # the last turn is the question
+        if isinstance(conversation, str) or not conversation or conversation[-1]["role"] != "assistant":
             return _prompt_with_answers(row, name, conversation)
         prompt, answer = _split_answer(conversation)
         return _example(row, prompt, (), {name}, {"completion": answer})
@@ -217,15 +219,15 @@ def _conversation(row: Row, name: str, is_text_allowed: bool) -> Text:
 def _with_system(row: Row, prompt: Text) -> Text:
     """Return messages after the system message of a column `system`."""
     system = row.get("system")
-    if isinstance(prompt, str) or not system or (prompt and prompt[0]["role"] == "system"):
+    if isinstance(prompt, str):
+        if isinstance(system, str) and system:
+            rank_zero_warn("the column 'system' is not a part of prompts that are strings: join them in a transform")
+        return prompt
+    if not system or (prompt and prompt[0]["role"] == "system"):
         return prompt
     if not isinstance(system, str):
         raise InputError(f"the column 'system' contains {brief(system)}: it must be a string")
     return [{"role": "system", "content": system}, *prompt]
-
-
-def _is_answered(messages: Text) -> bool:
-    return isinstance(messages, list) and bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def _align(prompt: Text, completions: list[Text]) -> tuple[Text, list[Text]]:

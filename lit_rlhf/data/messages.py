@@ -88,7 +88,7 @@ def _message(item: Row, name: str) -> Message:
         raise InputError(
             f"the column {name!r} contains the message {brief(item)}: a message needs 'role' and 'content'"
         )
-    message["role"] = _ROLES.get(message["role"].lower(), message["role"])
+    message["role"] = _ROLES.get(message["role"].strip().lower(), message["role"])
     if "content" in message:
         message["content"] = _content(message["content"], name)
     if calls := message.get("tool_calls"):
@@ -104,12 +104,12 @@ def _drop_nulls(value: Any) -> Any:
 
 def _from_sharegpt(item: Row, name: str) -> Message:
     speaker, value = item["from"], item["value"]
-    role = _SHAREGPT_ROLES.get(str(speaker).lower())
+    role = _SHAREGPT_ROLES.get(str(speaker).strip().lower())
     if role is None:
         raise InputError(
             f"the column {name!r} has the unknown role {speaker!r}: rename it to one of {', '.join(_SHAREGPT_ROLES)}"
         )
-    if str(speaker).lower() == "function_call":
+    if str(speaker).strip().lower() == "function_call":
         call = _read_json(value, name)
         return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
     return {"role": role, "content": value}

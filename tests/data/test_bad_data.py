@@ -37,7 +37,6 @@ TEXTS = {
     "a truth": True,
     "bytes": b"Why?",
     "a dict": {"a": "b"},
-    "a message without content": {"role": "user"},
     "an empty list": [],
     "strings": ["a", "b"],
     "an empty message": [{}],

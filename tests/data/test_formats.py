@@ -161,6 +161,11 @@ def test_conversations_with_the_prompt_inside_allow_a_column_with_a_usual_prompt
     assert example.prompt == SKY and example.columns == {"question": "..."}
 
 
+def test_a_system_column_beside_a_plain_prompt_is_warned_of():
+    with pytest.warns(UserWarning, match="'system' is not a part of prompts that are strings"):
+        assert read_prompt({"prompt": "Hi", "system": "Be brief."}).prompt == "Hi"
+
+
 def test_null_fields_of_messages_are_removed():
     example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
     assert example.prompt == [user("Hi")]
