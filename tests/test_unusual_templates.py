@@ -122,8 +122,8 @@ def test_a_role_does_not_become_a_control_token(role):
     [
         ("r1", [SYSTEM, user("q")], [assistant("a")], "the message of 'system'"),
         ("chatml", [SYSTEM, user("q")], [assistant("a")], None),
-        ("llama3", [user("q"), CALL, RESULT], [], "a call of a tool"),
-        ("llama3", [user("q")], [CALL], "a call of a tool"),
+        ("llama3", [user("q"), CALL, RESULT], [], "the calls of tools"),
+        ("llama3", [user("q")], [CALL], "the calls of tools"),
         ("chatml", [user("q"), CALL, RESULT], [CALL], None),
         ("llama3", [user("q")], [assistant("a", reasoning_content="Well.")], "'reasoning_content' of an assistant"),
         ("llama3", [user("q"), assistant("a", reasoning_content="Well."), user("r")], [assistant("b")], None),

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization.template import read_template, render
 from lit_rlhf.tokenization.thoughts import REASONING
 from lit_rlhf.tokenization.turns import is_answer, join, squash
@@ -29,22 +30,30 @@ def left_out(
     """
     if isinstance(prompt, str) or isinstance(completion, str):
         return None
-    template = read_template(tokenizer, kwargs)
-    learned = () if template.thinks else completion
-    parts = [part for message in join(prompt, completion) for part in _parts(message)]
-    parts += [(f"{name!r} of an assistant", text) for m in learned for name in REASONING if (text := m.get(name))]
-    if not parts:
+    messages = join(prompt, completion)
+    calls = any(message.get("tool_calls") for message in messages)
+    thoughts = [(f"{name!r} of an assistant", m[name]) for m in completion for name in REASONING if m.get(name)]
+    others = [m for m in messages if not is_answer(m) and m["role"] != "user"]
+    if not (calls or thoughts or others):
         return None
-    written = squash(render(tokenizer, join(prompt, completion), kwargs, template.blocks))
-    return next((what for what, text in parts if not _is_written(text, written)), None)
+    template = read_template(tokenizer, kwargs)
+    written = render(tokenizer, messages, kwargs, template.blocks)
+    if calls and written == _without_calls(tokenizer, messages, kwargs, template.blocks):
+        return "the calls of tools"
+    parts = [(f"the message of {m['role']!r}", m.get("content")) for m in others]
+    parts += [] if template.thinks else thoughts
+    return next((what for what, text in parts if not _is_written(text, squash(written))), None)
 
 
-def _parts(message: Message) -> list[tuple[str, Any]]:
-    calls = message.get("tool_calls") or []
-    parts = [("a call of a tool", call.get("function", call).get("name")) for call in calls]
-    if not is_answer(message) and message["role"] != "user":
-        parts.append((f"the message of {message['role']!r}", message.get("content")))
-    return parts
+def _without_calls(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], kwargs: dict[str, Any] | None, blocks: bool
+) -> str | None:
+    """Render a conversation without calls of tools; None if the template refuses that."""
+    bare = [{"content": "", **{key: value for key, value in m.items() if key != "tool_calls"}} for m in messages]
+    try:
+        return render(tokenizer, bare, kwargs, blocks)
+    except InputError:
+        return None
 
 
 def _is_written(text: Any, written: str) -> bool:

@@ -224,7 +224,7 @@ def test_what_the_template_leaves_out_is_warned_of_once():
         [{"role": "user", "content": "q"}, answer] for answer in ({"role": "assistant", "content": "a"}, call, call)
     ]
     examples = encoding.read_examples([{"messages": chat} for chat in chats], read_demonstration)
-    with pytest.warns(UserWarning, match="leaves out a call of a tool in row 1, and 2 of 3 rows lose something"):
+    with pytest.warns(UserWarning, match="leaves out the calls of tools in row 1, and 2 of 3 rows lose something"):
         Encoder(make_family("llama3"))(examples)
 
 
