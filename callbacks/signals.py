@@ -17,6 +17,7 @@ from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.calls import interrupt_rewards
 from lit_rlhf.training.files import is_removed, release_if_empty
+from lit_rlhf.training.processes import peers, send_signal
 
 REWARD_SECONDS = 5.0
 """Seconds that rewards may take after a signal, before they are interrupted."""
@@ -42,6 +43,7 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self.stopped: int | None = None
         self._received: int | None = None
+        self._peers: tuple[int, ...] = ()  # process ids of the other ranks on this machine
         self._previous: dict[signal.Signals, Any] = {}
         self._limits: tuple[Any, Any, Any] | None = None
         self._alarm: tuple[Any, tuple[float, float]] | None = None  # handler and timer that were there before
@@ -55,10 +57,12 @@ class SaveOnSignal(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers."""
+        self._meet(trainer)
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers, and stop if a signal was already received."""
+        self._meet(trainer)
         self._install()
         self._check(trainer)
 
@@ -107,8 +111,14 @@ class SaveOnSignal(Callback):
             signal.setitimer(signal.ITIMER_REAL, *self._alarm[1])
             self._alarm = None
 
+    def _meet(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            self._peers = peers(trainer).pids
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        if self._received is None:  # the others may be waiting for ever in a reward
+            send_signal(self._peers, signal.SIGTERM)
+        self._received = self._received or number
         if hasattr(signal, "setitimer") and self._alarm is None:
             handler = signal.signal(signal.SIGALRM, lambda *_: interrupt_rewards(number, REWARD_SECONDS))
             self._alarm = handler, signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS, 1.0)

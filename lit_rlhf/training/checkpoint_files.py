@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.models.export import flush
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
@@ -58,12 +59,7 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some file systems can't flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    flush(path.parent)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
