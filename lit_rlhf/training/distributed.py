@@ -62,7 +62,8 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     if trainer.world_size == 1:
         yield
         return
-    others, error = peers(trainer), None
+    others = peers(trainer)
+    error: Exception | None = None
     with hold_warnings() as held:
         try:
             yield
@@ -71,9 +72,10 @@ def raise_on_all_ranks(trainer: Trainer) -> Iterator[None]:
     (failed, warned), asked = others.totals([float(error is not None), float(len(held))])
     if failed or warned:
         reports = _gather_reports(trainer, error, held, asked)
-        if error := _common_error(error, reports, others.seconds):
-            error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
-            raise error
+        error = _common_error(error, reports, others.seconds)
+    if error is not None:
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together
+        raise error
 
 
 @dataclass(frozen=True)

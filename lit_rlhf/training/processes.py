@@ -18,7 +18,6 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from lit_rlhf.errors import InputError
@@ -65,7 +64,7 @@ class Peers:
                     atexit.register(send_signal, self.pids, signal.SIGKILL)  # the launcher would end this one, too
                     raise ProcessLost(
                         f"another process did not finish within {self.seconds:g} s of this one (the timeout of "
-                        "trainer.strategy) and could not be interrupted, so it is ended; resume from the last checkpoint"
+                        "trainer.strategy) and could not be interrupted, so it is ended; the last checkpoint resumes"
                     )
                 time.sleep(min(0.02, (now - start) / 10))  # signal handlers run meanwhile
             work.wait()
@@ -89,7 +88,7 @@ def peers(trainer: Trainer) -> Peers:
         torch.distributed.all_gather_object(found, (*own, os.getpid()), group=group)
         pids = tuple(pid for *machine, pid in found if tuple(machine) == own and pid != os.getpid())
         _peers[trainer] = Peers(group, pids, timeout.total_seconds())
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and os.getppid() in pids:
+        if os.getppid() in pids:
             threading.Thread(target=_end_after_launcher, args=(ref(trainer), os.getppid()), daemon=True).start()
     return _peers[trainer]
 
