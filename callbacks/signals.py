@@ -32,6 +32,7 @@ class SaveOnSignal(Callback):
     `last.ckpt`. `fit` then returns normally, and `stopped` shows that the run is not complete: the command line exits
     with the exit code of the signal. Rewards that have not returned 5 to 6 s after the signal are interrupted: the
     batch in progress is dropped, `PolicyCheckpoint` saves the state before it, and `fit` raises `RewardInterrupted`.
+    Other ranks of the machine, which may hang in a reward, then get a SIGTERM.
 
     A second Ctrl-C interrupts immediately. A handler that Slurm's automatic requeueing set on SIGUSR1 is kept. List
     this callback after the callbacks that keep state.
@@ -116,20 +117,24 @@ class SaveOnSignal(Callback):
             self._peers = peers(trainer).pids
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is None:  # the others may be waiting for ever in a reward
-            send_signal(self._peers, signal.SIGTERM)
         self._received = self._received or number
         if hasattr(signal, "setitimer") and self._alarm is None:
-            handler = signal.signal(signal.SIGALRM, lambda *_: interrupt_rewards(number, REWARD_SECONDS))
+            handler = signal.signal(signal.SIGALRM, lambda *_: self._interrupt(number))
             self._alarm = handler, signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS, 1.0)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
             os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop immediately\n")
 
+    def _interrupt(self, number: int) -> None:
+        others, self._peers = self._peers, ()  # which may not know of the signal
+        send_signal(others, signal.SIGTERM)
+        interrupt_rewards(number, REWARD_SECONDS)
+
     def _check(self, trainer: Trainer) -> None:
         removed = trainer.is_global_zero and is_removed(self._folder)
         received = self._received is not None or removed
         if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
+            self._restore_alarm()
             removed = trainer.strategy.broadcast(removed)
             self.stopped = self._received or signal.SIGTERM
             text = self._save(trainer)

@@ -89,7 +89,8 @@ def peers(trainer: Trainer) -> Peers:
         pids = tuple(pid for *machine, pid in found if tuple(machine) == own and pid != os.getpid())
         _peers[trainer] = Peers(group, pids, timeout.total_seconds())
         if os.getppid() in pids:
-            threading.Thread(target=_end_after_launcher, args=(ref(trainer), os.getppid()), daemon=True).start()
+            atexit.register(_end_after, os.getppid())
+            threading.Thread(target=_end_without, args=(ref(trainer), os.getppid()), daemon=True).start()
     return _peers[trainer]
 
 
@@ -100,7 +101,7 @@ def send_signal(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _end_after_launcher(trainer: ReferenceType[Trainer], launcher: int) -> None:
+def _end_without(trainer: ReferenceType[Trainer], launcher: int) -> None:
     """End this process if the one that started it is gone, and the run, which can't continue, has not ended by then."""
     while os.getppid() == launcher:
         time.sleep(1.0)
@@ -108,3 +109,10 @@ def _end_after_launcher(trainer: ReferenceType[Trainer], launcher: int) -> None:
     if (running := trainer()) is not None and running.state.status == "running":
         print(f"process {running.global_rank} ends: the one that started it is gone", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _end_after(launcher: int) -> None:
+    """Let the process that started this one end first: it kills itself if it sees this one fail, and its code counts."""
+    end = time.monotonic() + 5.0
+    while os.getppid() == launcher and time.monotonic() < end:
+        time.sleep(0.05)
