@@ -112,7 +112,7 @@ def _end_without(trainer: ReferenceType[Trainer], launcher: int) -> None:
 
 
 def _end_after(launcher: int) -> None:
-    """Let the process that started this one end first: it kills itself if it sees this one fail, and its code counts."""
+    """Let the process that started this one end first, which kills itself if it sees this one fail: its code counts."""
     end = time.monotonic() + 5.0
     while os.getppid() == launcher and time.monotonic() < end:
         time.sleep(0.05)
