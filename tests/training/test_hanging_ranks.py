@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,16 +42,17 @@ def exits(completions, trainer_state, **kwargs):
     return [1.0 * i for i in range(len(completions))]
 """
 RUN = """
-import sys
 from lit_rlhf.callbacks import signals
 from lit_rlhf.training import processes
 signals.REWARD_SECONDS, processes.GRACE_SECONDS = 1.0, 3.0
+Peers = processes.Peers
+processes.Peers = lambda group, pids, seconds: Peers(group, pids, seconds / SHORTER)  # not at the start
 from lit_rlhf.cli import main
 if __name__ == "__main__":
     main(["fit", "--config=quickstart", "--data.train_size=40", "--data.val_size=4", "--data.batch_size=4",
-          "--model.num_samples=2", "--model.sampling.max_new_tokens=4", f"--model.rewards=[mine.{sys.argv[1]}]",
+          "--model.num_samples=2", "--model.sampling.max_new_tokens=4", "--model.rewards=[mine.REWARD]",
           "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=DDPStrategy",
-          f"--trainer.strategy.timeout={sys.argv[2]}",
+          "--trainer.strategy.timeout=0:05:00",
           "--trainer.limit_val_batches=0", "--trainer.max_steps=4", "--trainer.default_root_dir=here"])
 """
 
@@ -58,9 +60,9 @@ if __name__ == "__main__":
 class Run:
     """A run of two processes, in which one process hangs in the reward of the third update."""
 
-    def __init__(self, folder: Path, reward: str, hangs: int, timeout: str = "0:10:00") -> None:
+    def __init__(self, folder: Path, reward: str, hangs: int, shorter: int = 1) -> None:
         (folder / "mine.py").write_text(REWARDS)
-        (folder / "run.py").write_text(RUN.replace("sys.argv[1]", repr(reward)).replace("sys.argv[2]", repr(timeout)))
+        (folder / "run.py").write_text(RUN.replace("REWARD]", f"{reward}]").replace("SHORTER", str(shorter)))
         path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
         environment = {**os.environ, "PYTHONPATH": path, "HANGS": str(hangs), "OMP_NUM_THREADS": "1"}
         options = dict(cwd=folder, env=environment, text=True)
@@ -72,8 +74,7 @@ class Run:
         """Return the process ids, by rank."""
         found = {}
         for line in self.launcher.stdout:
-            if line.startswith("PROCESS"):
-                found[int(line.split()[1])] = int(line.split()[2])
+            found |= {int(rank): int(pid) for rank, pid in re.findall(r"PROCESS (\d) (\d+)", line)}
             if len(found) == 2:
                 return found
         raise AssertionError(self.launcher.stderr.read()[-3000:])
@@ -104,11 +105,11 @@ def run(tmp_path):
 
 
 def test_a_reward_that_hangs_on_one_process_ends_all_after_the_timeout(run):
-    started = run("sleeps", hangs=1, timeout="0:00:04")
+    started = run("sleeps", hangs=1, shorter=100)
     started.wait_until_it_hangs()
     errors = started.end(seconds=20)
     assert started.launcher.returncode == 1, errors
-    assert "not finished within 4 s of the other processes (the timeout of trainer.strategy)" in errors
+    assert "not finished within 3 s of the other processes (the timeout of trainer.strategy)" in errors
     assert "waited for the reward 'sleeps'" in errors and "Traceback" not in errors
     assert started.saved_step() == 2
 
@@ -135,11 +136,11 @@ def test_a_process_whose_launcher_is_killed_ends(run):
 
 @pytest.mark.slow
 def test_a_process_that_cannot_be_interrupted_is_ended(run):
-    started = run("holds_interpreter", hangs=1, timeout="0:00:04")
+    started = run("holds_interpreter", hangs=1, shorter=100)
     started.wait_until_it_hangs()
     errors = started.end(seconds=20)
     assert started.launcher.returncode not in (0, None)
-    assert "did not finish within 4 s of this one" in errors and "Traceback" not in errors
+    assert "did not finish within 3 s of this one" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow
