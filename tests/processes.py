@@ -244,8 +244,9 @@ def run_missing_checkpoint(folder: Path, root: Path) -> dict:
     """Return the message of each process for a checkpoint that only rank 0 finds."""
     path = root / ("0.ckpt" if os.environ["LOCAL_RANK"] == "0" else "elsewhere.ckpt")
     message = ""
+    trainer = make_distributed_trainer(root, 2, callbacks=[lit_rlhf.callbacks.SaveOnSignal()])
     try:
-        make_distributed_trainer(root, 2).fit(make_module("SFT", folder), make_data("SFT"), ckpt_path=path)
+        trainer.fit(make_module("SFT", folder), make_data("SFT"), ckpt_path=path)
     except ValueError as error:
         message = str(error)
     return on_each_process(message)

@@ -26,12 +26,7 @@ from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
-from lit_rlhf.training.distributed import (
-    check_checkpoint_on_all_ranks,
-    gather_over_ranks,
-    raise_on_all_ranks,
-    sum_over_ranks,
-)
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
     check_finite_weights,
@@ -128,7 +123,6 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
-        check_checkpoint_on_all_ranks(trainer)
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)

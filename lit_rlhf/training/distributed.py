@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.errors import InputError
 from lit_rlhf.local_warnings import hold_warnings
 from lit_rlhf.rewards.base import RewardInterrupted
 from lit_rlhf.training.processes import peers
@@ -118,26 +116,3 @@ def _common_error(error: Exception | None, reports: list[Report], seconds: float
         return error
     text = f"{len(failed)} other process(es) failed: {failed[0].failure}"
     return InputError(text) if failed[0].number is None else RewardInterrupted(text, failed[0].number)
-
-
-def check_checkpoint_on_all_ranks(trainer: Trainer) -> None:
-    """Check that all ranks read the same checkpoint: machines without a common disk may lack it. Call it on all ranks.
-
-    Raises:
-        ValueError: On every rank, if one finds no checkpoint, or another one.
-    """
-    if trainer.world_size == 1:
-        return
-    path = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
-    found = path if path is None or "://" in path or Path(path).is_file() else None
-    ranks: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(ranks, (found, socket.gethostname()))
-    first = next((found for found, _ in ranks if found is not None), None)
-    for rank, (found, host) in enumerate(ranks):
-        if found != first:
-            raise InputFileNotFoundError(
-                f"--ckpt_path: process {rank}, on the machine {host!r}, does not find the checkpoint {first!r} of the "
-                "others: copy it there, or write to a disk that all machines share"
-            )
-    if first is None and path is not None:
-        raise InputFileNotFoundError(f"--ckpt_path {path!r}: there is no such file")

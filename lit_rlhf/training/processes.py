@@ -59,6 +59,13 @@ class Peers:
                 now = time.monotonic()
                 if not asked and now - start > self.seconds:
                     asked = now
+                    if torch.distributed.get_rank() < 2:  # one of them waits
+                        print(
+                            f"waited {self.seconds:g} s for another process (the timeout of trainer.strategy): all "
+                            "are asked to save and stop",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                     send_signal(self.pids, signal.SIGTERM)
                 elif asked and now - asked > GRACE_SECONDS:
                     atexit.register(send_signal, self.pids, signal.SIGKILL)  # the launcher would end this one, too

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 REWARDS = """
-import ctypes, os, time
+import ctypes, os, signal, time
 
 def here(trainer_state):
     rank = os.environ["LOCAL_RANK"]
@@ -28,6 +28,7 @@ def sleeps(completions, trainer_state, **kwargs):
 
 def holds_interpreter(completions, trainer_state, **kwargs):
     if here(trainer_state):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         ctypes.PyDLL(None).sleep(1000)
     return [1.0 * i for i in range(len(completions))]
 
