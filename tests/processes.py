@@ -263,7 +263,8 @@ def run_full_disk(folder: Path, root: Path) -> dict:
     module.save_model = save_model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_distributed_trainer(root, 2, max_steps=1, callbacks=[keeper]).fit(module, make_data("SFT", batch_size=2))
+        trainer = make_distributed_trainer(root, 2, max_steps=1, callbacks=[keeper], enable_checkpointing=True)
+        trainer.fit(module, make_data("SFT", batch_size=2))
     return on_each_process(keeper.unwritten.reasons)
 
 
