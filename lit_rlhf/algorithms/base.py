@@ -26,7 +26,7 @@ from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
-from lit_rlhf.training.distributed import sum_over_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
     check_finite_weights,
@@ -201,7 +201,11 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         broken = ~torch.stack(list(norms.values())).isfinite().all()
         local = torch.tensor([sums.total, sums.count], dtype=torch.float32, device=self.device)
         total, count, ranks_broken = self.sum_over_ranks(torch.cat([local, broken.float().view(1)])).tolist()
-        self._problems = update_problems(total, ranks_broken == 0, optimizer, self.rollout_problems())
+        problems = self.rollout_problems()
+        if not math.isfinite(total):  # on all ranks alike
+            ranks = gather_over_ranks(self.trainer, {"problems": problems})
+            problems = list(dict.fromkeys(name for rank in ranks for name in rank["problems"]))
+        self._problems = update_problems(total, ranks_broken == 0, optimizer, problems)
         overflow = scaler_overflows(self.trainer, self._problems)
         if not overflow:
             self._skipped.count(self._problems, self.trainer.global_step)
@@ -253,9 +257,9 @@ class Algorithm(Guards, CheckpointHooks, ABC):
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""
-        if self.trainer.is_global_zero:
-            write_folder(Path(folder), self.save_model)
-        self.trainer.strategy.barrier("export")
+        with raise_on_all_ranks(self.trainer):
+            if self.trainer.is_global_zero:
+                write_folder(Path(folder), self.save_model)
 
     def save_model(self, folder: Path) -> None:
         """Write the model's files into a folder."""

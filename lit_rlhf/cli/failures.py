@@ -35,6 +35,8 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
         return str(known)
     if not isinstance(error, Exception) or any(not is_known(frame.filename) for frame in frames_of_causes(error)):
         return None
+    if "gloo/transport" in str(error):
+        return "another process of this run has ended or does not answer: its own message, if any, says why"
     empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
     if "None" in str(error) and empty and "Does not validate" in str(error):
         return f"{empty[-1]}: this option needs a value"

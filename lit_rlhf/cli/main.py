@@ -27,7 +27,9 @@ from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
+from lit_rlhf.errors import InputFileNotFoundError
 from lit_rlhf.rewards.base import RewardInterrupted
+from lit_rlhf.training.checks import check_processes
 from lit_rlhf.training.files import release_if_empty
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -65,7 +67,12 @@ class RLHFCommandLine(LightningCLI):
         root = Path(options.trainer.default_root_dir).expanduser()
         place_loggers(options.trainer.logger, root)
         if options.ckpt_path is not None:
-            found = resolve_checkpoint(str(options.ckpt_path), root, may_be_missing=command == "fit")
+            try:
+                found = resolve_checkpoint(str(options.ckpt_path), root, may_be_missing=command == "fit")
+            except InputFileNotFoundError:
+                if options.trainer.num_nodes == 1:
+                    raise
+                found = Path(str(options.ckpt_path)).expanduser()  # refused on all machines together
             options.ckpt_path = None if found is None else str(found)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -76,6 +83,9 @@ class RLHFCommandLine(LightningCLI):
         """Create the Trainer and its folder; its default loggers are TensorBoard and `metrics.csv`."""
         default_loggers = self._get(self.config_init, "trainer.logger") in (None, True)
         trainer = super().instantiate_trainer(**kwargs, **({"logger": False} if default_loggers else {}))
+        check_processes(
+            trainer.strategy, trainer.num_devices * trainer.num_nodes, trainer.num_devices, trainer.num_nodes
+        )
         self.folder = give_folder(
             trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ BASE_OPTIONS = ("revision", "subfolder", "cache_dir", "variant")
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder next to `target`, then replace `target` by it in one step."""
+    """Let `write` fill a folder next to `target`, flush it to the disk, then replace `target` by it in one step."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -39,9 +40,23 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new.mkdir()
         write(new)
         (new / MARKER).write_text(json.dumps({"written_by": "lit_rlhf"}))
+        for path in (*new.rglob("*"), new):
+            flush(path)
         if target.exists():
             target.rename(old)
         new.rename(target)
+        flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk. Some file systems can't flush a folder."""
+    is_folder = path.is_dir()
+    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def snapshot(

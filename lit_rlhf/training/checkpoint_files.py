@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.models.export import flush
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
@@ -36,7 +38,8 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU; see `read_checkpoint`."""
+        """Read a checkpoint onto the CPU, on all ranks; see `read_checkpoint`."""
+        check_on_all_ranks(path)
         return read_checkpoint(Path(path), weights_only=weights_only is not False)
 
 
@@ -58,12 +61,7 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some file systems can't flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    flush(path.parent)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
@@ -117,6 +115,26 @@ def check_file(path: Path, every_byte: bool = True) -> None:
         raise InputError(_damaged(path)) from error
     if damaged:
         raise InputError(_damaged(path) if not empty else f"the checkpoint {str(path)!r} is an empty file")
+
+
+def check_on_all_ranks(path: str | Path | None) -> None:
+    """Check that all ranks read the same checkpoint: machines without a common disk may lack it. Call it on all ranks.
+
+    Raises:
+        ValueError: On every rank, if one finds no checkpoint, or another one.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    own = str(path) if path is not None and Path(path).is_file() else None
+    torch.distributed.all_gather_object(ranks, (own, socket.gethostname()))
+    first = next((found for found, _ in ranks if found is not None), None)
+    for rank, (found, host) in enumerate(ranks):
+        if found != first:
+            raise InputFileNotFoundError(
+                f"--ckpt_path: process {rank}, on the machine {host!r}, does not find the checkpoint {first!r} of the "
+                "others: copy it there, or write to a disk that all machines share"
+            )
 
 
 def _damaged(path: Path) -> str:

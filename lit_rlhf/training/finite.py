@@ -74,7 +74,7 @@ def update_problems(loss: float, gradients_finite: bool, optimizer: Optimizer, r
         loss: Sum of the loss terms over all ranks; NaN if a rollout has a number that is not finite.
         gradients_finite: Whether all gradients are finite, on all ranks.
         optimizer: Its learning rates are checked.
-        rollout: Names of the numbers of this rank's rollout that are not finite.
+        rollout: Names of the numbers of the rollout that are not finite, on any rank.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     checks = {

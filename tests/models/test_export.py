@@ -1,12 +1,16 @@
 """Exported folders and predicted rows give the same scores and logits as the trained module."""
 
+import errno
+import os
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lit_rlhf
-from lit_rlhf.models.export import export_checkpoint
+from lit_rlhf.models import export
+from lit_rlhf.models.export import export_checkpoint, write_folder
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_llama, make_tokenizer
 
@@ -314,3 +318,21 @@ def test_the_error_for_a_model_of_custom_code_names_policy_last(base, tmp_path):
     with pytest.raises(ValueError, match=r"no class 'MyLlama'.*policy/last"):
         export_checkpoint(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    target = tmp_path / "policy"
+    write_folder(target, lambda folder: (folder / "weights").write_text("old"))
+    flushed = []
+
+    def flush(path):
+        flushed.append(path.name)
+        if path.name == "weights":
+            assert (target / "weights").read_text() == "old"
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(export, "flush", flush)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_folder(target, lambda folder: (folder / "weights").write_text("new"))
+    assert flushed and (target / "weights").read_text() == "old"
+    assert os.listdir(tmp_path) == ["policy"]
