@@ -31,7 +31,7 @@ BASE_OPTIONS = ("revision", "subfolder", "cache_dir", "variant")
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder next to `target`, then replace `target` by it in one step."""
+    """Let `write` fill a folder next to `target`, flush it to the disk, then replace `target` by it in one step."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -39,9 +39,27 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new.mkdir()
         write(new)
         (new / MARKER).write_text(json.dumps({"written_by": "lit_rlhf"}))
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
+        for path in (*new.rglob("*"), new):
+            flush(path)
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        finally:  # an error or Ctrl-C between the two: what follows removes `old`
+            if old.exists() and not target.exists():
+                old.rename(target)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems can't flush a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def snapshot(
