@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -57,7 +57,7 @@ def candidates(root: Path) -> Iterable[Path]:
 def search_by_name(trainer: Trainer | None) -> None:
     """Let a Trainer find `ckpt_path="last"` and `"best"` as the command line does.
 
-    Lightning asks only `ModelCheckpoint`; without a checkpoint of that callback, it would start `last` anew.
+    Lightning asks only its own callbacks; without a checkpoint of theirs, it would start `last` anew.
     """
     connector = getattr(trainer, "_checkpoint_connector", None)
     if connector is not None and not isinstance(connector._parse_ckpt_path, partial):
@@ -68,7 +68,9 @@ def _parse_ckpt_path(connector: Any, state_fn: TrainerFn, ckpt_path: Any, **opti
     trainer: Trainer = connector.trainer
     lightning = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     if ckpt_path == "last":
+        after_errors = [c for c in trainer.callbacks if isinstance(c, OnExceptionCheckpoint)]  # type: ignore[attr-defined]
         known = any(callback._find_last_checkpoints(trainer) for callback in lightning)
+        known |= any(Path(callback.ckpt_path).is_file() for callback in after_errors)
     else:
         known = ckpt_path != "best" or bool(lightning)
     if known:

@@ -14,6 +14,7 @@ def fit(tiny, root, max_steps, ckpt_path=None, callbacks=()):
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("kind", ["PolicyCheckpoint", "ModelCheckpoint", "ModelCheckpoint without any"])
 def test_last_continues_the_newest_run(kind, tiny, tmp_path):
     expected = training_state(fit(tiny, tmp_path / "whole", 5))
