@@ -33,7 +33,7 @@ def fit(make_trainer, module, epochs, ckpt_path=None, **options):
     ],
     ids=["the same", "monitor", "mode"],
 )
-def test_another_metric_starts_a_comparison_of_its_own(before, after, kept, make_trainer, caplog):
+def test_another_metric_starts_a_new_comparison(before, after, kept, make_trainer, caplog):
     path = fit(make_trainer, TwoScores(), 1, **before).last_path
     with caplog.at_level("INFO"):
         resumed = fit(make_trainer, module := TwoScores(), 2, ckpt_path=path, **after)
@@ -41,7 +41,7 @@ def test_another_metric_starts_a_comparison_of_its_own(before, after, kept, make
     assert ("replaces it" in caplog.text) is not kept
 
 
-def test_another_reward_starts_a_comparison_of_its_own(make_trainer):
+def test_another_reward_starts_a_new_comparison(make_trainer):
     class Falling(TwoScores):
         def validation_step(self, batch, batch_idx):
             self.log("val/reward", 1.0 - self.global_step / 100)

@@ -45,9 +45,9 @@ def test_callbacks_that_exchange_weights_are_refused(callback, tiny, tmp_path):
 
 def test_a_resume_with_other_batches_says_so(tiny, tmp_path, caplog):
     _, keeper = fit("SFT", tiny, tmp_path)
-    for size, said in ((4, False), (6, True)):
+    for size, expected in ((4, False), (6, True)):
         caplog.clear()
         with caplog.at_level("INFO"):
             fit("SFT", tiny, tmp_path, batch_size=size, ckpt_path=keeper.last_path, max_steps=4)
-        assert ("12 rows in batches of 4 over all processes" in caplog.text) == said
+        assert ("12 rows in batches of 4 over all processes" in caplog.text) == expected
     assert torch.load(keeper.last_path, weights_only=True)["rows"] == [12, 4]
