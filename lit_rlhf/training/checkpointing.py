@@ -189,8 +189,8 @@ class CheckpointHooks(LightningModule):
         if (before := checkpoint.get("rows", self._rows)) != self._rows:
             rank_zero_info(
                 f"the checkpoint's run had {before[0]} rows in batches of {before[1]} over all processes, and this one "
-                f"has {self._rows[0]} in batches of {self._rows[1]}: its current epoch continues after as many batches, "
-                "so it skips or repeats some rows"
+                f"has {self._rows[0]} in batches of {self._rows[1]}: its current epoch continues after as many "
+                "batches, so it skips or repeats some rows"
             )
 
     @property
