@@ -1,4 +1,4 @@
-"""Graceful stop: save a checkpoint on SIGTERM, SIGUSR1 or Ctrl-C."""
+"""Graceful stop: save a checkpoint on Ctrl-C, and on the signals of batch systems and of a terminal that closes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from lit_rlhf.training.processes import peers, send_signal
 
 REWARD_SECONDS = 5.0
 """Seconds that rewards may take after a signal, before they are interrupted."""
-SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+SIGNALS = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]  # not all are on Windows
 
 
 class SaveOnSignal(Callback):
-    """Save a checkpoint at the end of the current batch and stop, on SIGTERM, SIGUSR1 or the first Ctrl-C.
+    """Save a checkpoint at the end of the current batch and stop, on the first Ctrl-C or a signal that ends a job.
+
+    These are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, and SIGHUP of a terminal or connection that closes (not under nohup).
 
     A signal to any rank makes all ranks save together. `min_epochs`, `min_steps` and a pending validation don't delay
     it, and the accumulation window and the rollout need not be complete. The checkpoint is `PolicyCheckpoint`'s

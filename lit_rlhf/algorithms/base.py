@@ -35,6 +35,7 @@ from lit_rlhf.training.finite import (
     update_problems,
 )
 from lit_rlhf.training.guards import Guards
+from lit_rlhf.training.lightning_callbacks import check_callbacks
 from lit_rlhf.training.optimization import (
     LossSums,
     check_optimized,
@@ -119,10 +120,13 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
         Raises:
-            ValueError: If the data module yields another type of batch, or the Trainer's processes don't fit.
+            ValueError: If the data module yields another type of batch, or the Trainer's processes or callbacks don't
+                fit.
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
+        if stage == "fit":
+            check_callbacks(trainer)
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
+import signal
 import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_rlhf.cli.config_files import PROGRAM
 from lit_rlhf.cli.errors import explain
 from lit_rlhf.errors import input_error
+from lit_rlhf.models.out_of_memory import is_out_of_memory
 
 PACKAGE = Path(__file__).parent.parent
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 CALLBACKS = str(Path("lightning", "pytorch", "callbacks"))
 MAX_LENGTH = 300
+LESS_IN_A_STEP = (
+    "train on fewer rows at a time by --trainer.accumulate_grad_batches N, with --model.updates.num_minibatches N (the "
+    "same updates) for methods that sample and a smaller --data.batch_size for others; or on shorter ones, with "
+    "--model.lora, or a smaller model"
+)
+LESS_FOR_MODELS = "the models don't fit: use smaller ones, or --model.load.dtype bfloat16 with --model.lora"
 
 
 def failure(error: BaseException, args: Sequence[str]) -> str | None:
@@ -37,12 +46,15 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
         return None
     if "gloo/transport" in str(error):
         return "another process of this run has ended or does not answer: its own message, if any, says why"
+    frames = traceback.extract_tb(error.__traceback__)
+    if is_out_of_memory(error):
+        in_a_step = any(frame.name == "_run_stage" for frame in frames)
+        return f"{first_line(error)}: {LESS_IN_A_STEP if in_a_step else LESS_FOR_MODELS}"
     empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
     if "None" in str(error) and empty and "Does not validate" in str(error):
         return f"{empty[-1]}: this option needs a value"
     if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
         return explain(str(error), args, PROGRAM, ()).sentence
-    frames = traceback.extract_tb(error.__traceback__)
     about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
     training = not about_options and any(frame.name == "_run_stage" for frame in frames)
     if training or not is_library(frames[-1].filename):
@@ -52,6 +64,18 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     place = f"{type(error).__name__} in {'/'.join(Path(frames[-1].filename).parts[-3:])}, line {frames[-1].lineno}"
     option = named_option(text, args)
     return f"{option}{': ' if option else ''}{text} ({place})"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or its name: those of CUDA have many."""
+    return next(iter(re.split(r"(?<=[a-z])\.(?:\s|$)|\n", str(error)))) or type(error).__name__
+
+
+def ending_signal(error: SystemExit) -> signal.Signals | None:
+    """Return the signal that Lightning turned into an exit whose code says nothing of it; None for another exit."""
+    if isinstance(error, SIGTERMException):
+        return signal.SIGTERM
+    return signal.SIGINT if isinstance(error.__context__, KeyboardInterrupt) else None
 
 
 def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:

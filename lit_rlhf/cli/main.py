@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from lit_rlhf.callbacks.run_config import RunConfig
 from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
-from lit_rlhf.cli.failures import failure
+from lit_rlhf.cli.failures import ending_signal, failure
 from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
@@ -117,8 +118,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments; those of the process if None.
 
     Raises:
-        SystemExit: With code 2 if the arguments can't be parsed, 1 if a run can't work with them, 130 if a comparison
-            was interrupted, and 128 + number if a signal ended a training run.
+        SystemExit: With code 2 if the arguments can't be parsed, 1 if a run can't work with them, and 128 + number if a
+            signal ended it: 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     if arguments == ["--version"]:
@@ -134,10 +135,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except RunsFailed as error:
         sys.exit(f"{PROGRAM}: {error}")
     except KeyboardInterrupt:
-        if arguments[0] != "compare":
+        kept = "; finished runs are kept, and the same command resumes" if arguments[0] == "compare" else ""
+        print(f"{PROGRAM}: interrupted{kept}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if (number := ending_signal(error)) is None:
             raise
-        print(f"{PROGRAM}: interrupted; finished runs are kept, and the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + number)
     except RewardInterrupted as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(128 + error.number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -42,21 +41,26 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         (new / MARKER).write_text(json.dumps({"written_by": "lit_rlhf"}))
         for path in (*new.rglob("*"), new):
             flush(path)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        finally:  # an error or Ctrl-C between the two: what follows removes `old`
+            if old.exists() and not target.exists():
+                old.rename(target)
         flush(target.parent)
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk. Some file systems can't flush a folder."""
-    is_folder = path.is_dir()
-    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
-        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems can't flush a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def snapshot(

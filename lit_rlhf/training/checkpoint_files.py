@@ -19,6 +19,7 @@ from lit_rlhf.models.export import flush
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
+_whole: set[tuple[int, ...]] = set()  # files of which every byte has been checked
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -43,6 +44,30 @@ class CheckpointFiles(TorchCheckpointIO):
         return read_checkpoint(Path(path), weights_only=weights_only is not False)
 
 
+class ErrorHolder:
+    """A file for `torch.save` that keeps its first error: torch's own writer may end the process where one is raised.
+
+    Attributes:
+        error: What the disk has raised; nothing is written after it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write data, unless an earlier part could not be written."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the file itself is flushed once all is written."""
+
+
 def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a file next to `path`, flush it to the disk, then replace `path` by it.
 
@@ -53,7 +78,10 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:
-            write(file)
+            held = ErrorHolder(file)
+            write(held)  # type: ignore[arg-type]
+            if held.error is not None:
+                raise held.error
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -91,7 +119,7 @@ def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -
 
 
 def check_file(path: Path, every_byte: bool = True) -> None:
-    """Check that a checkpoint is a complete file, by the checksums that it holds.
+    """Check that a checkpoint is a complete file, by the checksums that it holds. Every byte is read only once.
 
     Raises:
         ValueError: If it is missing, a folder, empty, truncated or altered.
@@ -108,7 +136,9 @@ def check_file(path: Path, every_byte: bool = True) -> None:
             with zipfile.ZipFile(path) as archive:
                 # torch writes no attributes; one that marks an entry as a folder would leave its tensor uninitialized
                 damaged = any(entry.external_attr for entry in archive.infolist())
-                damaged |= every_byte and archive.testzip() is not None
+                if every_byte and (version := _version(path)) not in _whole:
+                    damaged |= archive.testzip() is not None
+                    _whole.update([] if damaged else [version])
     except PermissionError as error:
         raise InputError(f"the checkpoint {str(path)!r} can't be read: {error.strerror}") from error
     except Exception as error:  # what a damaged archive raises depends on the byte
@@ -135,6 +165,12 @@ def check_on_all_ranks(path: str | Path | None) -> None:
                 f"--ckpt_path: process {rank}, on the machine {host!r}, does not find the checkpoint {first!r} of the "
                 "others: copy it there, or write to a disk that all machines share"
             )
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written to or replaced."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
 def _damaged(path: Path) -> str:

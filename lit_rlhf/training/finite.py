@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.training.checkpoint_files import write_durably
 from lit_rlhf.training.files import run_folder
 from lit_rlhf.types import Record, Rollout
 
@@ -129,11 +130,14 @@ def stop_after_skipped_updates(
     if not problems or skipped.in_a_row < limit:
         return
     path = run_folder(trainer) / f"skipped_update_rank{trainer.global_rank}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(plain(dict(inspected)), path)
+    try:
+        write_durably(path, lambda file: torch.save(plain(dict(inspected)), file))
+        batch = f"is in {path}"
+    except OSError as failed:
+        batch = f"could not be written ({failed.strerror})"
     error = InputError(
         f"{limit} updates in a row were skipped, the last because its {' and '.join(problems)} is not finite (NaN or "
-        f"infinite): the weights are those before them, and the batch is in {path}; lower the learning rate or clip "
+        f"infinite): the weights are those before them, and the batch {batch}; lower the learning rate or clip "
         "gradients, and look for extreme rewards and rows; max_skipped_updates sets the limit"
     )
     error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together

@@ -60,9 +60,9 @@ class OnlineHooks(CheckpointHooks):
         self._diagnosis, self._updates_before = diagnosis.RolloutDiagnosis(), 0
 
     @property
-    def reward_weights(self) -> list[float]:
-        """Current weights of the rewards; scores under other weights are not comparable."""
-        return self.scorer.weights(self.updates_done)
+    def reward_weights(self) -> dict[str, float]:
+        """Current weight of each reward; scores under other weights are not comparable."""
+        return dict(zip(self.scorer.names, self.scorer.weights(self.updates_done), strict=True))
 
     def trainer_state(self) -> TrainerState:
         """Return the progress of training, for rewards that ask for `trainer_state`."""

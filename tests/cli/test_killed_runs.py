@@ -32,7 +32,12 @@ RUNS = {
     "RLOO, bf16-mixed": ["--model=RLOO", *ONLINE, "--trainer.precision=bf16-mixed"],
     "DPO, bfloat16 under an adapter": ["--model=DPO", *PREFERENCES, LORA, "--model.load={dtype: bfloat16}"],
     "RewardModeling": ["--model=RewardModeling", *PREFERENCES],
-    "SFT, workers": ["--model=SFT", "--data=DemonstrationData", "--data.train=demonstrations.jsonl", "--data.num_workers=2"],
+    "SFT, workers": [
+        "--model=SFT",
+        "--data=DemonstrationData",
+        "--data.train=demonstrations.jsonl",
+        "--data.num_workers=2",
+    ],
     "RLOO, two processes": ["--model=RLOO", *ONLINE, "--trainer.strategy=ddp", "--trainer.devices=2"],
 }
 
