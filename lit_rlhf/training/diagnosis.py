@@ -107,7 +107,7 @@ class RolloutDiagnosis:
         Args:
             ranks: `rollout_facts` of each rank.
             updates: Updates of the run before the rollout.
-            max_new_tokens: Maximum length of a completion; 0 if completions can't end before that.
+            max_new_tokens: Maximum length of a completion; 0 if completions are not expected to end before that.
         """
         ranks = list(ranks)
         total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
@@ -184,18 +184,23 @@ def sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
-def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> None:
-    """Warn if a model with a chat template is trained on plain text that has not been rendered with one."""
+def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> bool:
+    """Return whether a model with a chat template is trained on plain text that has not been rendered with one.
+
+    That gives a warning, unless the data's transform has an attribute `continues_text = True`.
+    """
     rows = getattr(data, "train_set", None)
     if stage != "fit" or not rows or not tokenizer.chat_template:
-        return
+        return False
     texts = [row.example.prompt for row in rows[list(range(min(16, len(rows))))]]
     if not all(isinstance(text, str) and text and not is_rendered(tokenizer, text) for text in texts):
-        return
-    rank_zero_warn(
-        f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model will "
-        "continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
-    )
+        return False
+    if not getattr(getattr(data, "transform", None), "continues_text", False):
+        rank_zero_warn(
+            f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model "
+            "will continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
+        )
+    return True
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -173,5 +173,5 @@ def test_a_subfolder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match="the folder '.*/b' can't be read: Permission denied"):
+    with pytest.raises(ValueError, match=r"the folder '.*/b' can't be read: Permission denied"):
         load_rows(folder)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 import lit_rlhf
+from lit_rlhf.data import FirstWords
 from lit_rlhf.training.diagnosis import MovementCheck, RolloutDiagnosis
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_tokenizer
@@ -148,6 +149,13 @@ def test_plain_text_for_a_chat_model(prompt, plain, ending, tmp_path):
     if isinstance(prompt, str):
         module = lit_rlhf.RLOO(policy, rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
         make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
+
+
+def test_text_that_is_meant_to_be_continued(tiny, tmp_path):
+    rows = [{"text": f"the film {i} was long and rather nice"} for i in range(12)]
+    for transform, expected in [(FirstWords(), []), (FirstWords().__call__, ["plain text"])]:
+        data = lit_rlhf.PromptData(train=rows, batch_size=4, transform=transform)
+        assert signs("RLOO", tiny, tmp_path, data=data, max_new_tokens=2) == expected
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=str)
