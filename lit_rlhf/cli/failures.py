@@ -18,6 +18,8 @@ PACKAGE = Path(__file__).parent.parent
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 CALLBACKS = str(Path("lightning", "pytorch", "callbacks"))
 MAX_LENGTH = 300
+BUILDING = re.compile(r'Parser key "|Problem with given class_path')
+"""What jsonargparse says of an error that comes up when it builds the objects."""
 
 
 def failure(error: BaseException, args: Sequence[str]) -> str | None:
@@ -33,14 +35,16 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     """
     if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
         return str(known)
-    if not isinstance(error, Exception) or any(not is_known(frame.filename) for frame in frames_of_causes(error)):
+    if not isinstance(error, Exception) or any(
+        not is_known(frame.filename) for cause in causes(error) for frame in frames_of(cause)
+    ):
         return None
     empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
     if "None" in str(error) and empty and "Does not validate" in str(error):
         return f"{empty[-1]}: this option needs a value"
-    if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
+    if BUILDING.search(str(error)):
         return explain(str(error), args, PROGRAM, ()).sentence
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = frames_of(error)
     about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
     training = not about_options and any(frame.name == "_run_stage" for frame in frames)
     if training or not is_library(frames[-1].filename):
@@ -52,15 +56,24 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     return f"{option}{': ' if option else ''}{text} ({place})"
 
 
-def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:
-    """Return the frames of an error and of those that led to it."""
-    frames: list[traceback.FrameSummary] = []
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        frames += traceback.extract_tb(error.__traceback__)
+def unwrapped(error: Exception) -> BaseException:
+    """Return the error in a user's code that jsonargparse has wrapped in all that it tried, or the error itself."""
+    inner = [cause for cause in causes(error) if any(not is_known(f.filename) for f in frames_of(cause))]
+    return inner[-1] if inner and BUILDING.search(str(error)) else error
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Return an error and those that led to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
         error = error.__cause__ or error.__context__
-    return frames
+    return found
+
+
+def frames_of(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an error."""
+    return list(traceback.extract_tb(error.__traceback__))
 
 
 def is_library(filename: str) -> bool:
