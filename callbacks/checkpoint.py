@@ -70,7 +70,7 @@ class PolicyCheckpoint(Checkpoint):
         self.save_best = save_best
         self.save_last = save_last
         self.best_score: float | None = None
-        self.best_weights: list[float] | None = None  # reward weights when best_score was measured
+        self.best_weights: Any = None  # reward weights when best_score was measured
         self.best_step, self.best_path = 0, ""
         self.last_path: Path | None = None
         self.policies: dict[str, Path] = {}

@@ -61,9 +61,9 @@ class OnlineHooks(CheckpointHooks):
         self._diagnosis, self._updates_before = diagnosis.RolloutDiagnosis(), 0
 
     @property
-    def reward_weights(self) -> list[float]:
-        """Current weights of the rewards; scores under other weights are not comparable."""
-        return self.scorer.weights(self.updates_done)
+    def reward_weights(self) -> dict[str, float]:
+        """Current weights of the rewards, by name; scores of other rewards or weights are not comparable."""
+        return dict(zip(self.scorer.names, self.scorer.weights(self.updates_done), strict=True))
 
     def trainer_state(self) -> TrainerState:
         """Return the progress of training, for rewards that ask for `trainer_state`."""
@@ -124,7 +124,8 @@ class OnlineHooks(CheckpointHooks):
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
         ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
-        self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""
