@@ -18,8 +18,6 @@ PACKAGE = Path(__file__).parent.parent
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 CALLBACKS = str(Path("lightning", "pytorch", "callbacks"))
 MAX_LENGTH = 300
-BUILDING = re.compile(r'Parser key "|Problem with given class_path')
-"""What jsonargparse says of an error that comes up when it builds the objects."""
 
 
 def failure(error: BaseException, args: Sequence[str]) -> str | None:
@@ -42,7 +40,7 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     empty = [arg for arg in args if re.search(r"=(null|None|~)$", arg)]
     if "None" in str(error) and empty and "Does not validate" in str(error):
         return f"{empty[-1]}: this option needs a value"
-    if BUILDING.search(str(error)):
+    if re.search(r'Parser key "|Problem with given class_path', str(error)):  # found when the objects are built
         return explain(str(error), args, PROGRAM, ()).sentence
     frames = frames_of(error)
     about_options = isinstance(error, MisconfigurationException) or CALLBACKS in frames[-1].filename
@@ -59,7 +57,8 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
 def unwrapped(error: Exception) -> BaseException:
     """Return the error in a user's code that jsonargparse has wrapped in all that it tried, or the error itself."""
     inner = [cause for cause in causes(error) if any(not is_known(f.filename) for f in frames_of(cause))]
-    return inner[-1] if inner and BUILDING.search(str(error)) else error
+    is_of_parser = "jsonargparse" in frames_of(error)[-1].filename
+    return inner[-1] if inner and is_of_parser else error
 
 
 def causes(error: BaseException | None) -> list[BaseException]:

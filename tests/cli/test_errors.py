@@ -60,7 +60,7 @@ REJECTED = {
     ),
     "a lambda": (["--model.rewards+=lambda completions, **rest: [1.0]"], "takes no lambda: write a function in a file"),
     "a file of rewards": (["--model.rewards+=mine.py"], "'mine.py' is a file: give a name in it, such as mine.reward"),
-    "a reward without its file": (["--model.rewards+=score"], "give its module too, such as mine.reward"),
+    "a reward without its file": (["--model.rewards+=politeness"], "give its module too, such as mine.reward"),
     "the beginning of a logger's name": (["--trainer.logger=wandb"], r"did you mean .*loggers\.WandbLogger\?"),
     "a list with a logger that needs a folder": (
         ["--trainer.logger=[lightning.pytorch.loggers.CSVLogger]"],
