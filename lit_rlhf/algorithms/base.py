@@ -92,7 +92,7 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         self.max_skipped_updates = max_skipped_updates
         self.lora, self.load_options = lora, dict(load or {})
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.seed = 0
+        self.seed, self._continues_text = 0, False
         self.strict_loading = False  # checkpoints do not hold the weights under an adapter
         self._skipped = self.running_statistics["skipped_updates"] = SkippedUpdates()
         self._problems: list[str] = []  # what was not finite in the last update
@@ -130,7 +130,7 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
-        check_chat_prompts(self.tokenizer, self.data_module, stage)
+        self._continues_text = check_chat_prompts(self.tokenizer, self.data_module, stage)
 
     def configure_model(self) -> None:
         """Load the policy, after the data have been checked.

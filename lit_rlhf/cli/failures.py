@@ -42,11 +42,13 @@ def failure(error: BaseException, args: Sequence[str]) -> str | None:
     """
     if (known := input_error(error)) is not None and not isinstance(error, RuntimeError):
         return str(known)
-    if not isinstance(error, Exception) or any(not is_known(frame.filename) for frame in frames_of_causes(error)):
+    if not isinstance(error, Exception) or any(
+        not is_known(frame.filename) for cause in causes(error) for frame in frames_of(cause)
+    ):
         return None
     if "gloo/transport" in str(error):
         return "another process of this run has ended or does not answer: its own message, if any, says why"
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = frames_of(error)
     if is_out_of_memory(error):
         in_a_step = any(frame.name == "_run_stage" for frame in frames)
         return f"{first_line(error)}: {LESS_IN_A_STEP if in_a_step else LESS_FOR_MODELS}"
@@ -78,15 +80,25 @@ def ending_signal(error: SystemExit) -> signal.Signals | None:
     return signal.SIGINT if isinstance(error.__context__, KeyboardInterrupt) else None
 
 
-def frames_of_causes(error: BaseException | None) -> list[traceback.FrameSummary]:
-    """Return the frames of an error and of those that led to it."""
-    frames: list[traceback.FrameSummary] = []
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        frames += traceback.extract_tb(error.__traceback__)
+def unwrapped(error: Exception) -> BaseException:
+    """Return the error in a user's code that jsonargparse has wrapped in all that it tried, or the error itself."""
+    inner = [cause for cause in causes(error) if any(not is_known(f.filename) for f in frames_of(cause))]
+    is_of_parser = "jsonargparse" in frames_of(error)[-1].filename
+    return inner[-1] if inner and is_of_parser else error
+
+
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Return an error and those that led to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
         error = error.__cause__ or error.__context__
-    return frames
+    return found
+
+
+def frames_of(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an error."""
+    return list(traceback.extract_tb(error.__traceback__))
 
 
 def is_library(filename: str) -> bool:

@@ -23,7 +23,7 @@ from lit_rlhf.callbacks.run_config import RunConfig
 from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
-from lit_rlhf.cli.failures import ending_signal, failure
+from lit_rlhf.cli.failures import ending_signal, failure, unwrapped
 from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
@@ -148,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         known = failure(error, arguments)
         if known is None:
-            raise
+            raise unwrapped(error) from None
         print(f"{PROGRAM}: {known}", file=sys.stderr)
         sys.exit(1)
 
@@ -172,6 +172,7 @@ def run_lightning(args: list[str]) -> None:
         "default_root_dir": DEFAULT_ROOT,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,  # a full validation runs before the first update
+        "enable_model_summary": False,  # `Summary` prints the number of trained weights
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
@@ -221,5 +222,6 @@ def silence_third_party_warnings() -> None:
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists")  # TensorBoard just created it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading and writing weights
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "litlogger" not in record.getMessage())
+    noise = ("litlogger", "TPU available", "Loading `train_dataloader`")
+    infos = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    infos.addFilter(lambda record: not any(text in record.getMessage() for text in noise))

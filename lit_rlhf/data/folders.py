@@ -66,7 +66,7 @@ def read_folder(folder: Path) -> Any:
 def _find_files(folder: Path) -> list[Path]:
     """Return the data files in a folder and below it, sorted. Links are followed, each folder is visited once."""
     found, visited = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -76,6 +76,11 @@ def _find_files(folder: Path) -> list[Path]:
         paths = [Path(root, name) for name in names if not _is_ignored(name) and name not in _SAVED]
         found += [path for path in paths if kind_of(path) is not None]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    """Raise a ValueError for a folder that can't be listed, which `os.walk` would leave out."""
+    raise InputError(f"the folder {str(error.filename)!r} can't be read: {error.strerror}") from error
 
 
 def _is_ignored(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,7 +31,7 @@ _IGNORED_WARNINGS = (
 )
 
 
-class TextData(lightning.LightningDataModule):
+class TextData(lightning.LightningDataModule, ABC):
     """Base of the data modules. `setup` reads, checks and tokenizes all rows, before a model is loaded.
 
     The tokenizer is the LightningModule's. Without a Trainer, as in a notebook, set it yourself:

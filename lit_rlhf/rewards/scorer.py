@@ -84,7 +84,8 @@ class Scorer:
             raise InputTypeError(f"rewards must be a list of callables, not {rewards!r}: put it in brackets")
         if not rewards:
             raise InputError(
-                "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
+                "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)], or on the "
+                "command line --model.rewards+=mine.reward"
             )
         self._specs: list[RewardSpec] = []
         for reward in rewards:

@@ -46,6 +46,7 @@ class OnlineHooks(CheckpointHooks):
     uses_importance_ratio: bool
     data_module: Any
     _movement: diagnosis.MovementCheck
+    _continues_text: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,8 +123,9 @@ class OnlineHooks(CheckpointHooks):
             return
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
-        fixed_length = self.sampling.min_new_tokens == self.sampling.max_new_tokens
-        self._diagnosis.add(facts, self._updates_before, 0 if fixed_length else self.sampling.max_new_tokens)
+        ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""

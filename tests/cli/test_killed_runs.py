@@ -17,6 +17,7 @@ from commands import write_workspace
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 UPDATES, KILLS = 24, 3
 PREFERENCES = ["--data=PreferenceData", "--data.train=preferences.jsonl"]
+DEMONSTRATIONS = ["--data=DemonstrationData", "--data.train=demonstrations.jsonl"]
 ONLINE = [
     "--data=PromptData", "--data.train=prompts.jsonl", "--model.rewards=[mine.words]",
     "--model.sampling.max_new_tokens=6",
@@ -44,9 +45,10 @@ RUNS = {
 
 def start(options: list[str], root: str, folder: Path) -> subprocess.Popen:
     common = [
-        "--seed_everything=5", "--model.policy=tiny", "--data.val=4", "--data.batch_size=4", "--trainer.accelerator=cpu",
-        f"--trainer.max_steps={UPDATES}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1",
-        "--trainer.val_check_interval=7", "--trainer.check_val_every_n_epoch=null", "--trainer.enable_progress_bar=false",
+        "--seed_everything=5", "--model.policy=tiny", "--data.val=4", "--data.batch_size=4",
+        "--trainer.accelerator=cpu", f"--trainer.max_steps={UPDATES}", "--trainer.max_epochs=-1",
+        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=7",
+        "--trainer.check_val_every_n_epoch=null", "--trainer.enable_progress_bar=false",
         "--checkpoint.every_n_updates=1", f"--trainer.default_root_dir={root}", "--ckpt_path=last",
     ]  # fmt: skip
     path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])

@@ -184,6 +184,8 @@ class NotDecodable(datasets.Dataset):
         ("x" * 300 + ".jsonl", "does not exist"),
         ("a\0b.jsonl", "does not exist"),
         ("~nobody/a.jsonl", "does not exist"),
+        ("parts/*.jsonl", "does not exist .give the folder"),
+        ("https://host.example/a.jsonl", "does not exist .download it"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -1,6 +1,8 @@
 """All data files of a folder are read, and nothing else."""
 
+import errno
 import json
+import os
 
 import datasets
 import pytest
@@ -159,3 +161,17 @@ def test_a_local_folder_has_no_configurations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="'owner/name' is local and has no configuration 'default'"):
         load_rows("owner/name:default")
+
+
+def test_a_subfolder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    folder = write(tmp_path, "a.jsonl", "b/c.jsonl")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"the folder '.*/b' can't be read: Permission denied"):
+        load_rows(folder)
