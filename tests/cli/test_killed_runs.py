@@ -60,7 +60,7 @@ def start(options: list[str], root: str, folder: Path) -> subprocess.Popen:
 
 
 def training_started(root: Path, process: subprocess.Popen) -> bool:
-    """Wait until this process has made a run's folder of its own, or has ended."""
+    """Wait until this process has made the folder of its run, or has ended."""
     before = set(root.glob("version_*"))
     while process.poll() is None and set(root.glob("version_*")) == before:
         time.sleep(0.02)
