@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import snapshot, write_folder
-from lit_rlhf.models.loading import unwrapped
+from lit_rlhf.models.loading import check_causal_lm, unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.training.checkpointing import CheckpointHooks
@@ -113,8 +113,17 @@ class Algorithm(Guards, CheckpointHooks, ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, loaded on first use and without the model."""
         if self._tokenizer is None:
+            self.check_pretrained()
             self._tokenizer = load_tokenizer(self.pretrained, **self.load_options)
         return self._tokenizer
+
+    def check_pretrained(self) -> None:
+        """Check the model to start from by its configuration, before the data are encoded.
+
+        Raises:
+            ValueError: If it is of another kind.
+        """
+        check_causal_lm(self.pretrained, **self.load_options)
 
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.

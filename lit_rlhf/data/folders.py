@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from lit_rlhf.data.readers import KINDS, Row, kind_of, read_file
+from lit_rlhf.data.readers import KINDS, Row, as_stored, kind_of, read_file
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 
 _SPLITS = {
@@ -140,9 +140,11 @@ def _read_saved(folder: Path) -> Any:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:  # files can be torn or missing
         raise InputError(f"{str(folder)!r} could not be read: {type(error).__name__}: {error}") from error
-    parts = saved.values() if isinstance(saved, dict) else [saved]
+    parts = list(saved.values()) if isinstance(saved, dict) else [saved]
     paths = [os.path.normpath(file["filename"]) for part in parts for file in part.cache_files]
     outside = next((path for path in paths if not Path(path).is_relative_to(os.path.normpath(folder))), None)
     if outside is not None:
         raise InputError(f"{str(folder)!r} refers to {outside!r}, outside of the folder: give that path instead")
+    for part in parts:
+        as_stored(part)
     return saved

@@ -7,6 +7,7 @@ an empty cell is None. Columns of parquet files have the types of the file.
 from __future__ import annotations
 
 import bz2
+import copy
 import csv
 import gzip
 import io
@@ -179,4 +180,19 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     with _open(path) as file:
         table = pyarrow.parquet.ParquetFile(file).read()
     # a random fingerprint, since the default one is a hash of all values
-    return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
+    return as_stored(datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint()))
+
+
+def as_stored(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Switch off decoding of images, audio and the like: it opens the file, or the address, that a row names."""
+    features = copy.deepcopy(dataset.features)
+    found: list[Any] = [features]
+    for feature in found:
+        if isinstance(feature, dict):
+            found += feature.values()
+        elif hasattr(feature, "feature"):
+            found.append(feature.feature)
+        elif hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
+            feature.decode = False
+    dataset.info.features = features
+    return dataset

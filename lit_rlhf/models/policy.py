@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
-from lit_rlhf.errors import InputError
-from lit_rlhf.models.adapters import add_lora, merged, save_adapter
+from lit_rlhf.models.adapters import add_lora, check_adapted, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, prepared_linears
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.forward import ModelForward, eval_mode
@@ -75,12 +74,10 @@ class Policy(nn.Module):
         super().__init__()
         model = cast(PreTrainedModel | PeftModel, unwrapped(model))
         check_vocabulary(model, tokenizer)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise InputError(
-                f"{model.active_peft_config.peft_type.value} trains prompts, not layers: use LoRA or the like"
-            )
+        if isinstance(model, PeftModel):
+            check_adapted(model)
         self.new_adapter = lora is not None
-        self.start = fingerprint(model, adapters=True)  # of the reference
+        self.start = fingerprint(model)  # of the reference
         self.model = model if lora is None else add_lora(model, lora)
         check_decoder(self.causal_lm)
         self.tokenizer = tokenizer

@@ -72,7 +72,7 @@ class CheckpointHooks(LightningModule):
         model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
         if "policy" in self._modules:
             return self.policy.start if adapted or hasattr(self, "reference") else ""
-        return fingerprint(cast(PeftModel, model).get_base_model()) if adapted else ""
+        return fingerprint(model, skip={"score", *cast(PeftModel, model).peft_config}) if adapted else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights.

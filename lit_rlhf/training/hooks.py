@@ -80,7 +80,8 @@ class OnlineHooks(CheckpointHooks):
         if callable(columns := getattr(data, "columns", None)):
             checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
         if rows := getattr(data, "train_set", None) or getattr(data, "val_set", None):
-            self.scorer.check_on_row(rows[0].example.prompt, rows[0].example.columns)
+            for scored in dict.fromkeys((self.scorer, self.judge)):
+                scored.check_on_row(rows[0].example.prompt, rows[0].example.columns)
         if stage == "fit":
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)

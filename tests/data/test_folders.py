@@ -5,6 +5,8 @@ import json
 import os
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lit_rlhf.data import load_rows
@@ -142,6 +144,23 @@ def test_a_saved_dataset_reads_only_its_own_folder(tmp_path):
     (tmp_path / "own/state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"own' refers to '.*secret.*arrow', outside of the folder"):
         load_rows(str(tmp_path / "own"))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_table_does_not_make_other_files_be_read(saved, tmp_path):
+    """A cell of an image names a file or an address, which would be opened."""
+    kinds = {"one": datasets.Image(), "many": datasets.List({"content": datasets.Image()}), "tools": datasets.Json()}
+    image = {"bytes": b"no image" if saved else None, "path": str(tmp_path / "picture.png")}
+    schema, columns = datasets.Features(kinds).arrow_schema, ([image], [[{"content": image}]], ['{"a": [1, "b"]}'])
+    arrays = [pyarrow.array(values, type=field.type) for values, field in zip(columns, schema, strict=True)]
+    table = pyarrow.Table.from_arrays(arrays, schema=schema)
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path)
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = load_rows(str(tmp_path))
+    stored = {**image, "path": "picture.png" if saved else image["path"]}
+    assert row == {"one": stored, "many": [{"content": stored}], "tools": {"a": [1, "b"]}}
 
 
 def test_a_saved_dataset_is_whole_and_alone(tmp_path):

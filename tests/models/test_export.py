@@ -1,11 +1,13 @@
 """Exported folders and predicted rows give the same scores and logits as the trained module."""
 
 import errno
+import json
 import os
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lit_rlhf
@@ -197,6 +199,52 @@ def test_a_checkpoint_writes_nothing_outside_the_exported_folder(name, tmp_path)
     with pytest.raises(ValueError, match=r"the checkpoint would write .*, outside of --out"):
         export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
     assert files(tmp_path) == {"last.ckpt"}
+
+
+def test_options_in_a_checkpoint_run_no_code_of_its_base_model(tmp_path):
+    """With trust_remote_code, transformers runs custom_generate/generate.py of the folder that it loads."""
+    folder = write_base(tmp_path)
+    (folder / "custom_generate").mkdir()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args, **kwargs): ...\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    _, path = trained("RLOO", folder, tmp_path, lora=LORA)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["export"]["load"] |= {"trust_remote_code": True, "use_safetensors": False}
+    torch.save(checkpoint, path)
+    export_checkpoint(path, tmp_path / "merged", merge=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_in_a_checkpoint_is_checked_as_one_in_a_folder(tmp_path):
+    _, path = trained("RLOO", write_base(tmp_path), tmp_path, lora=LORA)
+    checkpoint = torch.load(path, weights_only=True)
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}
+    content = json.dumps({**config, "prompt_tuning_init_text": "a", "tokenizer_name_or_path": str(tmp_path)}).encode()
+    checkpoint["export"]["files"]["adapter_config.json"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"the checkpoint's adapter .* trains prompts, not layers"):
+        export_checkpoint(path, tmp_path / "out", merge=True)
+
+
+def test_weights_of_several_dtypes_are_exported_as_they_are(tmp_path):
+    policy = make_policy()
+    policy.model.bfloat16().lm_head.float()
+    module = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    policy.model.lm_head.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
+    module, checkpoint = trained("SFT", module, tmp_path)
+    exported = load_file(export_checkpoint(checkpoint, tmp_path / "out") / "model.safetensors")
+    weights = module.policy.model.state_dict()
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(weight, weights[name]) for name, weight in exported.items())
+
+
+def test_an_export_leaves_a_repository_alone_and_knows_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, checkpoint = trained("SFT", base, tmp_path)
+    assert export_checkpoint(checkpoint, "~/out") == tmp_path / "out"
+    (tmp_path / "out" / ".git").mkdir()
+    with pytest.raises(ValueError, match=r"out' holds something other than a model \(.git"):
+        export_checkpoint(checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "AutoModelForCausalLM", "logging", "PreTrainedTokenizerFast"])
