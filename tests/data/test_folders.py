@@ -191,6 +191,7 @@ def test_a_subfolder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"the folder '.*/b' can't be read: Permission denied"):
+    refused = pytest.raises(ValueError, match=r"the folder '.*/b' can't be read: Permission denied")
+    with monkeypatch.context() as patch, refused:
+        patch.setattr(os, "scandir", refuse)
         load_rows(folder)
