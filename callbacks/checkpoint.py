@@ -18,6 +18,9 @@ from lit_rlhf.callbacks.sources import is_source, model_folders
 from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
 from lit_rlhf.errors import InputError, InputTypeError
 
+STATE = ("best_score", "best_weights", "best_step", "best_path", "monitor", "mode")
+"""What a checkpoint keeps of `PolicyCheckpoint`."""
+
 
 class PolicyCheckpoint(Checkpoint):
     """Export the best and the last policy, and write a training checkpoint to resume from.
@@ -38,7 +41,7 @@ class PolicyCheckpoint(Checkpoint):
         save_last: Whether to write `policy/last`.
 
     Attributes:
-        best_score: Best value of `monitor` so far; a resumed run keeps it.
+        best_score: Best value of `monitor` so far; a resumed run with the same `monitor` and `mode` keeps it.
         best_step: Number of updates at which it was measured.
         last_path: Latest training checkpoint of this run; None until one is written.
         policies: Folders of the policies that this run exported, by name: `best` and `last`.
@@ -70,7 +73,7 @@ class PolicyCheckpoint(Checkpoint):
         self.save_best = save_best
         self.save_last = save_last
         self.best_score: float | None = None
-        self.best_weights: list[float] | None = None  # reward weights when best_score was measured
+        self.best_weights: dict[str, float] | None = None  # of the rewards, when best_score was measured
         self.best_step, self.best_path = 0, ""
         self.last_path: Path | None = None
         self.policies: dict[str, Path] = {}
@@ -82,8 +85,8 @@ class PolicyCheckpoint(Checkpoint):
         self._loops: dict[str, Any] | None = None
         self._validations = 0
         self._saved: tuple[int, int] | None = None  # (batches, validations) at the last save
-        self._saving = False
-        self._updating = False
+        self._saving = self._updating = False
+        self._resumed_at = 0.0
         self._before_update: tuple[Any, dict[str, Any]] | None = None  # loops and callbacks when an update began
         self._callback_states: dict[str, Any] | None = None  # to save in place of the current ones
 
@@ -94,7 +97,7 @@ class PolicyCheckpoint(Checkpoint):
         self._policies = Path(trainer.default_root_dir) / "policy"
         self._enabled = stage == "fit" and not is_fast_dev_run(trainer)
         self.last_path, self.policies, self._loops, self._saved = None, {}, None, None
-        self._before_update = self._callback_states = None
+        self._before_update, self._callback_states, self._resumed_at = None, None, 0.0
         self.unwritten.clear()
         if stage == "fit":  # a resumed run loads its own
             self.best_score, self.best_weights, self.best_step, self.best_path = None, None, 0, ""
@@ -215,18 +218,28 @@ class PolicyCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the time, and the loop state of the last complete batch, in the checkpoint."""
-        checkpoint["saved_at"] = time.time()
+        checkpoint["saved_at"] = max(time.time(), self._resumed_at)  # a clock may be set back
         if self._saving:
             checkpoint["loops"]["fit_loop"] = self._loops
             checkpoint["callbacks"] = self._callback_states or checkpoint["callbacks"]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note when the checkpoint that is resumed was saved."""
+        self._resumed_at = checkpoint.get("saved_at", 0.0)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, the reward weights that it was measured with, and which policy it is of."""
-        return {name: getattr(self, name) for name in ("best_score", "best_weights", "best_step", "best_path")}
+        """Return the best score, how it was measured, and which policy it is of."""
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score of the resumed run."""
-        vars(self).update(state_dict)
+        """Restore the best score of the resumed run, unless it is of another metric."""
+        if all(state_dict.get(name, getattr(self, name)) == getattr(self, name) for name in ("monitor", "mode")):
+            vars(self).update({name: state_dict[name] for name in STATE if name in state_dict})
+        elif state_dict.get("best_score") is not None:
+            rank_zero_info(
+                f"policy/best was chosen by {state_dict['monitor']} ({state_dict['mode']}); the best policy from here "
+                f"on, by {self.monitor} ({self.mode}), replaces it"
+            )
 
     def _undo_update(self, pl_module: LightningModule) -> bool:
         """Return to the start of the update in progress, if the module can."""

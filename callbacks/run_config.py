@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_rlhf.callbacks.utils import run_folder
+from lit_rlhf.training.checkpoint_files import check_on_all_ranks
 
 
 class RunConfig(SaveConfigCallback):
@@ -17,7 +18,8 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **{**options, "overwrite": True})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, once."""
+        """Write the file, once; refuse a checkpoint that only some machines have."""
+        check_on_all_ranks(self.config.get("ckpt_path"))
         folder = run_folder(trainer)
         if trainer.is_global_zero and not self.already_saved:
             folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,6 @@ from torch import nn
 
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
 
-DISK_ERRORS = (OSError, SafetensorError)
-"""What a full, read-only or missing disk raises."""
-
 
 class SavingFailed(Exception):
     """What should be saved could not be; raised on all ranks."""
@@ -59,7 +56,7 @@ def export_policy(trainer: Trainer, export: Callable[[Path], None], path: Path) 
     except Exception as error:
         if trainer.world_size > 1 and not getattr(error, "on_all_ranks", False):
             raise
-        reason = trainer.strategy.broadcast(describe(error) if isinstance(error, DISK_ERRORS) else None)
+        reason = trainer.strategy.broadcast(describe(error) if is_disk_error(error) else None)
         if reason is None:
             raise
         raise SavingFailed(reason) from error
@@ -67,6 +64,9 @@ def export_policy(trainer: Trainer, export: Callable[[Path], None], path: Path) 
 
 def check_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Check that no trained weight is NaN or infinite.
+
+    Each update is checked, too, which ends a run at once; this is for what changes weights outside of updates, such as
+    a callback that averages them.
 
     Raises:
         SavingFailed: If one is.
@@ -80,6 +80,11 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
 def describe(error: BaseException) -> str:
     """Return the reason of a failed write, without the file's name."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Return whether an error is of a full, read-only or missing disk; tokenizers raise a plain Exception then."""
+    return isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
 
 
 class Unwritten:

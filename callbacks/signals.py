@@ -1,4 +1,4 @@
-"""Graceful stop: save a checkpoint on SIGTERM, SIGUSR1 or Ctrl-C."""
+"""Graceful stop: save a checkpoint on Ctrl-C, and on the signals of batch systems and of a terminal that closes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from lit_rlhf.callbacks.utils import run_folder, validated_in_fit
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.calls import interrupt_rewards
 from lit_rlhf.training.files import is_removed, release_if_empty
+from lit_rlhf.training.processes import peers, send_signal
 
 REWARD_SECONDS = 5.0
 """Seconds that rewards may take after a signal, before they are interrupted."""
-SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+SIGNALS = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]  # not all are on Windows
 
 
 class SaveOnSignal(Callback):
-    """Save a checkpoint at the end of the current batch and stop, on SIGTERM, SIGUSR1 or the first Ctrl-C.
+    """Save a checkpoint at the end of the current batch and stop, on the first Ctrl-C or a signal that ends a job.
+
+    These are SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, and SIGHUP of a terminal or connection that closes (not under nohup).
 
     A signal to any rank makes all ranks save together. `min_epochs`, `min_steps` and a pending validation don't delay
     it, and the accumulation window and the rollout need not be complete. The checkpoint is `PolicyCheckpoint`'s
     `last.ckpt`. `fit` then returns normally, and `stopped` shows that the run is not complete: the command line exits
     with the exit code of the signal. Rewards that have not returned 5 to 6 s after the signal are interrupted: the
     batch in progress is dropped, `PolicyCheckpoint` saves the state before it, and `fit` raises `RewardInterrupted`.
+    Other ranks of the machine, which may hang in a reward, then get a SIGTERM.
 
     A second Ctrl-C interrupts immediately. A handler that Slurm's automatic requeueing set on SIGUSR1 is kept. List
     this callback after the callbacks that keep state.
@@ -42,6 +47,7 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self.stopped: int | None = None
         self._received: int | None = None
+        self._peers: tuple[int, ...] = ()  # process ids of the other ranks on this machine
         self._previous: dict[signal.Signals, Any] = {}
         self._limits: tuple[Any, Any, Any] | None = None
         self._alarm: tuple[Any, tuple[float, float]] | None = None  # handler and timer that were there before
@@ -55,10 +61,12 @@ class SaveOnSignal(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers."""
+        self._meet(trainer)
         self._install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers, and stop if a signal was already received."""
+        self._meet(trainer)
         self._install()
         self._check(trainer)
 
@@ -107,19 +115,29 @@ class SaveOnSignal(Callback):
             signal.setitimer(signal.ITIMER_REAL, *self._alarm[1])
             self._alarm = None
 
+    def _meet(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            self._peers = peers(trainer).pids
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self._received = self._received or number
         if hasattr(signal, "setitimer") and self._alarm is None:
-            handler = signal.signal(signal.SIGALRM, lambda *_: interrupt_rewards(number, REWARD_SECONDS))
+            handler = signal.signal(signal.SIGALRM, lambda *_: self._interrupt(number))
             self._alarm = handler, signal.setitimer(signal.ITIMER_REAL, REWARD_SECONDS, 1.0)
         if number == signal.SIGINT:
             signal.signal(number, self._previous[signal.SIGINT])
             os.write(2, b"\nstopping after this batch; press Ctrl-C again to stop immediately\n")
 
+    def _interrupt(self, number: int) -> None:
+        others, self._peers = self._peers, ()  # which may not know of the signal
+        send_signal(others, signal.SIGTERM)
+        interrupt_rewards(number, REWARD_SECONDS)
+
     def _check(self, trainer: Trainer) -> None:
         removed = trainer.is_global_zero and is_removed(self._folder)
         received = self._received is not None or removed
         if self._limits is None and trainer.strategy.reduce_boolean_decision(received, all=False):
+            self._restore_alarm()
             removed = trainer.strategy.broadcast(removed)
             self.stopped = self._received or signal.SIGTERM
             text = self._save(trainer)

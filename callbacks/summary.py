@@ -66,6 +66,8 @@ class Summary(Callback):
             steps_per_rollout=getattr(module, "steps_per_rollout", 1),
             corrected=getattr(module, "uses_importance_ratio", False),
             grows=any(isinstance(callback, GrowingBatch) for callback in callbacks),
+            trained=sum(weight.numel() for weight in module.parameters() if weight.requires_grad),
+            weights=sum(weight.numel() for weight in module.parameters()),
         )
         for label, text in plan.lines().items():
             get_console().print(Text(f"{label:<14}{text}"), soft_wrap=True)

@@ -289,7 +289,7 @@ def gae(
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     delta = rewards + next_values - values
-    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[..., 0])
+    advantages, running = torch.zeros_like(delta), delta.new_zeros(delta.shape[:-1])
     for t in reversed(range(delta.shape[-1])):
         running = delta[..., t] + lam * running
         advantages[..., t] = running

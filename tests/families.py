@@ -44,6 +44,21 @@ ENDS = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
+COMMANDS = (
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN|>{% if m.role == 'assistant' %}<|CHATBOT|><|START_RESPONSE|>"
+    "{{ m.content }}<|END_RESPONSE|>{% else %}<|{{ m.role | upper }}|>{{ m.content }}{% endif %}<|END_OF_TURN|>"
+    "{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN|><|CHATBOT|><|START_RESPONSE|>{% endif %}"
+)
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+BLOCKS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {% for block in m.content %}"
+    "{% if block.type == 'image' %}<image>{% elif block.type == 'text' %}{{ block.text }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 FAMILIES = {
     "chatml": dict(template=CHATML, special=["<|im_start|>", "<|im_end|>"], plain=["<tool_call>", "</tool_call>"]),
@@ -57,6 +72,14 @@ FAMILIES = {
     "phi3": dict(
         template=ENDS, pad="<eos>", unk="<unk>", special=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     ),
+    "command": dict(
+        template=COMMANDS,
+        bos="<bos>",
+        eos="<|END_OF_TURN|>",
+        special=["<|START_OF_TURN|>", "<|CHATBOT|>", "<|USER|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+    ),
+    "gptoss": dict(template=CHANNELS, eos="<|return|>", special=["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]),
+    "smolvlm": dict(template=BLOCKS, bos="<bos>", special=["<end_of_utterance>", "<image>"]),
     "gpt2": dict(bos="<eos>", unk="<eos>"),
 }
 ENDS_OF_TURNS = {
@@ -67,20 +90,30 @@ ENDS_OF_TURNS = {
     "gemma": "<end_of_turn>",
     "r1": "<eos>",
     "phi3": "<|end|>",
+    "smolvlm": "<end_of_utterance>",
 }
 
 
 def make_family(name: str, *tags: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer of a family; `tags` are added as special tokens, as users do. Id 0 is an ordinary "!"."""
-    options = {"template": None, "bos": None, "pad": None, "unk": None, "special": [], "plain": [], **FAMILIES[name]}
-    named = list(dict.fromkeys(t for t in ("<eos>", options["bos"], options["pad"], options["unk"]) if t))
+    options = {
+        "template": None,
+        "eos": "<eos>",
+        "bos": None,
+        "pad": None,
+        "unk": None,
+        "special": [],
+        "plain": [],
+        **FAMILIES[name],
+    }
+    named = list(dict.fromkeys(t for t in (options["eos"], options["bos"], options["pad"], options["unk"]) if t))
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *named, *options["special"]]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token="<eos>",
+        eos_token=options["eos"],
         bos_token=options["bos"],
         pad_token=options["pad"],
         unk_token=options["unk"],

@@ -4,8 +4,10 @@ python processes.py FOLDER ROOT
 """
 
 import functools
+import itertools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -205,11 +207,65 @@ def run_failing_judge(folder: Path, root: Path) -> dict:
     message = ""
     try:
         make_distributed_trainer(root, 2).validate(module, make_data("RLOO", batch_size=2, val=4), verbose=False)
-    except (OSError, RuntimeError) as error:
+    except (RuntimeError, ValueError) as error:
         message = str(error)
-    messages: list[str] = [""] * 2
-    torch.distributed.all_gather_object(messages, message)
-    return dict(enumerate(messages))
+    return on_each_process(message)
+
+
+def on_each_process(value) -> dict:
+    """Return what each process found, by rank."""
+    values = [None] * 2
+    torch.distributed.all_gather_object(values, value)
+    return dict(enumerate(values))
+
+
+calls = itertools.count()
+
+
+def fails_on_rank_1(completions, **kwargs):
+    """Fail for every second prompt, with three completions each."""
+    if os.environ["LOCAL_RANK"] == "1" and next(calls) // 3 % 2:
+        raise OSError("the server is away")
+    return [float(len(text)) for text in completions]
+
+
+def run_warning(folder: Path, root: Path) -> dict:
+    """Return the warnings of each process for a reward that fails on rank 1 for all completions of a prompt."""
+    reward = lit_rlhf.rewards.Guarded(fails_on_rank_1, retries=0, batch_size=1)
+    module = make_module("RLOO", folder, rewards=[reward])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_distributed_trainer(root, 2, max_steps=1, limit_val_batches=0)
+        trainer.fit(module, make_data("RLOO", rows=ROWS, batch_size=BATCH // 2))
+    return on_each_process([str(warning.message) for warning in caught])
+
+
+def run_missing_checkpoint(folder: Path, root: Path) -> dict:
+    """Return the message of each process for a checkpoint that only rank 0 finds."""
+    path = root / ("0.ckpt" if os.environ["LOCAL_RANK"] == "0" else "elsewhere.ckpt")
+    message = ""
+    trainer = make_distributed_trainer(root, 2, callbacks=[lit_rlhf.callbacks.SaveOnSignal()])
+    try:
+        trainer.fit(make_module("SFT", folder), make_data("SFT"), ckpt_path=path)
+    except ValueError as error:
+        message = str(error)
+    return on_each_process(message)
+
+
+def run_full_disk(folder: Path, root: Path) -> dict:
+    """Return what could not be written by each process, with a disk on which rank 0 can write no policy."""
+    keeper = lit_rlhf.callbacks.PolicyCheckpoint(monitor="val/loss", mode="min")
+    module = make_module("SFT", folder)
+
+    def save_model(folder):
+        raise OSError(28, "No space left on device")
+
+    module.save_model = save_model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_distributed_trainer(root, 2, max_steps=1, callbacks=[keeper], enable_checkpointing=True)
+        trainer.fit(module, make_data("SFT", batch_size=2))
+    return on_each_process(keeper.unwritten.reasons)
 
 
 def run_raising(folder: Path, root: Path) -> None:
@@ -223,6 +279,9 @@ def main(folder: Path, root: Path) -> None:
     runs["validated"] = functools.partial(run_validated, folder, root, 2)
     runs["held out"] = functools.partial(run_held_out, folder, root, 2)
     runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
+    runs["warning"] = functools.partial(run_warning, folder, root)
+    runs["missing checkpoint"] = functools.partial(run_missing_checkpoint, folder, root)
+    runs["full disk"] = functools.partial(run_full_disk, folder, root)
     for name, run in runs.items():
         result = run()
         if os.environ["LOCAL_RANK"] == "0":

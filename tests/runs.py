@@ -76,7 +76,8 @@ def training_state(trainer) -> dict:
     moments = {f"{i}.{name}": torch.as_tensor(v) for i, state in optimizer.items() for name, v in state.items()}
     schedule = [torch.tensor(c.scheduler.get_last_lr()) for c in trainer.lr_scheduler_configs]
     weights = {n: v.clone() for n, v in trainer.lightning_module.state_dict().items()}
-    return {**weights, **moments, "steps": torch.tensor(trainer.global_step), "lr": torch.cat(schedule)}
+    rates = torch.cat(schedule) if schedule else torch.empty(0)
+    return {**weights, **moments, "steps": torch.tensor(trainer.global_step), "lr": rates}
 
 
 def differing_tensors(a: dict, b: dict) -> list[str]:

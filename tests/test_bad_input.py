@@ -95,10 +95,11 @@ def test_adapter_that_would_change_the_reference_is_refused(option):
         lit_rlhf.Policy(make_llama(len(tokenizer)), tokenizer, lora={"r": 2, **option})
 
 
-def test_learning_rate_too_small_for_bfloat16_weights_is_refused():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_learning_rate_too_small_for_weights_in_16_bits_is_refused(dtype):
     """Even if half of the trained weights, the zeros of a new adapter, can change."""
-    policy = lit_rlhf.Policy(make_llama(263, initializer_range=1.0).bfloat16(), make_tokenizer(), lora={"r": 2})
-    policy.to(torch.bfloat16)
+    policy = lit_rlhf.Policy(make_llama(263, initializer_range=1.0).to(dtype), make_tokenizer(), lora={"r": 2})
+    policy.to(dtype)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-7)
     with pytest.raises(ValueError, match=r"too small to change them .*bf16-mixed, or train `lora`$"):
         check_step_size(optimizer)

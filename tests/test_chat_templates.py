@@ -37,7 +37,9 @@ def structure(tokenizer, ids):
 def test_an_answer_ends_with_what_the_template_ends_a_turn_with(family):
     tokenizer, end = make_family(family, "<ans>", "</ans>"), ENDS_OF_TURNS[family]
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(end)
-    written = {"qwen3": "<think>\n\n</think>\n\n", "r1": "\n</think>\n\n", "llama2": " "}.get(family, "")
+    written = {"qwen3": "<think>\n\n</think>\n\n", "r1": "\n</think>\n\n", "llama2": " ", "smolvlm": " "}.get(
+        family, ""
+    )
     after = " " if family == "llama2" else ""
     for answer in ("4", "<ans>4</ans>"):
         ids = encode_completion(tokenizer, [user("2+2")], [assistant(answer)])

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild, snapshot, write_folder
-from lit_rlhf.models.loading import unwrapped
+from lit_rlhf.models.loading import check_causal_lm, unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
 from lit_rlhf.models.scalar import ScalarModel
@@ -31,7 +31,7 @@ from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
-from lit_rlhf.training.distributed import sum_over_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
     check_finite_weights,
@@ -40,6 +40,7 @@ from lit_rlhf.training.finite import (
     update_problems,
 )
 from lit_rlhf.training.guards import Guards
+from lit_rlhf.training.lightning_callbacks import check_callbacks
 from lit_rlhf.training.optimization import (
     LossSums,
     check_optimized,
@@ -99,7 +100,7 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         self.max_skipped_updates = max_skipped_updates
         self.lora, self.load_options = lora, dict(load or {})
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
-        self.seed = 0
+        self.seed, self._continues_text = 0, False
         self.strict_loading = False  # checkpoints do not hold the weights under an adapter
         self._skipped = self.running_statistics["skipped_updates"] = SkippedUpdates()
         self._problems: list[str] = []  # what was not finite in the last update
@@ -120,21 +121,33 @@ class Algorithm(Guards, CheckpointHooks, ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, loaded on first use and without the model."""
         if self._tokenizer is None:
+            self.check_pretrained()
             self._tokenizer = load_tokenizer(self.pretrained, **self.load_options)
         return self._tokenizer
+
+    def check_pretrained(self) -> None:
+        """Check the model to start from by its configuration, before the data are encoded.
+
+        Raises:
+            ValueError: If it is of another kind.
+        """
+        check_causal_lm(self.pretrained, **self.load_options)
 
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 
         Raises:
-            ValueError: If the data module yields another type of batch, or the Trainer's processes don't fit.
+            ValueError: If the data module yields another type of batch, or the Trainer's processes or callbacks don't
+                fit.
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
+        if stage == "fit":
+            check_callbacks(trainer)
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
-        check_chat_prompts(self.tokenizer, self.data_module, stage)
+        self._continues_text = check_chat_prompts(self.tokenizer, self.data_module, stage)
 
     def configure_model(self) -> None:
         """Load the policy, after the data have been checked.
@@ -228,7 +241,11 @@ class Algorithm(Guards, CheckpointHooks, ABC):
         broken = ~torch.stack(list(norms.values())).isfinite().all()
         local = torch.tensor([sums.total, sums.count], dtype=torch.float32, device=self.device)
         total, count, ranks_broken = self.sum_over_ranks(torch.cat([local, broken.float().view(1)])).tolist()
-        self._problems = update_problems(total, ranks_broken == 0, optimizer, self.rollout_problems())
+        problems = self.rollout_problems()
+        if not math.isfinite(total):  # on all ranks alike
+            ranks = gather_over_ranks(self.trainer, {"problems": problems})
+            problems = list(dict.fromkeys(name for rank in ranks for name in rank["problems"]))
+        self._problems = update_problems(total, ranks_broken == 0, optimizer, problems)
         overflow = scaler_overflows(self.trainer, self._problems)
         if not overflow:
             self._skipped.count(self._problems, self.trainer.global_step)
@@ -287,9 +304,9 @@ class Algorithm(Guards, CheckpointHooks, ABC):
             weights = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
             self._snapshot = self._snapshot or self.export_snapshot()
             save = functools.partial(rebuild, self._snapshot, weights, merging=self.merges_adapter)
-        if self.trainer.is_global_zero:
-            write_folder(Path(folder), save)
-        self.trainer.strategy.barrier("export")
+        with raise_on_all_ranks(self.trainer):
+            if self.trainer.is_global_zero:
+                write_folder(Path(folder), save)
 
     def save_model(self, folder: Path) -> None:
         """Write the model's files into a folder."""

@@ -209,12 +209,13 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
         checks.check_advantages(type(self).__name__, advantages, rollout)
-        if not bool(collected.valid.any(1).all()):
-            rank_zero_warn("a prompt without a reward for any completion is skipped: see train/skipped_groups")
         rollout = rollout.replace(advantages=advantages)
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
-        for name, value in reduce_rollout_metrics(collected, rollout, self.sum_over_ranks).items():
+        metrics = reduce_rollout_metrics(collected, rollout, self.sum_over_ranks)
+        if metrics["train/skipped_groups"] > 0:
+            rank_zero_warn("a prompt without a reward for any completion is skipped: see train/skipped_groups")
+        for name, value in metrics.items():
             self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
         self.log("train/kl_coef", self.kl_coef, batch_size=1)
         return rollout

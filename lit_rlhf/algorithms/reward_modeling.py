@@ -46,11 +46,9 @@ class RewardModeling(HeldOutMetrics, Algorithm):
         if isinstance(policy, Policy):
             raise InputError("RewardModeling starts from a folder or a hub id: save the policy first, with policy.save")
 
-    def setup(self, stage: str) -> None:
-        """Check the model to start from, before it is loaded."""
-        super().setup(stage)
-        if "reward_model" not in self._modules:
-            read_config(self.pretrained, f"the model {self.pretrained!r}", **self.load_options)
+    def check_pretrained(self) -> None:
+        """Check that the model to start from is a decoder, and has one label if it is a reward model."""
+        read_config(self.pretrained, f"the model {self.pretrained!r}", **self.load_options)
 
     def configure_model(self) -> None:
         """Load the trunk of the policy and give it a head of one output, near zero at the start."""

@@ -97,11 +97,16 @@ def shipped_config(name: str) -> str:
         return str(path)
     if os.path.isdir(name):
         raise UsageError(f"--config {name!r} is a folder: give a file in it")
-    known = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+    known = shipped_configs()
     close = difflib.get_close_matches(name.removesuffix(".yaml"), known, 1)
     listed = ", ".join([*(name for name in known if "/" not in name), "paper/..."])
     hint = f"did you mean {close[0]}?" if close else f"the shipped ones are {listed}"
     raise UsageError(f"--config {name!r} is neither a file nor a shipped configuration: {hint}")
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the shipped configurations."""
+    return sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
 def read_yaml(given: str, path: str) -> list[Any]:

@@ -13,8 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from lit_rlhf.algorithms import Algorithm
-from lit_rlhf.cli.config_files import DATA_SUFFIXES, UsageError
-from lit_rlhf.cli.messages import REWORDED, Rejection, read_message
+from lit_rlhf.cli.config_files import DATA_SUFFIXES, PROGRAM, UsageError, shipped_configs
+from lit_rlhf.cli.messages import OTHER_NAMES, REWORDED, Rejection, read_message
 from lit_rlhf.data import TextData
 
 COMMANDS = ("fit", "validate", "test", "predict", "export", "compare")
@@ -33,6 +33,12 @@ HOMES = {
 }
 """Modules with classes and functions for other options that take an import path."""
 
+CONFIGURED = {
+    "--model": "a configuration, such as --config rloo, or --model METHOD and --data CLASS",
+    "--data": "a configuration, such as --config rloo, or --data CLASS, such as PromptData",
+    "--test_args": "a comparison, such as --config paper/testbed",
+}
+"""What to give if these options are missing."""
 UNKNOWN_OPTION = re.compile(
     r"Option '([\w.]+)' is not accepted|Subcommand '\w+' does not accept option '([\w.]+)'"
     r"|Group '([\w.]+)' does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)"
@@ -52,9 +58,10 @@ def explain(message: str, args: Sequence[str], program: str, options: Sequence[s
         options: Dotted names of the parser's options.
     """
     rejections = read_message(message)
-    plain = (found for found in rejections if not found.reason.startswith("Expected "))
+    plain = [found for found in rejections if not found.reason.startswith("Expected ")]
+    plain.sort(key=lambda found: found.reason.startswith("Not a valid subclass"))  # says less than the others
     names = (found for found in rejections if PATH_EXPECTED.match(found.reason) and found.option in (*HOMES, *BASES))
-    first = next(names, None) or next(plain, rejections[0])
+    first = next(names, None) or next(iter(plain), rejections[0])
     sentence = (
         wrong_command(first)
         or missing_value(first, args)
@@ -63,6 +70,8 @@ def explain(message: str, args: Sequence[str], program: str, options: Sequence[s
         or wrong_option(first, options)
         or wrong_value(first, [found for found in rejections if found.option == first.option])
     )
+    if program == PROGRAM and args and args[0] in COMMANDS:
+        program = f"{program} {args[0]}"
     listing = f"--{first.option}.help={first.owner}" if first.owner and first.option in BASES else "--help"
     return UsageError(sentence, f"`{program} {listing}` lists the options")
 
@@ -72,6 +81,8 @@ def wrong_command(found: Rejection) -> str:
     if match := re.search(r"invalid choice: '(.*?)'", found.reason):
         return f"there is no command {match[1]!r}: {suggestion(match[1], COMMANDS) or 'use ' + ', '.join(COMMANDS)}"
     if match := re.match(r"unrecognized arguments: (--(?= |$)|---\S*|-?[^-\s]\S*|$)", found.reason):
+        if match[1] in shipped_configs():
+            return f"unexpected argument {match[1]!r}: did you mean --config {match[1]}?"
         return f"unexpected argument {match[1]!r}: options start with --"
     return ""
 
@@ -93,8 +104,11 @@ def missing_option(found: Rejection) -> str:
         return ""
     names = [re.sub(rf"^({'|'.join(COMMANDS)})\.", "", name) for name in match[1].split(", ")]
     names = [f"--{found.option}.{name}" if found.option else f"--{name}" for name in names]
-    owner = f"{found.owner.rpartition('.')[2]} needs " if found.owner else ""
-    return f"{owner}{' and '.join(names)}{'' if owner else ' is required' if len(names) == 1 else ' are required'}"
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    if found.owner:
+        return f"{found.owner.rpartition('.')[2]} needs {listed}"
+    hint = f": give {CONFIGURED[names[-1]]}" if names[-1] in CONFIGURED else ""
+    return f"{listed} {'is' if len(names) == 1 else 'are'} required{hint}"
 
 
 def wrong_name(found: Rejection) -> str:
@@ -104,13 +118,16 @@ def wrong_name(found: Rejection) -> str:
         Exception: What the import of a user's module raises.
     """
     flag, base = f"--{found.option}", BASES.get(found.option)
+    if found.reason.startswith("Expected an instantiatable class") and flag in CONFIGURED:
+        return f"{flag} is missing: give {CONFIGURED[flag]}"
     if found.option == "data" and found.value and found.value.endswith(DATA_SUFFIXES):
         return f"--data {found.value!r} is a file, and --data takes a class: did you mean --data.train?"
     match = PATH_EXPECTED.match(found.reason)
     if match and (base or found.option in HOMES or found.value is None):
         if base is None:
             known = [f"{home}.{name}" for home in HOMES.get(found.option, ()) for name in public_names(home)]
-            return f"{flag} {match[1]!r} is not an import path: {nearest_path(match[1], known) or 'give module.Name'}"
+            hint = nearest_path(match[1], known) or "give its module too, such as mine.reward for a function in mine.py"
+            return f"{flag} {match[1]!r} is not an import path: {hint}"
         known = sorted(kind.__name__ for kind in subclasses(base))
         hint = suggestion(match[1], known) or "a class of yours needs its module: mine.Name"
         if match[1] in known:  # from a file
@@ -131,6 +148,8 @@ def unknown_import(flag: str, path: str) -> str:
         return f"{flag} {path!r}: there is no module {error.name!r}, also not in {str(Path.cwd())!r}"
     if hasattr(module, name):
         return ""
+    if name == "py":
+        return f"{flag} {path!r} is a file: give a name in it, such as {module_name}.reward"
     public = public_names(module_name)
     hint = suggestion(name, public) or f"it has {', '.join(sorted(public)[:8])}{', ...' * (len(public) > 8)}"
     return f"{flag} {path!r}: the module {module_name!r} has no {name!r}: {hint}"
@@ -155,6 +174,8 @@ def wrong_option(found: Rejection, options: Sequence[str]) -> str:
                 owners.setdefault(f"{root}.{option}", []).append(kind.__name__)
     if others := owners.get(f"{prefix}{name}"):
         return f"{problem}: it is one of {', '.join(others)}"
+    if known := OTHER_NAMES.get(name.rpartition(".")[2]):
+        return f"{problem}: did you mean --{known}?"
     near = nearest_option(name, own, cutoff=0.6)
     near = f"{prefix}{near}" if near else nearest_option(f"{prefix}{name}", list(owners), cutoff=0.8)
     return f"{problem}: did you mean --{near}?" if near else problem
@@ -163,11 +184,18 @@ def wrong_option(found: Rejection, options: Sequence[str]) -> str:
 def wrong_value(first: Rejection, found: Iterable[Rejection]) -> str:
     """Return the sentence for a value of a wrong type, or else for what the parser says."""
     expected = [match[1] for rejection in found if (match := re.match(r"Expected (?:an? )?(.*)", rejection.reason))]
-    value = "" if first.value is None else f" {shortened(first.value)!r}"
+    value = "" if first.value is None or "Namespace(" in first.value else f" {shortened(first.value)!r}"
+    if re.match(r"\W*lambda\b", first.value or ""):
+        return f"--{first.option} takes no lambda: write a function in a file and give its import path: mine.reward"
     if expected and first.reason.startswith("Expected") and not any(re.match(p, first.reason) for p in REWORDED):
         kinds = [re.sub(r"<class '(?:.*\.)?(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in expected]
         kinds = [kind for kind in kinds if not kind.startswith("dot import path")] or ["an import path"]
-        return f"--{first.option}{value}: expected {' or '.join(dict.fromkeys(kinds))}"
+        hints = {
+            "list": f": to add one, use --{first.option}+=VALUE",
+            "Sequence": ": put it in brackets, such as [1, 2]",
+        }
+        hint = hints.get(kinds[0], "") if len(set(kinds)) == 1 else ""
+        return f"--{first.option}{value}: expected {' or '.join(dict.fromkeys(kinds))}{hint}"
     reason = " ".join(first.reason.split())
     for pattern, words in REWORDED.items():
         reason = re.sub(f"^{pattern}", words, reason)
@@ -221,13 +249,17 @@ def import_object(path: str) -> Any:
 def public_names(module: str) -> list[str]:
     """Return the names that a module offers."""
     found = importlib.import_module(module)
-    return list(getattr(found, "__all__", None) or (name for name in vars(found) if not name.startswith("_")))
+    names = (name for name, value in vars(found).items() if not name.startswith("_") and not inspect.ismodule(value))
+    return list(getattr(found, "__all__", None) or names)
 
 
 def nearest_path(name: str, known: Sequence[str]) -> str:
     """Return "did you mean module.Name?" for the import path whose last part is most similar, or nothing."""
     last = {path.rpartition(".")[2]: path for path in reversed(known)}
-    close = difflib.get_close_matches(name, last, 1)
+    part_of = [path for own, path in last.items() if len(name) > 2 and name.lower() in own.lower()]
+    if len(part_of) == 1:
+        return f"did you mean {part_of[0]}?"
+    close = difflib.get_close_matches(name, last, 1, cutoff=0.7)
     return f"did you mean {last[close[0]]}?" if close else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ from lit_rlhf.callbacks.run_config import RunConfig
 from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
-from lit_rlhf.cli.failures import failure
+from lit_rlhf.cli.failures import ending_signal, failure, unwrapped
 from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
 from lit_rlhf.data import TextData
+from lit_rlhf.errors import InputFileNotFoundError
 from lit_rlhf.rewards.base import RewardInterrupted
+from lit_rlhf.training.checks import check_processes
 from lit_rlhf.training.files import release_if_empty
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -65,7 +68,12 @@ class RLHFCommandLine(LightningCLI):
         root = Path(options.trainer.default_root_dir).expanduser()
         place_loggers(options.trainer.logger, root)
         if options.ckpt_path is not None:
-            found = resolve_checkpoint(str(options.ckpt_path), root, may_be_missing=command == "fit")
+            try:
+                found = resolve_checkpoint(str(options.ckpt_path), root, may_be_missing=command == "fit")
+            except InputFileNotFoundError:
+                if options.trainer.num_nodes == 1:
+                    raise
+                found = Path(str(options.ckpt_path)).expanduser()  # refused on all machines together
             options.ckpt_path = None if found is None else str(found)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -76,6 +84,9 @@ class RLHFCommandLine(LightningCLI):
         """Create the Trainer and its folder; its default loggers are TensorBoard and `metrics.csv`."""
         default_loggers = self._get(self.config_init, "trainer.logger") in (None, True)
         trainer = super().instantiate_trainer(**kwargs, **({"logger": False} if default_loggers else {}))
+        check_processes(
+            trainer.strategy, trainer.num_devices * trainer.num_nodes, trainer.num_devices, trainer.num_nodes
+        )
         self.folder = give_folder(
             trainer, "version" if self.subcommand == "fit" else str(self.subcommand), default_loggers
         )
@@ -107,8 +118,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments; those of the process if None.
 
     Raises:
-        SystemExit: With code 2 if the arguments can't be parsed, 1 if a run can't work with them, 130 if a comparison
-            was interrupted, and 128 + number if a signal ended a training run.
+        SystemExit: With code 2 if the arguments can't be parsed, 1 if a run can't work with them, and 128 + number if a
+            signal ended it: 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
     if arguments == ["--version"]:
@@ -124,17 +135,20 @@ def main(args: Sequence[str] | None = None) -> None:
     except RunsFailed as error:
         sys.exit(f"{PROGRAM}: {error}")
     except KeyboardInterrupt:
-        if arguments[0] != "compare":
+        kept = "; finished runs are kept, and the same command resumes" if arguments[0] == "compare" else ""
+        print(f"{PROGRAM}: interrupted{kept}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as error:
+        if (number := ending_signal(error)) is None:
             raise
-        print(f"{PROGRAM}: interrupted; finished runs are kept, and the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + number)
     except RewardInterrupted as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(128 + error.number)
     except Exception as error:
         known = failure(error, arguments)
         if known is None:
-            raise
+            raise unwrapped(error) from None
         print(f"{PROGRAM}: {known}", file=sys.stderr)
         sys.exit(1)
 
@@ -158,6 +172,7 @@ def run_lightning(args: list[str]) -> None:
         "default_root_dir": DEFAULT_ROOT,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,  # a full validation runs before the first update
+        "enable_model_summary": False,  # `Summary` prints the number of trained weights
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
@@ -207,5 +222,6 @@ def silence_third_party_warnings() -> None:
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists")  # TensorBoard just created it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading and writing weights
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    tips.addFilter(lambda record: "litlogger" not in record.getMessage())
+    noise = ("litlogger", "TPU available", "Loading `train_dataloader`")
+    infos = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    infos.addFilter(lambda record: not any(text in record.getMessage() for text in noise))

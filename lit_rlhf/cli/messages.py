@@ -32,6 +32,23 @@ REWORDED = {
     ),
 }
 """jsonargparse's words for a wrong value, and ours."""
+OTHER_NAMES = {
+    "beta": "model.kl_coef",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "learning_rate": "model.optimizer.lr",
+    "max_completion_length": "model.sampling.max_new_tokens",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "model_name_or_path": "model.policy",
+    "num_generations": "model.num_samples",
+    "num_iterations": "model.updates.update_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "output_dir": "trainer.default_root_dir",
+    "peft_config": "model.lora",
+    "per_device_train_batch_size": "data.batch_size",
+    "reward_funcs": "model.rewards",
+}
+"""Options of TRL and transformers, and ours."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from lit_rlhf.errors import InputError, InputTypeError, brief
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def check_minimum(minimum: int, **arguments: int | None) -> None:
-    """Raise a ValueError if an argument is below `minimum`, a TypeError if it is no integer; None passes."""
+def check_minimum(minimum: int, optional: bool = True, **arguments: int | None) -> None:
+    """Raise a ValueError if an argument is below `minimum`, a TypeError if it is no integer; None may pass."""
     for name, value in arguments.items():
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+        if not (value is None and optional) and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise InputTypeError(f"{name}={brief(value)}: it must be a whole number")
         if value is not None and value < minimum:
             raise InputError(f"{name}={value}: it must be at least {minimum}")

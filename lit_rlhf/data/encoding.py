@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf import tokenization
 from lit_rlhf.data.checks import check_row
@@ -174,9 +174,12 @@ class Encoder:
             ValueError: If a row can't be encoded (names the row index), or if no row is left.
         """
         rows, rebuilt = [], 0
+        left_out: dict[int, str] = {}
         for index, example in examples.items():
             try:
                 row, is_rebuilt = self._encode(index, example)
+                if what := self._left_out(row.example):
+                    left_out[index] = what
             except ValueError as error:
                 raise InputError(f"row {index}: {error}") from error
             rows.append(row)
@@ -187,6 +190,12 @@ class Encoder:
             "rows have turns that the chat template renders otherwise once they are finished: "
             "they are encoded as they continue its prompt, thoughts included",
         )
+        if left_out:
+            index, what = next(iter(left_out.items()))
+            rank_zero_warn(
+                f"the chat template leaves out {what} in row {index}, and {len(left_out)} of {len(rows)} rows lose "
+                "something: use a template that writes it, or remove it from the data"
+            )
         rows = self._limit(rows, "prompts", self.max_prompt_tokens, lambda row: [row.prompt], self._truncate_prompt)
         rows = self._limit(
             rows, "completions", self.max_completion_tokens, lambda row: row.completions, self._truncate_completions
@@ -218,6 +227,12 @@ class Encoder:
         if any(turn.learned for turn in turns):
             row = dataclasses.replace(row, learned=tuple(learned))
         return row, any(turn.rebuilt for turn in turns)
+
+    def _left_out(self, example: Example) -> str | None:
+        for completion in example.completions or ([],):
+            if what := tokenization.left_out(self.tokenizer, example.prompt, completion, example.template_kwargs):
+                return what
+        return None
 
     def _limit(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from lit_rlhf.data.readers import KINDS, Row, kind_of, read_file
+from lit_rlhf.data.readers import KINDS, Row, as_stored, kind_of, read_file
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 
 _SPLITS = {
@@ -66,7 +66,7 @@ def read_folder(folder: Path) -> Any:
 def _find_files(folder: Path) -> list[Path]:
     """Return the data files in a folder and below it, sorted. Links are followed, each folder is visited once."""
     found, visited = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(root)
         if real in visited:
             folders.clear()
@@ -76,6 +76,11 @@ def _find_files(folder: Path) -> list[Path]:
         paths = [Path(root, name) for name in names if not _is_ignored(name) and name not in _SAVED]
         found += [path for path in paths if kind_of(path) is not None]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    """Raise a ValueError for a folder that can't be listed, which `os.walk` would leave out."""
+    raise InputError(f"the folder {str(error.filename)!r} can't be read: {error.strerror}") from error
 
 
 def _is_ignored(name: str) -> bool:
@@ -135,9 +140,11 @@ def _read_saved(folder: Path) -> Any:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:  # files can be torn or missing
         raise InputError(f"{str(folder)!r} could not be read: {type(error).__name__}: {error}") from error
-    parts = saved.values() if isinstance(saved, dict) else [saved]
+    parts = list(saved.values()) if isinstance(saved, dict) else [saved]
     paths = [os.path.normpath(file["filename"]) for part in parts for file in part.cache_files]
     outside = next((path for path in paths if not Path(path).is_relative_to(os.path.normpath(folder))), None)
     if outside is not None:
         raise InputError(f"{str(folder)!r} refers to {outside!r}, outside of the folder: give that path instead")
+    for part in parts:
+        as_stored(part)
     return saved

@@ -4,14 +4,16 @@
 |----------------------------------------------------------|---------|----------------|-------------|
 | `prompt`                                                 | yes     |                |             |
 | `prompt`, `completion`                                   | yes     | yes            |             |
-| `messages` (or `conversations`), split before the last answer | yes | yes         |             |
+| `messages` (or `conversations`), up to the last answer   | yes     | yes            |             |
 | `text`                                                   |         | yes            |             |
 | `prompt`, `chosen`, `rejected`                           | yes     |                | yes         |
+| `conversations`, `chosen`, `rejected`                    | yes     |                | yes         |
 | `chosen`, `rejected`, with the prompt as common prefix   | yes     |                | yes         |
 
 Prompts and completions are strings or lists of messages. If only one of them is a list of messages, the other becomes
 a message too, of the user or the assistant. Two columns, as in TRL, are per-row arguments of the chat template:
 `chat_template_kwargs` and `tools`. A `system` column, as in ShareGPT data, is the system message of a conversation.
+Columns of images, videos and audio must be empty.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lit_rlhf.data.messages import is_messages, read_template_kwargs, read_text
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_rlhf.data.messages import is_message, is_messages, read_template_kwargs, read_text
 from lit_rlhf.data.sources import Row
 from lit_rlhf.errors import InputError, brief
 from lit_rlhf.types import Message, Text
 
 _CONVERSATIONS = ("messages", "conversations")
 _ANSWERS = ("completion", "chosen", "rejected")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _OTHER_PROMPTS = {"question", "instruction", "query", "input", "problem"}
 SPEAKER = "\n\nAssistant:"
 _FIRST_UNSPACED = 0x2E80
@@ -57,8 +62,11 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
     """
     name = prompt_column or next((name for name in ("prompt", *_CONVERSATIONS) if name in row), None)
     if name in _CONVERSATIONS:
-        prompt, answer = _split_answer(_conversation(row, name, is_text_allowed=prompt_column is not None))
-        return _example(row, prompt, (), {name}, {"completion": answer} if answer else {})
+        conversation = _conversation(row, name, is_text_allowed=prompt_column is not None)
+        if isinstance(conversation, str) or not conversation or conversation[-1]["role"] != "assistant":
+            return _prompt_with_answers(row, name, conversation)
+        prompt, answer = _split_answer(conversation)
+        return _example(row, prompt, (), {name}, {"completion": answer})
     if name is None and "chosen" in row and "rejected" in row:
         name = "chosen"  # the prompt is the common prefix of the pair
         pair = [_nonempty(row[key], key) for key in ("chosen", "rejected")]
@@ -66,8 +74,12 @@ def read_prompt(row: Row, prompt_column: str | None = None) -> Example:
         prompt, (chosen, rejected) = _split_common(pair)
         return _example(row, prompt, (), {"chosen", "rejected"}, {"chosen": chosen, "rejected": rejected})
     name = name or "prompt"
-    prompt = read_text(_get(row, name, "prompt"), name)
-    answers = {key: row[key] for key in _ANSWERS if key in row and (isinstance(row[key], str) or is_messages(row[key]))}
+    return _prompt_with_answers(row, name, read_text(_get(row, name, "prompt"), name))
+
+
+def _prompt_with_answers(row: Row, name: str, prompt: Text) -> Example:
+    """Return an example with this prompt, and the row's answers among the columns."""
+    answers = {key: row[key] for key in _ANSWERS if _is_text(row.get(key))}
     prompt, aligned = _align(prompt, [read_text(answer, key) for key, answer in answers.items()])
     return _example(row, prompt, (), {name, *answers}, dict(zip(answers, aligned, strict=True)))
 
@@ -116,9 +128,13 @@ def read_preference(
     names = [chosen_column or "chosen", rejected_column or "rejected"]
     pair = [_nonempty(_get(row, name, key), name) for name, key in zip(names, ("chosen", "rejected"), strict=True)]
     prompt_name = prompt_column or ("prompt" if "prompt" in row else None)
+    if prompt_name is None and not all(map(_is_dialogue, pair)):  # ShareGPT data have the prompt in `conversations`
+        prompt_name = next((name for name in _CONVERSATIONS if row.get(name)), None)
     if prompt_name is None:
         _refuse_other_prompt(row, pair)
         prompt, pair = _split_common(pair)
+    elif prompt_name in _CONVERSATIONS:
+        prompt, pair = _align(_conversation(row, prompt_name, is_text_allowed=prompt_column is not None), pair)
     else:
         prompt, pair = _align(_nonempty(_get(row, prompt_name, "prompt"), prompt_name), pair)
     return _example(row, prompt, tuple(pair), {*names, prompt_name or names[0]})
@@ -155,8 +171,17 @@ def _refuse_other_prompt(row: Row, texts: list[Text]) -> None:
 def _example(
     row: Row, prompt: Text, completions: tuple[Text, ...], used: set[str | None], answers: Row | None = None
 ) -> Example:
+    for name in _MEDIA:
+        if row.get(name):
+            raise InputError(
+                f"the column {name!r} is not empty, but only text is read: drop it or the row in a transform"
+            )
+    if "instruction" in used and row.get("input"):
+        raise InputError(
+            "the instruction has an 'input' beside it, as in Alpaca's data: join the two into a prompt in a transform"
+        )
     columns = {name: value for name, value in row.items() if name not in used} | (answers or {})
-    return Example(prompt, completions, columns, read_template_kwargs(row))
+    return Example(_with_system(row, prompt), completions, columns, read_template_kwargs(row))
 
 
 def _get(row: Row, name: str, what: str) -> Any:
@@ -172,6 +197,10 @@ def _names(row: Row) -> str:
     return ", ".join(map(repr, row)) or "no columns"
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or is_message(value) or is_messages(value)
+
+
 def _nonempty(value: Any, name: str) -> Text:
     text = read_text(value, name)
     if isinstance(text, list) and not text:
@@ -180,18 +209,25 @@ def _nonempty(value: Any, name: str) -> Text:
 
 
 def _conversation(row: Row, name: str, is_text_allowed: bool) -> Text:
-    """Return the messages in the column `name`, after the system message of a column `system`."""
+    """Return the messages in the column `name`."""
     messages = read_text(_get(row, name, "prompt"), name)
-    if isinstance(messages, str):
-        if is_text_allowed:
-            return messages
+    if isinstance(messages, str) and not is_text_allowed:
         raise InputError(f"the column {name!r} contains {brief(messages)}: it must be a list of messages, or its JSON")
+    return messages
+
+
+def _with_system(row: Row, prompt: Text) -> Text:
+    """Return messages after the system message of a column `system`."""
     system = row.get("system")
-    if not system or (messages and messages[0]["role"] == "system"):
-        return messages
+    if isinstance(prompt, str):
+        if isinstance(system, str) and system:
+            rank_zero_warn("the column 'system' is not a part of prompts that are strings: join them in a transform")
+        return prompt
+    if not system or (prompt and prompt[0]["role"] == "system"):
+        return prompt
     if not isinstance(system, str):
         raise InputError(f"the column 'system' contains {brief(system)}: it must be a string")
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _align(prompt: Text, completions: list[Text]) -> tuple[Text, list[Text]]:

@@ -15,10 +15,14 @@ from lit_rlhf.data.readers import Row
 from lit_rlhf.errors import InputError, brief
 from lit_rlhf.types import Message, Text
 
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
 _SHAREGPT_ROLES = {
     **_ROLES,
-    **dict.fromkeys(("bot", "chatgpt", "model", "function_call"), "assistant"),
+    "function_call": "assistant",
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "function_response"), "tool"),
 }
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
@@ -28,7 +32,8 @@ _PYTHON_MESSAGES = re.compile(r"\[\s*\{\s*'(role|content|from|value)'\s*:")
 def read_text(value: Any, name: str) -> Text:
     """Return the string or the messages in the column `name`.
 
-    A string that is a JSON list of messages, as a csv file has it, is read as these messages.
+    A string that is a JSON list of messages, as a csv file has it, is read as these messages, and a single message as
+    a list of one.
 
     Raises:
         ValueError: If the value is neither, or a message can't be read.
@@ -36,6 +41,8 @@ def read_text(value: Any, name: str) -> Text:
     if isinstance(value, str):
         messages = _parse_messages(value, name)
         return value if messages is None else _messages(messages, name)
+    if is_message(value):
+        value = [value]
     if is_messages(value) or (isinstance(value, list) and not value):
         return _messages(value, name)
     raise InputError(f"the column {name!r} contains {brief(value)}: it must be a string or a list of messages")
@@ -44,6 +51,12 @@ def read_text(value: Any, name: str) -> Text:
 def is_messages(value: Any) -> bool:
     """Return whether a value is a list of dicts with at least one item."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is a message."""
+    keys = set(value) if isinstance(value, dict) else set()
+    return ("role" in keys and bool({"content", "tool_calls"} & keys)) or {"from", "value"} <= keys
 
 
 def read_template_kwargs(row: Row) -> dict[str, Any]:
@@ -75,7 +88,7 @@ def _message(item: Row, name: str) -> Message:
         raise InputError(
             f"the column {name!r} contains the message {brief(item)}: a message needs 'role' and 'content'"
         )
-    message["role"] = _ROLES.get(message["role"].lower(), message["role"])
+    message["role"] = _ROLES.get(message["role"].strip().lower(), message["role"])
     if "content" in message:
         message["content"] = _content(message["content"], name)
     if calls := message.get("tool_calls"):
@@ -91,12 +104,12 @@ def _drop_nulls(value: Any) -> Any:
 
 def _from_sharegpt(item: Row, name: str) -> Message:
     speaker, value = item["from"], item["value"]
-    role = _SHAREGPT_ROLES.get(str(speaker).lower())
+    role = _SHAREGPT_ROLES.get(str(speaker).strip().lower())
     if role is None:
         raise InputError(
             f"the column {name!r} has the unknown role {speaker!r}: rename it to one of {', '.join(_SHAREGPT_ROLES)}"
         )
-    if str(speaker).lower() == "function_call":
+    if str(speaker).strip().lower() == "function_call":
         call = _read_json(value, name)
         return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
     return {"role": role, "content": value}
@@ -163,8 +176,4 @@ def _parse_messages(text: str, name: str) -> list[Row] | None:
                 f"the column {name!r} has messages in Python's notation, {brief(text)}: write them with json.dumps"
             ) from error
         return None
-    return value if is_messages(value) and all(map(_is_message, value)) else None
-
-
-def _is_message(item: Row) -> bool:
-    return ("role" in item and bool({"content", "tool_calls"} & item.keys())) or {"from", "value"} <= item.keys()
+    return value if is_messages(value) and all(map(is_message, value)) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,7 +31,7 @@ _IGNORED_WARNINGS = (
 )
 
 
-class TextData(lightning.LightningDataModule):
+class TextData(lightning.LightningDataModule, ABC):
     """Base of the data modules. `setup` reads, checks and tokenizes all rows, before a model is loaded.
 
     The tokenizer is the LightningModule's. Without a Trainer, as in a notebook, set it yourself:
@@ -79,10 +79,9 @@ class TextData(lightning.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        checks.check_minimum(
-            1, batch_size=batch_size, eval_batch_size=eval_batch_size or batch_size, max_prompt_tokens=max_prompt_tokens
-        )
-        checks.check_minimum(0, num_workers=num_workers)
+        checks.check_minimum(1, optional=False, batch_size=batch_size)
+        checks.check_minimum(1, eval_batch_size=eval_batch_size, max_prompt_tokens=max_prompt_tokens)
+        checks.check_minimum(0, optional=False, num_workers=num_workers)
         checks.check_val(val)
         checks.check_choice("split", split, ("random", "last"))
         checks.check_choice("truncation", truncation, ("drop", "truncate"))

@@ -7,6 +7,7 @@ an empty cell is None. Columns of parquet files have the types of the file.
 from __future__ import annotations
 
 import bz2
+import copy
 import csv
 import gzip
 import io
@@ -40,6 +41,17 @@ _OPENERS: dict[str, Callable[[str], Any]] = {
 }
 
 
+_SIGNATURES = {
+    b"version https://git-lfs": ("", "it is a pointer of Git LFS: fetch the file with `git lfs pull`"),
+    b"\x1f\x8b": (".gz", "it is compressed with gzip: add .gz to its name"),
+    b"PK\x03\x04": (".zip", "it is a zip archive or a spreadsheet: export it as csv or json"),
+    b"PAR1": (".parquet", "it is a parquet file: let its name end in .parquet"),
+    b"<!doctype": ("", "it is a web page: download the data file itself"),
+    b"<html": ("", "it is a web page: download the data file itself"),
+}
+"""How files begin that are often given as data, the suffix with which that is right, and what to do."""
+
+
 def kind_of(path: Path) -> str | None:
     """Return the kind of a data file, compressed or not; None for any other file."""
     name = path.with_suffix("") if path.suffix.lower() in _OPENERS else path
@@ -56,6 +68,7 @@ def read_file(path: Path) -> list[Row] | datasets.Dataset:
     if kind is None:
         raise InputError(f"{name} has no supported file type: use {', '.join(KINDS)}, compressed or not")
     try:
+        _check_signature(path)
         if kind == "parquet":
             return _read_parquet(path)
         with _open_text(path) as text:
@@ -69,6 +82,14 @@ def read_file(path: Path) -> list[Row] | datasets.Dataset:
         ) from error
     except Exception as error:  # files can be torn, compressed otherwise, or not be what their name says
         raise InputError(f"{name} could not be read: {type(error).__name__}: {error}") from error
+
+
+def _check_signature(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(32).lower()
+    for signature, (suffix, remedy) in _SIGNATURES.items():
+        if start.startswith(signature.lower()) and not (suffix and path.name.lower().endswith(suffix)):
+            raise InputError(remedy)
 
 
 def _open(path: Path) -> Any:
@@ -121,7 +142,10 @@ def _parse_document(text: str, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise InputError(f"line {line} is not JSON: {error.msg} at character {error.colno}") from error
+        raise InputError(
+            f"line {line} is not JSON: {error.msg} at character {error.colno}: "
+            "write one object per line, or one list of objects"
+        ) from error
 
 
 def _read_csv(text: io.TextIOWrapper) -> list[Row]:
@@ -129,6 +153,8 @@ def _read_csv(text: io.TextIOWrapper) -> list[Row]:
     reader = csv.reader(text, strict=True)
     lines = _csv_lines(reader)
     names = next(lines, [])
+    if len(names) == 1 and (separator := next((char for char in ";\t" if char in names[0]), None)):
+        raise InputError(f"the first line is one cell, {brief(names[0])}: separate cells by commas, not {separator!r}")
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"it has several columns {repeated!r}: rename all but one")
     rows = []
@@ -154,4 +180,19 @@ def _read_parquet(path: Path) -> datasets.Dataset:
     with _open(path) as file:
         table = pyarrow.parquet.ParquetFile(file).read()
     # a random fingerprint, since the default one is a hash of all values
-    return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
+    return as_stored(datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint()))
+
+
+def as_stored(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Switch off decoding of images, audio and the like: it opens the file, or the address, that a row names."""
+    features = copy.deepcopy(dataset.features)
+    found: list[Any] = [features]
+    for feature in found:
+        if isinstance(feature, dict):
+            found += feature.values()
+        elif hasattr(feature, "feature"):
+            found.append(feature.feature)
+        elif hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
+            feature.decode = False
+    dataset.info.features = features
+    return dataset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -104,8 +105,13 @@ def _slice(rows: Any, start: int, end: int) -> Any:
 
 def _load_hub(text: str, split: str | None) -> Any:
     is_path = kind_of(Path(text)) is not None or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if is_path:
-        raise InputFileNotFoundError(f"the data file {text!r} does not exist (working directory: {str(Path.cwd())!r})")
+    if is_path or "*" in text or "://" in text:
+        remedy = f"working directory: {str(Path.cwd())!r}"
+        if "://" in text:
+            remedy = "download it and give its path, or give a hub id"
+        elif "*" in text:
+            remedy = "give the folder, of which all data files are read"
+        raise InputFileNotFoundError(f"the data file {brief(text)} does not exist ({remedy})")
     name, _, config = text.partition(":")
     if os.path.exists(name):  # datasets would read what the folder's dataset card says
         raise InputError(
@@ -114,7 +120,8 @@ def _load_hub(text: str, split: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub raises many kinds of errors
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder="...")
         raise InputFileNotFoundError(
-            f"{text!r} is neither a local file or folder nor loadable from the hub ({type(error).__name__}: {error}): "
+            f"{brief(text)} is neither a local file or folder nor loadable from the hub ({reason}): "
             "check the spelling, or give a json, jsonl, csv or parquet file"
         ) from error

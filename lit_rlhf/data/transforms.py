@@ -39,7 +39,12 @@ class FirstWords:
     Args:
         column: Name of the text column.
         words: Number of words in the prompt.
+
+    Attributes:
+        continues_text: A policy with a chat template is meant to continue the text, so there is no warning about it.
     """
+
+    continues_text = True
 
     def __init__(self, column: str = "text", words: int = 5) -> None:
         if words < 1:

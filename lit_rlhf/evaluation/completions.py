@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.tokenization import decode_completions, encode_completion
+from lit_rlhf.tokenization import decode_completions, encode_completion, end_ids
 from lit_rlhf.types import Completions, Prompts, Text
 
 
@@ -18,9 +18,15 @@ def completion_texts(
 ) -> list[list[Text]]:
     """Decode completions as rewards see them, `[prompt][sample]`: strings, or one message if the prompt is a chat."""
     n, k, _ = completions.tokens.shape
-    texts = decode_completions(tokenizer, completions.ids())
+    texts = decode_completions(tokenizer, without_ends(tokenizer, completions.ids()))
     prompt_texts = prompts.text or [""] * n
     return [[as_completion(prompt_texts[i], text) for text in texts[i * k : (i + 1) * k]] for i in range(n)]
+
+
+def without_ends(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[list[int]]:
+    """Return completions without the token that ends them, which is an ordinary one in some tokenizers."""
+    ends = end_ids(tokenizer)
+    return [ids[:-1] if ids and ids[-1] in ends else ids for ids in completions]
 
 
 def as_completion(prompt: Text, completion: Text | None) -> Text:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.base import RewardSpec
 from lit_rlhf.rewards.calls import call_all
+from lit_rlhf.rewards.messages import check_reads_messages
 from lit_rlhf.rewards.outputs import read_numbers
 from lit_rlhf.types import Text
 
@@ -66,6 +67,11 @@ class SymmetricJudge:
     def check(self, columns: Iterable[str]) -> None:
         """Raise a ValueError if the data lack a column that the judge requires."""
         self._spec.check({*columns, *JUDGE_ARGUMENTS})
+
+    def check_on_row(self, prompt: Text, columns: dict[str, Any]) -> None:
+        """Raise a ValueError if a function can't read messages, tried on one row of conversations."""
+        if isinstance(prompt, list):
+            check_reads_messages(self._spec, prompt, columns, answers=("completions", "opponents"))
 
     def setup(self, device: torch.device | str) -> None:
         """Call the judge's `setup(device)`, once per device."""

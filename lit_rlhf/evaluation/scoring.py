@@ -9,7 +9,7 @@ import itertools
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from lit_rlhf.evaluation.completions import as_completion
+from lit_rlhf.evaluation.completions import as_completion, without_ends
 from lit_rlhf.rewards import Scorer, Scores
 from lit_rlhf.tokenization import decode_completions, encode_prompt, end_of_turn
 from lit_rlhf.types import Completions, Prompts, Text
@@ -53,16 +53,15 @@ def raw_texts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[Text], completion_ids: list[list[list[int]]]
 ) -> list[list[Text]]:
     """Decode completions with their special tokens, `[prompt][sample]`, without the token that ends them."""
-    ends, special = {tokenizer.eos_token_id, end_of_turn(tokenizer)}, _special(tokenizer)
+    special = _special(tokenizer)
 
     def decode(ids: list[int]) -> str:
-        ids = ids[:-1] if ids and ids[-1] in ends else ids
         runs = [(names, list(run)) for names, run in itertools.groupby(ids, key=special.get)]
         texts = iter(decode_completions(tokenizer, [run for name, run in runs if name is None]))
         return "".join(next(texts) if name is None else name * len(run) for name, run in runs)
 
     return [
-        [as_completion(prompt, decode(ids)) for ids in group]
+        [as_completion(prompt, decode(ids)) for ids in without_ends(tokenizer, group)]
         for prompt, group in zip(prompts, completion_ids, strict=True)
     ]
 

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +21,18 @@ from transformers.utils.hub import cached_file
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.load_errors import explained
-from lit_rlhf.models.pretrained import download_options, listed, load_config, load_model, resolve, shared_options
+from lit_rlhf.models.pretrained import (
+    base_model_of,
+    download_options,
+    listed,
+    load_config,
+    load_model,
+    resolve,
+    shared_options,
+)
+
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base model as it is."""
 
 
 def load_adapter(
@@ -43,8 +56,7 @@ def load_adapter(
     name, where = resolve(source), download_options(options)
     with explained(what):
         config = PeftConfig.from_pretrained(name, **where)
-        if config.is_prompt_learning:
-            raise InputError(f"{what} ({config.peft_type}) trains prompts, not layers: use LoRA or the like")
+        check_adapter(config, what)
         if config.task_type not in (None, "CAUSAL_LM"):
             raise InputError(f"{what} is an adapter for {config.task_type}: give one of a causal language model")
         if not config.base_model_name_or_path:
@@ -53,7 +65,8 @@ def load_adapter(
     base_options = {**shared_options(options), **({"revision": config.revision} if config.revision else {})}
     base_source = config.base_model_name_or_path
     base_name = f"{base_source!r}, the base model of {what},"
-    load_config(base_source, base_name, **base_options)
+    with base_model_of(source):
+        load_config(base_source, base_name, **base_options)
     base, _ = load_model(loader, base_source, base_name, **base_options)
     with explained(what), tied_weights():
         mapping = getattr(base, "_checkpoint_conversion_mapping", {})
@@ -71,6 +84,37 @@ def load_adapter(
             "give the base model that it was trained on"
         )
     return model, resized
+
+
+def check_adapter(config: PeftConfig, what: str) -> None:
+    """Check that an adapter trains layers, and fits its base model as that is in its folder.
+
+    Raises:
+        ValueError: If not.
+    """
+    if config.is_prompt_learning:
+        raise InputError(f"{what} ({config.peft_type}) trains prompts, not layers: use LoRA or the like")
+    if (start := getattr(config, "init_lora_weights", True)) not in PLAIN_STARTS:
+        raise InputError(
+            f"{what} has init_lora_weights={start!r}, which changed the base model that it was trained on: convert it, "
+            "with path_initial_model_for_weight_conversion of PEFT's save_pretrained, or merge it"
+        )
+
+
+def check_adapted(model: PeftModel) -> None:
+    """Check that a model in memory has one adapter, which training would change.
+
+    Raises:
+        ValueError: If not.
+    """
+    if len(model.peft_config) > 1:
+        raise InputError(
+            f"the policy has {len(model.peft_config)} adapters ({', '.join(model.peft_config)}): keep one, with "
+            "delete_adapter"
+        )
+    check_adapter(model.active_peft_config, "the policy's adapter")
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise InputError("the policy's adapter is merged into its weights, and would not be trained: unmerge it first")
 
 
 def adapter_weights(name: str, **options: Any) -> Path:
@@ -104,15 +148,25 @@ def add_lora(model: PreTrainedModel | PeftModel, lora: dict[str, Any]) -> PeftMo
     if isinstance(model, PeftModel):
         raise InputError("the policy is an adapter already: leave `lora` out to train that one, or merge it first")
     config = lora_config(lora)
+    layers = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     try:
         with tied_weights():
-            return cast(PeftModel, get_peft_model(model, config))
+            adapted = cast(PeftModel, get_peft_model(model, config))
     except (ValueError, TypeError, RuntimeError, KeyError, NotImplementedError) as error:
-        layers = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
         raise InputError(
             f"lora: no adapter for a {type(model).__name__} can be made with these options ("
             f"{' '.join(str(error).split()).partition('. ')[0]}); target_modules can be {', '.join(sorted(layers))}"
         ) from error
+    for name, layer in adapted.named_modules():
+        if type(layer) is Linear and isinstance(layer.base_layer, nn.Linear):
+            kind = type(layer.base_layer)
+            if kind.forward is not nn.Linear.forward:
+                name = name.rpartition(".")[2]
+                raise InputError(
+                    f"lora: the layer {name!r} is a {kind.__name__}, which returns more than a product: leave it out, "
+                    f"by target_modules or by exclude_modules: [{name}]"
+                )
+    return adapted
 
 
 def lora_config(options: dict[str, Any]) -> LoraConfig:
@@ -121,7 +175,7 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
     Raises:
         ValueError: If there is no such option, or if one changes the model under the adapter, which is the reference.
     """
-    known = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",)}
+    known = {"init_lora_weights": PLAIN_STARTS, "bias": ("none",)}
     for name, allowed in known.items():
         if (value := options.get(name, allowed[0])) not in allowed:
             raise InputError(
@@ -142,11 +196,13 @@ def merged(model: PeftModel) -> PreTrainedModel:
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Merge an adapter into its base model, and return that.
+    """Merge an adapter into its base model, and return that, in float32: 16 bits would round small updates away.
 
     If the adapter changes the embedding or the head, the two are no longer tied, since they then differ.
     """
     base: Any = model.get_base_model()
+    if not getattr(base, "is_quantized", False):
+        base.float()
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     inputs, outputs = (plain_layer(layer) for layer in layers)
     if outputs is not None and [inputs, outputs] != layers:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
-from lit_rlhf.models.adapters import merge, save_adapter, tied_weights
+from lit_rlhf.models.adapters import check_adapter, merge, save_adapter, tied_weights
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.pretrained import load_config, load_model
 
@@ -31,7 +31,7 @@ BASE_OPTIONS = ("revision", "subfolder", "cache_dir", "variant")
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder next to `target`, then replace `target` by it in one step."""
+    """Let `write` fill a folder next to `target`, flush it to the disk, then replace `target` by it in one step."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
@@ -39,9 +39,28 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new.mkdir()
         write(new)
         (new / MARKER).write_text(json.dumps({"written_by": "lit_rlhf"}))
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
+        for path in (*new.rglob("*"), new):
+            flush(path)
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        finally:  # an error or Ctrl-C between the two: what follows removes `old`
+            if old.exists() and not target.exists():
+                old.rename(target)
+        flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some file systems can't flush a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def snapshot(
@@ -65,8 +84,8 @@ def snapshot(
         folder = Path(name)
         inner.config.save_pretrained(folder / BASE_CONFIG)
         if isinstance(model, PeftModel):
-            model.peft_config[model.active_adapter].save_pretrained(name)
-            options["revision"] = model.peft_config[model.active_adapter].revision or options.get("revision")
+            model.active_peft_config.save_pretrained(name)
+            options["revision"] = model.active_peft_config.revision or options.get("revision")
         if inner.can_generate():
             inner.generation_config.save_pretrained(folder / BASE_CONFIG)
         tokenizer.save_pretrained(folder)
@@ -84,7 +103,16 @@ def snapshot(
         "load": {name: str(options[name]) for name in BASE_OPTIONS if options.get(name)},
         "files": files,
     }
-    return {**export, "base": fingerprint(inner, skip=HEAD)} if isinstance(model, PeftModel) else export
+    if not isinstance(model, PeftModel):
+        return export
+    base = base_fingerprint(inner, model.active_peft_config, model.active_adapter)
+    return {**export, "adapter": model.active_adapter, "base": base}
+
+
+def base_fingerprint(base: nn.Module, config: PeftConfig, adapter: str = "default") -> str:
+    """Hash those weights of an adapter's base model that are in its folder, and that the adapter does not replace."""
+    biases = {"bias"} if getattr(config, "bias", "none") != "none" else set()
+    return fingerprint(base, skip={HEAD, adapter, *biases})
 
 
 def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = False, overwrite: bool = False) -> Path:
@@ -102,7 +130,8 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
         ValueError: If the checkpoint was written by another program or lacks weights, if the base model has changed
             since training, or if the folder holds something that is not to be replaced.
     """
-    check_replaceable(Path(out), overwrite)
+    out = Path(out).expanduser()
+    check_replaceable(out, overwrite)
     if not Path(ckpt_path).is_file():
         raise InputFileNotFoundError(f"--ckpt_path {str(ckpt_path)!r}: there is no such file")
     try:
@@ -117,10 +146,10 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
     prefix = export["prefix"]
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     for needed in (ckpt_path, *filter(os.path.isdir, [export["source"]])):
-        if Path(needed).resolve().is_relative_to(Path(out).resolve()):
+        if Path(needed).resolve().is_relative_to(out.resolve()):
             raise InputError(f"--out {str(out)!r} holds {str(needed)!r}, which the export needs: give another folder")
-    write_folder(Path(out), lambda folder: rebuild(export, weights, folder, merge))
-    return Path(out)
+    write_folder(out, lambda folder: rebuild(export, weights, folder, merge))
+    return out
 
 
 def check_replaceable(folder: Path, overwrite: bool = False) -> None:
@@ -132,7 +161,7 @@ def check_replaceable(folder: Path, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {str(folder)!r} is a file: give a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not names & {"config.json", "adapter_config.json"}:
+    if ".git" in names or (names and not names & {"config.json", "adapter_config.json"}):
         some = ", ".join(sorted(names)[:3])
         raise InputError(f"--out {str(folder)!r} holds something other than a model ({some}): give another folder")
     if names and MARKER not in names and not overwrite:
@@ -168,18 +197,21 @@ def rebuild(export: dict[str, Any], weights: dict[str, Tensor], folder: Path, me
         in_memory = not export["source"]  # the checkpoint then holds the base model's weights
         merging = merging or in_memory
         peft_config = PeftConfig.from_pretrained(str(folder))
-        base = base_model(architecture, config, export) if merging and not in_memory else empty(architecture, config)
+        check_adapter(peft_config, "the checkpoint's adapter")
+        base = empty(architecture, config)
+        if merging and not in_memory:
+            base = base_model(architecture, config, export, peft_config)
         peft_config.base_model_name_or_path = export["source"] or None
         with tied_weights():
-            model = get_peft_model(base, peft_config)
-        _load(model, weights, complete=in_memory, assign=True)
+            model = get_peft_model(base, peft_config, export["adapter"])
+        _load(model, weights, complete=in_memory)
         if merging:
             (folder / "adapter_config.json").unlink()
             model = merge(model)
     else:
-        model = architecture(config)
-        model.to(next(iter(weights.values())).dtype)
+        model = empty(architecture, config)
         _load(model, weights, complete=True, source=export["source"])
+        model.tie_weights()
     generation_config = folder / BASE_CONFIG / "generation_config.json"
     if generation_config.is_file() and not isinstance(model, PeftModel):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder / BASE_CONFIG)
@@ -199,16 +231,19 @@ def safe_name(name: str) -> str:
     return name
 
 
-def base_model(architecture: Any, config: PreTrainedConfig, export: dict[str, Any]) -> PreTrainedModel:
+def base_model(
+    architecture: Any, config: PreTrainedConfig, export: dict[str, Any], adapter: PeftConfig
+) -> PreTrainedModel:
     """Load the base model of an adapter from where training loaded it.
 
     Raises:
         ValueError: If it can't be loaded, or has changed since.
     """
-    source, options = export["source"], {**export["load"], "config": config, "dtype": export["dtype"]}
+    source, load = export["source"], {name: export["load"][name] for name in BASE_OPTIONS if name in export["load"]}
+    options = {**load, "config": config, "dtype": export["dtype"]}
     new_head = architecture.__name__.endswith("ForSequenceClassification")
     base, _ = load_model(architecture, source, f"{source!r}, the adapter's base model,", new_head, **options)
-    if export["base"] != fingerprint(base, skip=HEAD):
+    if export["base"] != base_fingerprint(base, adapter):
         raise InputError(
             f"{source!r} has changed since the adapter was trained on it: restore that model, or export without --merge"
         )
@@ -222,8 +257,8 @@ def empty(architecture: Any, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "", assign: bool = False) -> None:
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=assign)
+def _load(model: nn.Module, weights: dict[str, Tensor], complete: bool, source: str = "") -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or (complete and set(missing) - tied):
         names = sorted(unexpected or set(missing) - tied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,26 +14,25 @@ from lit_rlhf.models.sharding import whole
 SAMPLES = 64
 """Values of each weight that are hashed one by one, beside the sum over all of them."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ADAPTER = re.compile(r"\blora_|\bmodules_to_save\b|\btrainable_tokens_")
 
 
-def fingerprint(model: Any, adapters: bool = False, skip: str = "") -> str:
-    """Hash all weights of a model: the same on every device, for any names, number of threads and repeated layers.
+def fingerprint(model: Any, skip: Collection[str] = ()) -> str:
+    """Hash all weights of a model, and buffers that are saved.
 
-    The sums are of the weights' bits as integers, so they are exact in any order. A layer that an adapter's
-    `layer_replication` repeats counts once, as does a tied weight.
+    It is the same on every device, for any names, number of threads and repeated layers: the sums are of the weights'
+    bits as integers, so they are exact in any order. A layer that an adapter's `layer_replication` repeats counts once,
+    as does a tied weight.
 
     Call it on all ranks if the weights are sharded.
 
     Args:
         model: The model, or a PEFT model around it.
-        adapters: Whether to include the weights of adapters.
-        skip: Name of a module to leave out, such as a new head, which is in no folder.
+        skip: Parts of names to leave out: those of adapters, or a new head, which is in no folder.
     """
     weights = {
         id(weight): weight
-        for name, weight in model.named_parameters()
-        if weight.device.type != "meta" and (adapters or not ADAPTER.search(name)) and skip not in name.split(".")
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if isinstance(weight, Tensor) and weight.device.type != "meta" and not set(skip) & set(name.split("."))
     }
     return hashlib.sha256("\n".join(sorted(map(_digest, weights.values()))).encode()).hexdigest()
 

@@ -45,7 +45,10 @@ def explain(error: BaseException) -> str:
     if RevisionNotFoundError in kinds or "is not a valid git identifier" in text:
         return "it has no such revision: give `load` another"
     if LocalEntryNotFoundError in kinds or "couldn't connect to" in text:
-        return "there is no such folder, it was not downloaded before, and the hub can't be reached"
+        return (
+            "there is no such folder, it was not downloaded before, and the hub can't be reached: give a folder, or "
+            "check the connection and that HF_HUB_OFFLINE is not set"
+        )
     if RepositoryNotFoundError in kinds or HFValidationError in kinds or "is not a local folder" in text:
         return "there is no such folder, nor such a model on the hub: check the name; a private one needs a token"
     if "trust_remote_code" in text:

@@ -25,16 +25,26 @@ def load_causal_lm(
     Returns:
         The model, its tokenizer, and whether its base model is what its source holds: an adapter may have resized it.
     """
-    what = f"the policy {str(source)!r}"
+    check_causal_lm(source, **options)
+    what, tokenizer = f"the policy {str(source)!r}", load_tokenizer(source, **options)
     if is_adapter(resolve(source), **options):
-        tokenizer = load_tokenizer(source, **options)
         adapted, resized = load_adapter(AutoModelForCausalLM, source, tokenizer, what, **options)
         return adapted, tokenizer, not resized
+    return load_model(AutoModelForCausalLM, source, what, **options)[0], tokenizer, True
+
+
+def check_causal_lm(source: str | Path, **options: Any) -> None:
+    """Check by its configuration, before its weights are loaded, that a model is a causal language model.
+
+    Raises:
+        ValueError: If it is an encoder-decoder or a reward model, or has no configuration. Adapters are not checked.
+    """
+    what = f"the policy {str(source)!r}"
+    if is_adapter(resolve(source), **options):
+        return
     config = load_config(source, what, **options)
     if is_classifier(config):
         raise InputError(f"{what} is a reward model, {(config.architectures or [''])[0]}: give a causal language model")
-    tokenizer = load_tokenizer(source, **options)
-    return load_model(AutoModelForCausalLM, source, what, **options)[0], tokenizer, True
 
 
 def check_decoder(model: Any) -> None:

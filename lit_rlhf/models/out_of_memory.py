@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.local_warnings import warn_locally
 
 T = TypeVar("T")
 
@@ -79,8 +79,7 @@ class FittingRows:
         return parts
 
     def _warn(self, too_many: int, count: int) -> None:
-        warnings.warn(
+        warn_locally(
             f"{self.name} ran out of memory with {too_many} {self.unit} at a time and continues with {count}, with "
-            f"the same results: {self.option} does so from the start",
-            stacklevel=3,
+            f"the same results: {self.option} does so from the start"
         )

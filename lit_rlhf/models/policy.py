@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
-from lit_rlhf.errors import InputError
-from lit_rlhf.models.adapters import add_lora, merged, save_adapter
+from lit_rlhf.models.adapters import add_lora, check_adapted, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, in_step, prepared_linears
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.forward import ModelForward, eval_mode
@@ -42,7 +41,7 @@ from lit_rlhf.models.loading import (
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
-from lit_rlhf.models.sampling import Sampling, Decoder, counter_based_uniform, decode, join_completions
+from lit_rlhf.models.sampling import Decoder, Sampling, counter_based_uniform, decode, join_completions
 from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
@@ -76,12 +75,10 @@ class Policy(nn.Module):
         super().__init__()
         model = cast(PreTrainedModel | PeftModel, unwrapped(model))
         check_vocabulary(model, tokenizer)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise InputError(
-                f"{model.active_peft_config.peft_type.value} trains prompts, not layers: use LoRA or the like"
-            )
+        if isinstance(model, PeftModel):
+            check_adapted(model)
         self.new_adapter = lora is not None
-        self.start = fingerprint(model, adapters=True)  # of the reference
+        self.start = fingerprint(model)  # of the reference
         self.model = model if lora is None else add_lora(model, lora)
         check_decoder(self.causal_lm)
         self.tokenizer = tokenizer
@@ -167,7 +164,11 @@ class Policy(nn.Module):
         def sample(rows: slice) -> Completions:
             return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
 
-        with self.model_forward.without_gradient(), eval_mode(self.model), prepared_linears(self.model):  # a model that checkpoints keeps no cache in training
+        with (
+            self.model_forward.without_gradient(),
+            eval_mode(self.model),
+            prepared_linears(self.model),
+        ):  # a model that checkpoints keeps no cache in training
             if self.model_forward.in_step:
                 return sample(slice(None))
             parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -134,7 +135,20 @@ def load_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBas
         if not is_adapter(name, **options):
             raise
     base = PeftConfig.from_pretrained(name, **download_options(options)).base_model_name_or_path
-    return load_tokenizer(str(base), **shared_options(options))  # PEFT itself saves no tokenizer with an adapter
+    with base_model_of(source):  # PEFT itself saves no tokenizer with an adapter
+        return load_tokenizer(str(base), **shared_options(options))
+
+
+@contextlib.contextmanager
+def base_model_of(adapter: str | Path) -> Iterator[None]:
+    """Say what to do if the base model of an adapter is not where it was."""
+    try:
+        yield
+    except InputFileNotFoundError as error:
+        raise InputFileNotFoundError(
+            f"{error}; it is the base model of {str(adapter)!r}: if it has moved, change base_model_name_or_path in "
+            "adapter_config.json there"
+        ) from error
 
 
 def load_model(
@@ -202,16 +216,25 @@ def why_missing(missing: list[str], unexpected: set[str]) -> str:
 
 
 def unused_parts(model: Any, unexpected: set[str]) -> list[str]:
-    """Return unexpected weights that belong to a layer of the model, such as a bias or a quantization scale.
+    """Return unexpected weights that belong to a layer of the model, such as a bias, or to one layer more than it has.
 
     Weights of modules that the model lacks are ignored: heads for other tasks, images, drafting of tokens.
     """
-    layers = {
-        name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), torch.Tensor)
-    }
-    return [
-        name for name in sorted(unexpected) if any(name[: dot.start()] in layers for dot in re.finditer(r"\.", name))
-    ]
+    modules = dict(model.named_modules())
+
+    def unused(name: str) -> bool:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            module = modules.get(".".join(parts[:i]))
+            if isinstance(module, nn.ModuleList):
+                if parts[i].isdecimal() and int(parts[i]) >= len(module):
+                    return True
+            elif isinstance(getattr(module, "weight", None), torch.Tensor):
+                return True
+        return False
+
+    trunk = model.base_model_prefix  # a file of the trunk alone has names without it
+    return [name for name in sorted(unexpected) if unused(name) or unused(f"{trunk}.{name}")]
 
 
 def processor_files(config: PreTrainedConfig, **options: Any) -> dict[str, bytes]:

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-
 T = TypeVar("T")
 
 
@@ -143,7 +142,9 @@ def scatter(module: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> 
     if not first:
         module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        weight = weights[name].to(device) if first else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        weight = (
+            weights[name].to(device) if first else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        )
         parameter.to_local().copy_(distribute_tensor(weight, mesh, parameter.placements).to_local())
     for buffer in module.buffers():
         values = buffer.to(device)

@@ -9,6 +9,7 @@ run concurrently.
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import inspect
 import math
@@ -168,9 +169,12 @@ class RewardSpec:
         """Raise a ValueError if a required argument is not among `names`."""
         if missing := sorted(self.requires - names):
             columns = sorted(names.difference(REWARD_ARGUMENTS))
+            known = [*REWARD_ARGUMENTS, *columns]
+            near = next((close[0] for name in missing if (close := difflib.get_close_matches(name, known, 1))), None)
+            remedy = "take `completions`, add the column to the data, or give the parameter a default"
             raise InputError(
                 f"{self.title} asks for {missing}, but the columns of the data are {columns}: "
-                "add the column to the data, or give the parameter a default"
+                f"{remedy if near is None else f'did you mean {near!r}?'}"
             )
 
     def call(self, arguments: dict[str, Any]) -> Any:

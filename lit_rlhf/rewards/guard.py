@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.local_warnings import warn_locally
 from lit_rlhf.rewards.threads import call_within, in_thread
 
 MAX_WAIT = 60.0
@@ -164,10 +164,9 @@ class Guarded:
                 raise errors[-1]
         if errors and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_locally(
                 f"{title} failed for {failed} of {count} completions, which have no reward from it "
-                f"({type(errors[-1]).__name__}: {errors[-1]}); further failures are counted in train/reward_failures",
-                stacklevel=2,
+                f"({type(errors[-1]).__name__}: {errors[-1]}); further failures are counted in train/reward_failures"
             )
 
 

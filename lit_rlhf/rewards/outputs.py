@@ -19,7 +19,7 @@ def read_numbers(output: Any, count: int, title: str, per: str = "completions") 
     try:
         values = [value.item() if hasattr(value, "item") else value for value in values]
         numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kinds = sorted({type(value).__name__ for value in values})
         raise InputError(f"{title} returned {kinds}: it must return plain numbers (or None)") from error
     if numbers.ndim != 1:
@@ -47,7 +47,8 @@ def read_token_rows(output: Any, lengths: list[int], title: str) -> list[Float[T
 
 
 def _check_count(output: Any, count: int, title: str, per: str) -> None:
-    if isinstance(output, str | dict) or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
+    is_no_list = isinstance(output, str | bytes | dict | set | frozenset)
+    if is_no_list or not hasattr(output, "__len__") or getattr(output, "ndim", 1) == 0:
         raise InputError(f"{title} returned {type(output).__name__}, not {count} numbers: one for each of the {per}")
     if len(output) != count:
-        raise InputError(f"{title} returned {len(output)} values for {count} {per}")
+        raise InputError(f"{title} returned {len(output)} values for {count} {per}: return one for each")

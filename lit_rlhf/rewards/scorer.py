@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from jaxtyping import Bool, Float
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
+from lit_rlhf.local_warnings import warn_locally
 from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec, own_copy
 from lit_rlhf.rewards.calls import call_all
 from lit_rlhf.rewards.hidden_tokens import find_hidden_tokens
@@ -84,7 +84,8 @@ class Scorer:
             raise InputTypeError(f"rewards must be a list of callables, not {rewards!r}: put it in brackets")
         if not rewards:
             raise InputError(
-                "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)]"
+                "rewards is empty: give at least one, such as rewards=[lit_rlhf.rewards.Length(maximum=50)], or on the "
+                "command line --model.rewards+=mine.reward"
             )
         self._specs: list[RewardSpec] = []
         for reward in rewards:
@@ -135,7 +136,7 @@ class Scorer:
             return
         if hidden := find_hidden_tokens(blind, completion_ids, tokens()):
             self._warned_of_hidden_tokens = True
-            rank_zero_warn(
+            warn_locally(
                 f"rewards don't see {', '.join(hidden[:8])}: special tokens are left out of completions; set "
                 "special_tokens = True on a reward that looks for them"
             )

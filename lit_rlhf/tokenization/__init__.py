@@ -12,9 +12,11 @@ from lit_rlhf.tokenization.encode import (
     encode_completion,
     encode_prompt,
     encode_turns,
+    end_ids,
     end_of_turn,
     pad_token_id,
 )
+from lit_rlhf.tokenization.left_out import left_out
 from lit_rlhf.tokenization.template import check_template_kwargs
 from lit_rlhf.tokenization.turns import split_turns
 
@@ -25,7 +27,9 @@ __all__ = [
     "encode_completion",
     "encode_prompt",
     "encode_turns",
+    "end_ids",
     "end_of_turn",
+    "left_out",
     "pad_token_id",
     "split_turns",
 ]

@@ -12,12 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization.marks import Marks, encode, encode_after, encode_parts, strings_of
 from lit_rlhf.tokenization.template import RESERVED, SENTINEL, read_template, render
-from lit_rlhf.tokenization.thoughts import continue_opened, opened_thought
-from lit_rlhf.tokenization.turns import contents, is_answer, join
+from lit_rlhf.tokenization.thoughts import REASONING, continue_opened, opened_thought
+from lit_rlhf.tokenization.turns import check_role, contents, is_answer, join, squash
 from lit_rlhf.types import Message
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message with the thoughts before its content."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,8 @@ class Chat:
         self.marks: Marks | None = None
         special, control = self.template.special, self.template.control
         messages = [*prompt, *completion]
+        for message in messages:
+            check_role(message, control)
         given = {name: value for name, value in self.kwargs.items() if name not in RESERVED}
         if special.search("\n".join(strings_of([messages, given]))):
             marks = self.marks = Marks.absent_from([messages, given])
@@ -99,7 +98,7 @@ class Chat:
         return EncodedTurns(ids, None if all(learned) else learned, self.rebuilt)
 
     def _render(self, messages: list[Message], **fixed: Any) -> str:
-        text = render(self.tokenizer, messages, self.kwargs, **fixed)
+        text = render(self.tokenizer, messages, self.kwargs, self.template.blocks, **fixed)
         for mark in (self.marks.start, self.marks.end) if self.marks else ():
             text = text.replace(json.dumps(mark)[1:-1], mark)
         return text
@@ -129,8 +128,8 @@ class Chat:
         opening = opened_thought(before)
         if full.startswith(before):
             text = full[len(before) :]
-            written = _squash(opening + text)
-            dropped = _squash(reasoning) not in written or _squash(content) not in written
+            written = squash(opening + text)
+            dropped = squash(reasoning) not in written or squash(content) not in written
             if not (dropped and self._drops(index, full, content, reasoning)):
                 changed = text if continued else continue_opened(opening, text, "", finished)
                 self.rebuilt |= changed != text
@@ -140,7 +139,7 @@ class Chat:
         if start is None:
             start, end = before, self.template.lead + (self.template.end or "")
         kept = _between(full, start, end)
-        if kept is not None and _squash(kept) == _squash(content):
+        if kept is not None and squash(kept) == squash(content):
             content = kept
         if not continued and before.startswith(start):
             opening = before[len(start) :] or opening
@@ -150,9 +149,9 @@ class Chat:
         """Whether the template leaves out the beginning of an answer, its thoughts."""
         start, end = self._around(index)
         kept = _between(full, start or "", end) if start is not None else None
-        if reasoning and _squash(reasoning) not in _squash(full):
+        if reasoning and squash(reasoning) not in squash(full):
             return True
-        return kept is not None and _squash(kept) != _squash(content) and _squash(content).endswith(_squash(kept))
+        return kept is not None and squash(kept) != squash(content) and squash(content).endswith(squash(kept))
 
     def _around(self, index: int) -> tuple[str | None, str]:
         """Return what the template writes before and after the content of a turn; None if that can't be found."""
@@ -174,16 +173,21 @@ class Chat:
             raise InputError(
                 "the chat template leaves out a turn in the middle of the completion: split the completion"
             )
-        return rest.removeprefix("".join(part or "" for part in self._cut(self._around(index)[1], True)))
+        text, end = self._cut(self._around(index)[1], True)
+        if rest.startswith(last := text + (end or "")):
+            return rest[len(last) :]
+        other = self.template.control.match(rest)  # which ends a turn that is not the last, as in gpt-oss
+        return rest[other.end() :] if end and other else rest
 
     def _cut(self, text: str, finished: bool) -> tuple[str, str | None]:
         """Split a turn before the token that ends it; drop what the template adds after it, which is never sampled."""
-        unmarked = f"(?<!{self.marks.start})" if self.marks else ""
-        token = f"{unmarked}(?:{self.template.control.pattern})"
+        unmarked = f"(?!{self.marks.end})" if self.marks else ""
+        token = f"(?:{self.template.control.pattern}){unmarked}"
         if run := re.search(rf"(?:{token}\s*)+\Z", text):
-            found = re.match(self.template.control, run[0])
-            text, end = text[: run.start()], found[0] if found else None
-        elif self.template.end and (last := list(re.finditer(unmarked + re.escape(self.template.end), text))):
+            tokens = list(self.template.control.finditer(run[0]))
+            found = next((token for token in tokens if token[0] == self.template.end), tokens[0])
+            text, end = text[: run.start() + found.start()], found[0]
+        elif self.template.end and (last := list(re.finditer(re.escape(self.template.end) + unmarked, text))):
             text, end = text[: last[-1].start()], self.template.end
         else:
             end = None
@@ -193,10 +197,6 @@ class Chat:
 def _between(text: str, start: str, end: str) -> str | None:
     inside = len(text) >= len(start) + len(end) and text.startswith(start) and text.endswith(end)
     return text[len(start) : len(text) - len(end)] if inside else None
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
 
 
 def _without_end(ids: list[int], end: int) -> list[int]:

@@ -117,8 +117,11 @@ def _split(tokens: re.Pattern[str], text: str) -> list[str]:
 
 def _encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of a text with the tokens that the tokenizer puts before every text, once."""
-    ids = list(tokenizer(text)["input_ids"])
-    if text.endswith(tokenizer.eos_token or "\0") or read_template(tokenizer).special.match(text):
+    template = read_template(tokenizer)
+    if text.startswith(template.openings):  # rendered beforehand
+        return encode(tokenizer, text)
+    ids = list(tokenizer(text, split_special_tokens=False)["input_ids"])
+    if text.endswith(tokenizer.eos_token or "\0") or template.special.match(text):
         alone = encode(tokenizer, text)
         for count in range(len(ids) - len(alone) + 1):
             if ids[count : count + len(alone)] == alone:
@@ -162,6 +165,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     end = read_template(tokenizer).end
     return tokenizer.eos_token_id if end is None else cast(int, tokenizer.convert_tokens_to_ids(end))
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of EOS and of the tokens that structure a conversation: those with which a completion may end."""
+    control = read_template(tokenizer).control
+    added = tokenizer.added_tokens_decoder.items()
+    return {i for i, token in added if control.fullmatch(token.content)} | {tokenizer.eos_token_id} - {None}
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -71,18 +71,18 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    """Return the ids of a text, without tokens that the tokenizer adds."""
-    return list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -> list[int]:
+    """Return the ids of a text, without tokens that the tokenizer adds. With `as_text`, special tokens are text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)["input_ids"])
 
 
-def encode_after(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+def encode_after(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -> list[int]:
     """Return the ids of a text that continues another; those of the text alone if it would merge with its context."""
     if context := context_ids(tokenizer):
-        both = encode(tokenizer, CONTEXT + text, **options)
+        both = encode(tokenizer, CONTEXT + text, as_text)
         if both[: len(context)] == context:
             return both[len(context) :]
-    return encode(tokenizer, text, **options)
+    return encode(tokenizer, text, as_text)
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,7 +104,7 @@ def encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> list[i
 
 
 def _encode_as_text(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
-    ids = encode_after(tokenizer, token, split_special_tokens=True)
+    ids = encode_after(tokenizer, token, as_text=True)
     if tokenizer.convert_tokens_to_ids(token) in ids and len(token) > 1:
         # an added token that is not special, or a vocabulary of words with the special tokens among them
         return encode_after(tokenizer, token[0]) + encode_after(tokenizer, token[1:])

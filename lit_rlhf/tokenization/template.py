@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, InputTypeError, brief
 from lit_rlhf.tokenization.marks import any_of
 from lit_rlhf.types import Message
 
@@ -47,6 +47,8 @@ class Template:
         lead: What the template writes between an answer and that token.
         header: What the template writes between a user's message and the answer.
         thinks: Whether the template mentions `<think>` or `</think>`.
+        openings: What conversations begin with: a special token, or else the text before the first message.
+        blocks: Whether the template reads contents only in typed blocks, as some of vision models do.
     """
 
     special: re.Pattern[str]
@@ -55,6 +57,8 @@ class Template:
     lead: str
     header: str
     thinks: bool
+    openings: tuple[str, ...] = ()
+    blocks: bool = False
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any] | None = None) -> Template:
@@ -83,20 +87,42 @@ def _read_template(
     special = {token for token, is_special in added.items() if is_special}.union(named)
     if source is None:
         return Template(any_of(special), any_of(special - _pairs(special) | set(named)), None, "", "", False)
-    turns, rendered = _probe(tokenizer, source)
-    everything = source + rendered
+    blocks = _needs_blocks(tokenizer, source)
+    texts = _probe(tokenizer, source, blocks)
+    turns = SEPARATOR.join(text.partition(SENTINEL)[2] for text in texts[:3])
+    everything = SEPARATOR.join([source, *texts])
     structure = set(named)
     for token, is_special in added.items():
         between_turns = token in turns and (is_special or is_markup(token))
         elsewhere = is_special and token in everything and token not in _pairs(added)
         if (between_turns or elsewhere) and not THINKING.search(token):
             structure.add(token)
-    control = any_of(structure)
-    tail = _tail(tokenizer, source)
-    end = control.search(tail)
-    lead = tail[: end.start()] if end else ""
+    control, special_text = any_of(structure), any_of(special | structure)
+    tail = _tail(tokenizer, source, blocks)
+    end = _end(tokenizer, control, tail, "".join(texts[2].split(SENTINEL)[2:3]))
+    lead = tail[: tail.index(end)] if end else ""
     header = turns.partition(SEPARATOR)[0]
-    return Template(any_of(special | structure), control, end and end[0], lead, header, "think>" in source)
+    starts = (text.partition(SENTINEL)[0] for text in (texts[0], texts[3]))
+    openings = {found[0] if (found := special_text.match(start)) else start for start in starts if start.strip()}
+    thinks = "think>" in source
+    return Template(special_text, control, end, lead, header, thinks, tuple(sorted(openings)), blocks)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, control: re.Pattern[str], tail: str, between: str) -> str | None:
+    """Return the token that ends an answer: the first after it, or EOS if it directly follows between turns, too."""
+    if (found := control.search(tail)) is None:
+        return None
+    run = re.match(rf"(?:{control.pattern})+", tail[found.start() :])
+    eos = tokenizer.eos_token
+    return str(eos) if eos and run and eos in run[0] and eos in between else found[0]
+
+
+def _needs_blocks(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether a template writes a content that is given in typed blocks, and not one that is a string."""
+    texts = (
+        _try_render(tokenizer, source, [{"role": "user", "content": SENTINEL}], blocks) for blocks in (False, True)
+    )
+    return [SENTINEL in text for text in texts] == [False, True]
 
 
 def is_markup(token: str) -> bool:
@@ -110,31 +136,36 @@ def _pairs(tokens: set[str] | dict[str, bool]) -> set[str]:
     return {token for name in names if f"</{name}>" in tokens for token in (f"<{name}>", f"</{name}>")}
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[str, str]:
-    """Return what a template writes between and after turns, and all that it writes."""
+def _probe(tokenizer: PreTrainedTokenizerBase, source: str, blocks: bool) -> list[str]:
+    """Render a question, with its answer, with another question, and with a system message; "" if it is refused."""
     user, answer = {"role": "user", "content": SENTINEL}, {"role": "assistant", "content": SENTINEL}
     chats = ([user], [user, answer], [user, answer, user], [{"role": "system", "content": SENTINEL}, user, answer])
-    texts = [_try_render(tokenizer, source, chat, add_generation_prompt=chat[-1] is user) for chat in chats]
-    return SEPARATOR.join(text.partition(SENTINEL)[2] for text in texts[:3]), SEPARATOR.join(texts)
+    return [_try_render(tokenizer, source, chat, blocks, add_generation_prompt=chat[-1] is user) for chat in chats]
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def _tail(tokenizer: PreTrainedTokenizerBase, source: str, blocks: bool) -> str:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": SENTINEL}]
-    _, found, tail = _try_render(tokenizer, source, turns).rpartition(SENTINEL)
+    _, found, tail = _try_render(tokenizer, source, turns, blocks).rpartition(SENTINEL)
     return tail if found else ""
 
 
-def _try_render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[Message], **fixed: Any) -> str:
+def _try_render(
+    tokenizer: PreTrainedTokenizerBase, source: str, messages: list[Message], blocks: bool, **fixed: Any
+) -> str:
     try:
-        return render(tokenizer, messages, {"chat_template": source}, **fixed)
+        return render(tokenizer, messages, {"chat_template": source}, blocks, **fixed)
     except InputError:  # the template refuses such a conversation
         return ""
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], kwargs: dict[str, Any] | None, **fixed: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    kwargs: dict[str, Any] | None,
+    blocks: bool = False,
+    **fixed: Any,
 ) -> str:
-    """Render a conversation.
+    """Render a conversation, with contents as strings or in typed blocks.
 
     Raises:
         ValueError: If there is no chat template, or if it refuses the conversation, with its reason.
@@ -144,6 +175,10 @@ def render(
             f"the data are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
             "use an instruct model, set tokenizer.chat_template, or use plain strings"
         )
+    if blocks:
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m for m in messages
+        ]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **fixed, **(kwargs or {})))
     except Exception as error:  # a template may fail with any error
@@ -161,8 +196,11 @@ def check_template_kwargs(kwargs: dict[str, Any], of_a_row: bool = False) -> Non
         of_a_row: Whether they come with the data, and so may neither replace the template nor keep it busy.
 
     Raises:
+        TypeError: If they are no dict.
         ValueError: If a name is reserved, or a number of a row is too large.
     """
+    if not isinstance(kwargs, dict):
+        raise InputTypeError(f"chat_template_kwargs={brief(kwargs)}: it must be a dict")
     reserved = RESERVED if of_a_row else RESERVED - SPECIAL_TOKENS - {"chat_template"}
     if names := sorted(reserved & kwargs.keys()):
         raise InputError(f"chat_template_kwargs has {names[0]!r}, which is not an argument of the template: remove it")

@@ -6,6 +6,9 @@ import re
 
 from lit_rlhf.tokenization.template import THINKING
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message with the thoughts before its content."""
+
 OPENED = re.compile(r"([<\[◁])([^<>\[\]◁▷/|\s]+)([>\]▷])(\s*)\Z")
 """A tag that a text leaves open at its end."""
 
@@ -19,7 +22,8 @@ def opened_thought(text: str) -> str:
 def continue_opened(opening: str, content: str, reasoning: str, finished: bool) -> str:
     """Return an answer as the continuation of what a prompt opens, such as `<think>`.
 
-    A tag that the prompt has opened is not repeated, and an answer without thoughts closes it first.
+    A tag that the prompt has opened is not repeated, also after an empty thought that the template writes itself. An
+    answer without thoughts closes it first.
     """
     answer, tag = content.lstrip(), OPENED.search(opening)
     if tag is None:
@@ -29,6 +33,8 @@ def continue_opened(opening: str, content: str, reasoning: str, finished: bool) 
             answer.removeprefix(opening.strip()) if opening.strip() and answer.startswith(opening.strip()) else content
         )
     name, space, close = f"{tag[1]}{tag[2]}{tag[3]}", tag[4], f"{tag[1]}/{tag[2]}{tag[3]}"
+    if close in content and (rest := answer.removeprefix(close).lstrip()).startswith(name):
+        answer = rest
     if answer.startswith(name):
         return answer.removeprefix(name).removeprefix(space)
     if reasoning:

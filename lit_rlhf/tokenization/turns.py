@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+from lit_rlhf.errors import InputError
 from lit_rlhf.types import Message, Text
 
 ANSWERS = ("assistant", "model", "bot", "gpt")
 """Roles whose turns are learned."""
+
+ROLES = (*ANSWERS, "system", "developer", "user", "human", "tool", "function", "ipython", "environment", "observation")
+"""Roles that templates know, some by a token of their own (`<|user|>`)."""
 
 
 def split_turns(
@@ -37,6 +43,19 @@ def is_answer(message: Message) -> bool:
     return message.get("role") in ANSWERS
 
 
+def check_role(message: Message, control: re.Pattern[str]) -> None:
+    """Check that a role can't become a control token where a template puts it between the token's ends.
+
+    Raises:
+        ValueError: If it can, as "im_end" between `<|` and `|>`.
+    """
+    role = message["role"]
+    if role not in ROLES and (not re.fullmatch(r"[\w .-]+", role) or re.escape(role) in control.pattern):
+        raise InputError(
+            f"a message has the role {role!r}, which can become a control token of the template: rename it"
+        )
+
+
 def join(prompt: list[Message], completion: list[Message]) -> list[Message]:
     """Append a completion to a conversation; an assistant turn at the end of the prompt is continued."""
     if not _is_continued(prompt, completion):
@@ -51,3 +70,8 @@ def _is_continued(prompt: list[Message], completion: list[Message]) -> bool:
 def contents(messages: list[Message]) -> str:
     """Return the joined texts of messages."""
     return "".join(text for message in messages if isinstance(text := message.get("content"), str))
+
+
+def squash(text: str) -> str:
+    """Remove all white space, which templates change."""
+    return "".join(text.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.models.export import flush
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
+_whole: set[tuple[int, ...]] = set()  # files of which every byte has been checked
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -36,8 +39,33 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU; see `read_checkpoint`."""
+        """Read a checkpoint onto the CPU, on all ranks; see `read_checkpoint`."""
+        check_on_all_ranks(path)
         return read_checkpoint(Path(path), weights_only=weights_only is not False)
+
+
+class ErrorHolder:
+    """A file for `torch.save` that keeps its first error: torch's own writer may end the process where one is raised.
+
+    Attributes:
+        error: What the disk has raised; nothing is written after it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write data, unless an earlier part could not be written."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the file itself is flushed once all is written."""
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -50,7 +78,10 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:
-            write(file)
+            held = ErrorHolder(file)
+            write(held)  # type: ignore[arg-type]
+            if held.error is not None:
+                raise held.error
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -58,12 +89,7 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # some file systems can't flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    flush(path.parent)
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
@@ -93,7 +119,7 @@ def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -
 
 
 def check_file(path: Path, every_byte: bool = True) -> None:
-    """Check that a checkpoint is a complete file, by the checksums that it holds.
+    """Check that a checkpoint is a complete file, by the checksums that it holds. Every byte is read only once.
 
     Raises:
         ValueError: If it is missing, a folder, empty, truncated or altered.
@@ -110,13 +136,41 @@ def check_file(path: Path, every_byte: bool = True) -> None:
             with zipfile.ZipFile(path) as archive:
                 # torch writes no attributes; one that marks an entry as a folder would leave its tensor uninitialized
                 damaged = any(entry.external_attr for entry in archive.infolist())
-                damaged |= every_byte and archive.testzip() is not None
+                if every_byte and (version := _version(path)) not in _whole:
+                    damaged |= archive.testzip() is not None
+                    _whole.update([] if damaged else [version])
     except PermissionError as error:
         raise InputError(f"the checkpoint {str(path)!r} can't be read: {error.strerror}") from error
     except Exception as error:  # what a damaged archive raises depends on the byte
         raise InputError(_damaged(path)) from error
     if damaged:
         raise InputError(_damaged(path) if not empty else f"the checkpoint {str(path)!r} is an empty file")
+
+
+def check_on_all_ranks(path: str | Path | None) -> None:
+    """Check that all ranks read the same checkpoint: machines without a common disk may lack it. Call it on all ranks.
+
+    Raises:
+        ValueError: On every rank, if one finds no checkpoint, or another one.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    own = str(path) if path is not None and Path(path).is_file() else None
+    torch.distributed.all_gather_object(ranks, (own, socket.gethostname()))
+    first = next((found for found, _ in ranks if found is not None), None)
+    for rank, (found, host) in enumerate(ranks):
+        if found != first:
+            raise InputFileNotFoundError(
+                f"--ckpt_path: process {rank}, on the machine {host!r}, does not find the checkpoint {first!r} of the "
+                "others: copy it there, or write to a disk that all machines share"
+            )
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written to or replaced."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
 def _damaged(path: Path) -> str:

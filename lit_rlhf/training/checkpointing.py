@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.training.distributed import gather_on_rank_zero
+from lit_rlhf.training.lightning_callbacks import check_resumed_callbacks
 from lit_rlhf.training.optimization import LossSums
 from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.resume import (
@@ -72,7 +73,7 @@ class CheckpointHooks(LightningModule):
         model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
         if "policy" in self._modules:
             return self.policy.start if adapted or hasattr(self, "reference") else ""
-        return fingerprint(cast(PeftModel, model).get_base_model()) if adapted else ""
+        return fingerprint(model, skip={"score", *cast(PeftModel, model).peft_config}) if adapted else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained model, the seed, the export snapshot and what is in flight; drop other frozen weights."""
@@ -84,6 +85,7 @@ class CheckpointHooks(LightningModule):
         in_flight = gather_on_rank_zero(self.trainer, self.in_flight_state(progress["processed"]).state_dict())
         save_progress(checkpoint, self._step_layout, in_flight)
         save_identity(checkpoint, type(self).__name__, self._start)
+        checkpoint["rows"] = self._rows
         if self._options is not None:
             checkpoint["optimization"] = self._options.state_dict()
         checkpoint["running_state"] = self.running_state()
@@ -115,6 +117,8 @@ class CheckpointHooks(LightningModule):
         if "loops" in checkpoint:
             fix_loop_progress(checkpoint["loops"]["fit_loop"])
         if trainer is not None and resumed:
+            check_resumed_callbacks(trainer)
+            self._say_if_rows_differ(checkpoint)
             keep_patience(trainer, checkpoint)
             self._resumed = {n: checkpoint.get(n) for n in ("optimization", "lr_schedulers")}
             self._in_flight = load_progress(checkpoint, self._step_layout, trainer.world_size, trainer.global_rank)
@@ -179,6 +183,20 @@ class CheckpointHooks(LightningModule):
     def on_fit_end(self) -> None:
         """Keep the number of updates, for a Trainer that evaluates the trained policy."""
         self._updates_loaded = self.trainer.global_step
+
+    @property
+    def _rows(self) -> list[int]:
+        """Rows of the training data, and of a batch over all processes; 0 where unknown."""
+        data = getattr(self.trainer, "datamodule", None)
+        return [len(getattr(data, "train_set", None) or ()), getattr(data, "batch_size", 0) * self.trainer.world_size]
+
+    def _say_if_rows_differ(self, checkpoint: dict[str, Any]) -> None:
+        if (before := checkpoint.get("rows", self._rows)) != self._rows:
+            rank_zero_info(
+                f"the checkpoint's run had {before[0]} rows in batches of {before[1]} over all processes, and this one "
+                f"has {self._rows[0]} in batches of {self._rows[1]}: its current epoch continues after as many "
+                "batches, so it skips or repeats some rows"
+            )
 
     @property
     def _step_layout(self) -> StepLayout:

@@ -84,14 +84,19 @@ def check_processes(strategy: Strategy, world_size: int, devices: int, nodes: in
     """Check that the processes train one model together.
 
     Raises:
-        ValueError: If the strategy is neither a single device nor DDP, or if a launcher such as torchrun started
-            another number of processes than the Trainer knows, which would each run alone, in the same folders.
+        ValueError: If the strategy is neither a single device nor DDP, if it forks or spawns, or if a launcher such as
+            torchrun started another number of processes than the Trainer knows: each would run alone, in one folder.
     """
     others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy) or isinstance(strategy, others):
         raise InputError(
             f"the strategy {type(strategy).__name__} is not supported: use --trainer.strategy fsdp2 to shard models "
             "over several devices, ddp to have them whole on each, or auto"
+        )
+    if (method := getattr(strategy, "_start_method", "popen")) != "popen":
+        raise InputError(
+            f"processes that are started by {method} (ddp_spawn, ddp_fork, ddp_notebook) are not supported, since what "
+            "they trained does not come back: use --trainer.strategy ddp, from a script"
         )
     launched = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else world_size
     if not world_size == launched == devices * nodes:

@@ -101,13 +101,14 @@ class RolloutDiagnosis:
         """Whether no more rollouts are needed."""
         return self.rollouts >= PATIENCE and self.kl_known
 
-    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int) -> None:
+    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int, rate: float) -> None:
         """Add a rollout and warn about what it completes.
 
         Args:
             ranks: `rollout_facts` of each rank.
             updates: Updates of the run before the rollout.
-            max_new_tokens: Maximum length of a completion; 0 if completions can't end before that.
+            max_new_tokens: Maximum length of a completion; 0 if completions are not expected to end before that.
+            rate: The learning rate.
         """
         ranks = list(ranks)
         total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
@@ -120,7 +121,7 @@ class RolloutDiagnosis:
             self._check_eos(max_new_tokens)
             self._check_rewards(grouped=bool(total["groups"]))
         if not self.kl_known:
-            self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates)
+            self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates, rate)
 
     def _check_eos(self, max_new_tokens: int) -> None:
         if max_new_tokens and self.finished < MIN_EOS_RATE * self.completions:
@@ -139,16 +140,16 @@ class RolloutDiagnosis:
             "reward, give easier prompts, or raise num_samples or sampling.temperature"
         )
 
-    def _check_kl(self, difference: float, updates: int) -> None:
+    def _check_kl(self, difference: float, updates: int, rate: float) -> None:
         self.kl_known = updates > 0 and difference > SAME_LOGPROBS
         if self.kl_known or updates < UPDATES_WITHOUT_KL:
             return
         self.kl_known = True
         if not self.hopeless:
             rank_zero_warn(
-                f"the KL to the reference is 0 after {updates} updates: either the updates change nothing (see "
-                "train/grad_norm and train/lr), or the reference was read from a folder that now holds the trained "
-                "policy; give the policy that the run started from"
+                f"the KL to the reference is 0 after {updates} updates: either a learning rate of {rate:g} is too low "
+                "(raise model.optimizer.lr), or the reference was read from a folder that now holds the trained policy "
+                "(give the policy that the run started from)"
             )
 
 
@@ -184,18 +185,23 @@ def sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)]
 
 
-def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> None:
-    """Warn if a model with a chat template is trained on plain text that has not been rendered with one."""
+def check_chat_prompts(tokenizer: PreTrainedTokenizerBase, data: Any, stage: str) -> bool:
+    """Return whether a model with a chat template is trained on plain text that has not been rendered with one.
+
+    That gives a warning, unless the data's transform has an attribute `continues_text = True`.
+    """
     rows = getattr(data, "train_set", None)
     if stage != "fit" or not rows or not tokenizer.chat_template:
-        return
+        return False
     texts = [row.example.prompt for row in rows[list(range(min(16, len(rows))))]]
     if not all(isinstance(text, str) and text and not is_rendered(tokenizer, text) for text in texts):
-        return
-    rank_zero_warn(
-        f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model will "
-        "continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
-    )
+        return False
+    if not getattr(getattr(data, "transform", None), "continues_text", False):
+        rank_zero_warn(
+            f"the prompts are plain text, such as {texts[0][:40]!r}, and the tokenizer has a chat template: the model "
+            "will continue the text; to have it answer, give messages, such as [{'role': 'user', 'content': TEXT}]"
+        )
+    return True
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -42,7 +42,16 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def claim_run_folder(trainer: Trainer, kind: str) -> Path:
-    """Create the folder of this run, such as `version_3` for the kind `version`. Call it on the first rank only."""
+    """Create the folder of this run, such as `version_3` for the kind `version`. Call it on the first rank only.
+
+    Raises:
+        ValueError: If it can't be created.
+    """
+    if re.match(r"\w+:/", str(trainer.default_root_dir)):
+        raise InputError(
+            f"default_root_dir {str(trainer.default_root_dir)!r} is no folder of a file system: mount it, or give a "
+            "folder and copy it afterwards"
+        )
     _claimed[trainer] = path = claim_folder(Path(trainer.default_root_dir), kind)
     finalize(trainer, _release, path)
     return path

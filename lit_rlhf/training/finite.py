@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.sharding import local
+from lit_rlhf.training.checkpoint_files import write_durably
 from lit_rlhf.training.files import run_folder
 from lit_rlhf.types import Record, Rollout
 
@@ -75,7 +76,7 @@ def update_problems(loss: float, gradients_finite: bool, optimizer: Optimizer, r
         loss: Sum of the loss terms over all ranks; NaN if a rollout has a number that is not finite.
         gradients_finite: Whether all gradients are finite, on all ranks.
         optimizer: Its learning rates are checked.
-        rollout: Names of the numbers of this rank's rollout that are not finite.
+        rollout: Names of the numbers of the rollout that are not finite, on any rank.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     checks = {
@@ -106,7 +107,9 @@ def check_finite_weights(optimizer: Optimizer, update: int, sum_over_ranks: Call
     Raises:
         ValueError: If one is not finite, on all ranks. It is too late to save a checkpoint.
     """
-    weights = [shard for group in optimizer.param_groups for p in group["params"] if (shard := local(p.detach())).numel()]
+    weights = [
+        shard for group in optimizer.param_groups for p in group["params"] if (shard := local(p.detach())).numel()
+    ]
     broken = ~torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()
     if sum_over_ranks(broken.float()) > 0:
         raise InputError(
@@ -135,11 +138,14 @@ def stop_after_skipped_updates(
     if not problems or skipped.in_a_row < limit:
         return
     path = run_folder(trainer) / f"skipped_update_rank{trainer.global_rank}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(plain(dict(inspected)), path)
+    try:
+        write_durably(path, lambda file: torch.save(plain(dict(inspected)), file))
+        batch = f"is in {path}"
+    except OSError as failed:
+        batch = f"could not be written ({failed.strerror})"
     error = InputError(
         f"{limit} updates in a row were skipped, the last because its {' and '.join(problems)} is not finite (NaN or "
-        f"infinite): the weights are those before them, and the batch is in {path}; lower the learning rate or clip "
+        f"infinite): the weights are those before them, and the batch {batch}; lower the learning rate or clip "
         "gradients, and look for extreme rewards and rows; max_skipped_updates sets the limit"
     )
     error.on_all_ranks = True  # type: ignore[attr-defined]  # a checkpoint can be saved together

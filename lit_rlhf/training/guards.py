@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputTypeError
+from lit_rlhf.training.checkpoint_search import search_by_name
 from lit_rlhf.training.checks import DATA_MODULES
 from lit_rlhf.training.diagnosis import MovementCheck
 from lit_rlhf.types import Record
@@ -40,6 +41,16 @@ class Guards(LightningModule):
                 f"{given}) needs those of the run; the trained policy alone is what `lit-rlhf export` writes"
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer of the run."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        search_by_name(trainer)
 
     @property
     def data_module(self) -> Any:

@@ -46,6 +46,7 @@ class OnlineHooks(CheckpointHooks):
     uses_importance_ratio: bool
     data_module: Any
     _movement: diagnosis.MovementCheck
+    _continues_text: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,9 +61,9 @@ class OnlineHooks(CheckpointHooks):
         self._diagnosis, self._updates_before = diagnosis.RolloutDiagnosis(), 0
 
     @property
-    def reward_weights(self) -> list[float]:
-        """Current weights of the rewards; scores under other weights are not comparable."""
-        return self.scorer.weights(self.updates_done)
+    def reward_weights(self) -> dict[str, float]:
+        """Current weight of each reward; scores under other weights are not comparable."""
+        return dict(zip(self.scorer.names, self.scorer.weights(self.updates_done), strict=True))
 
     def trainer_state(self) -> TrainerState:
         """Return the progress of training, for rewards that ask for `trainer_state`."""
@@ -79,7 +80,8 @@ class OnlineHooks(CheckpointHooks):
         if callable(columns := getattr(data, "columns", None)):
             checks.check_columns(self.scorer, self.judge, self.evaluation, columns("train"), columns("val"))
         if rows := getattr(data, "train_set", None) or getattr(data, "val_set", None):
-            self.scorer.check_on_row(rows[0].example.prompt, rows[0].example.columns)
+            for scored in dict.fromkeys((self.scorer, self.judge)):
+                scored.check_on_row(rows[0].example.prompt, rows[0].example.columns)
         if stage == "fit":
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
@@ -122,8 +124,9 @@ class OnlineHooks(CheckpointHooks):
             return
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
-        fixed_length = self.sampling.min_new_tokens == self.sampling.max_new_tokens
-        self._diagnosis.add(facts, self._updates_before, 0 if fixed_length else self.sampling.max_new_tokens)
+        ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""

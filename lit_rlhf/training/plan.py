@@ -22,6 +22,8 @@ class Plan:
         steps_per_rollout: Training steps on one rollout.
         corrected: Whether the loss corrects for updates since sampling.
         grows: Whether a callback changes the size of a rollout.
+        trained: Number of weights that are trained.
+        weights: Number of weights of the models that are trained, frozen ones under LoRA included.
     """
 
     rows: int
@@ -33,14 +35,17 @@ class Plan:
     steps_per_rollout: int = 1
     corrected: bool = False
     grows: bool = False
+    trained: int = 0
+    weights: int = 0
 
     def lines(self) -> dict[str, str]:
         """Return the lines of the block, by label."""
+        trained = {"trained": f"{self.trained:,} of {self.weights:,} weights"} if self.weights else {}
         updates = f"{self.updates:,.0f} updates" if math.isfinite(self.updates) else "updates until the time is over"
         updates += f", of which {self.done:,} are done" if self.done else ""
         if not self.num_samples:
             rows = f"{self.rows * self.accumulate:,} rows" if self.rows else "rows of your loader"
-            return {"each update": rows, "this run": updates}
+            return {**trained, "each update": rows, "this run": updates}
         completions = self.rows * self.num_samples
         prompts = f"{self.rows:,} prompts" if self.rows else "prompts of your loader"
         prompts += f" x {self.num_samples} completions of at most {self.max_new_tokens:,} tokens"
@@ -54,7 +59,7 @@ class Plan:
             if total := rollouts * completions:
                 updates += f", {total:,} completions"
                 lines["sampled"] = f"at most {total * self.max_new_tokens:,} tokens"
-        return {**lines, "this run": updates}
+        return {**trained, **lines, "this run": updates}
 
     def _updates_per_rollout(self) -> str:
         count, rest = divmod(self.steps_per_rollout, self.accumulate)

@@ -1,6 +1,7 @@
 """The benchmark scripts run, once and small."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,12 @@ def test_overhead(tmp_path):
     shares = dict(line.split(" | ")[::2] for line in output.splitlines() if line.endswith("% |"))
     assert set(shares) >= {"| tokenising", "| logging", "| callbacks", "| total"}
     assert 0 < float(shares["| total"].removesuffix("% |")) < 50
+
+
+@pytest.mark.slow
+def test_long_run(tmp_path):
+    output = run("long_run.py", "--trainer.max_steps", 60, "--trainer.default_root_dir", tmp_path, cwd=tmp_path)
+    rows = [line.split(" | ") for line in output.splitlines() if re.match(r"\| \d+ - ", line)]
+    sizes = [int(row[3].removesuffix(" |")) for row in rows]
+    assert [row[0] for row in rows][::9] == ["| 0 - 6", "| 54 - 60"]
+    assert sizes[-1] < sizes[0] + 20  # the curves' points, of which there are at most a thousand each

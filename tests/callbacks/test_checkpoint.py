@@ -261,14 +261,14 @@ def test_second_fit_resets_the_best_score(make_trainer, tmp_path):
 
 def test_scores_with_different_reward_weights_are_not_compared(make_trainer):
     module = FakeAlgorithm()
-    module.scores, module.reward_weights = [0.3, 0.2, 0.1], [1.0]
+    module.scores, module.reward_weights = [0.3, 0.2, 0.1], {"style": 1.0}
     fit(make_trainer, PolicyCheckpoint(), module)
     assert module.exports.count("best") == 1
 
     class DecreasingWeights(FakeAlgorithm):
         @property
         def reward_weights(self):
-            return [1.0 - self.global_step / 100]
+            return {"style": 1.0 - self.global_step / 100}
 
     decreasing = DecreasingWeights()
     decreasing.scores = module.scores

@@ -142,7 +142,8 @@ def test_summary_says_what_the_run_will_do(make_trainer, monkeypatch, capsys):
     monkeypatch.setattr("lit_rlhf.callbacks.summary.cpu_advice", lambda threads, own: "busy")
     fit(make_trainer, Summary(), checkpoint := PolicyCheckpoint(), max_steps=6)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["each update   rows of your loader", "this run      6 updates"]
+    sizes = ["trained       2 of 2 weights", "each update   rows of your loader", "this run      6 updates"]
+    assert lines[:3] == sizes
     assert [line for line in lines if line.startswith("CPU")] == ["CPU           busy"]  # once
     module = FakeOnlineAlgorithm()
     module.sampling = Sampling(max_new_tokens=4)

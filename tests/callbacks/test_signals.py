@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from fake_algorithm import FakeAlgorithm, FakeOnlineAlgorithm
 from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal
 
-HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+HANDLED = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGINT]
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from commands import fit
+from lit_rlhf.callbacks import checkpoint
 from lit_rlhf.cli import main
 from lit_rlhf.cli.checkpoints import resolve_checkpoint
 from lit_rlhf.errors import InputError
@@ -194,3 +196,20 @@ def test_a_run_whose_folder_is_removed_ends_with_a_sentence(workspace, capsys):
     assert stopped.value.code == 1
     assert "the folder of this run, 'here/version_0', was removed or moved" in capsys.readouterr().err
     assert Path("here/version_0/checkpoints/last.ckpt").is_file()  # nothing is lost
+
+
+def test_a_clock_that_is_set_back_hides_no_checkpoint(workspace, monkeypatch):
+    fit("--trainer.max_steps=1")
+    now = time.time()
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now - 86400)
+    fit("--trainer.max_steps=2", "--ckpt_path=last")
+    assert resolve_checkpoint("last", Path("here")) == Path("here/version_1/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/runs", "file:///runs"])
+def test_a_root_that_is_no_folder_is_refused(root, workspace, capsys):
+    before = set(workspace.iterdir())
+    with pytest.raises(SystemExit):
+        fit(f"--trainer.default_root_dir={root}")
+    assert "is no folder of a file system" in capsys.readouterr().err
+    assert set(workspace.iterdir()) - before <= {workspace / "__pycache__"}

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import signal
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -193,15 +195,60 @@ def test_the_pipeline_on_a_users_data(workspace):
     AutoModelForCausalLM.from_pretrained("my-model").generate(torch.tensor([[1, 9, 9]]), max_new_tokens=2)
 
 
-def test_a_run_ended_by_a_signal_exits_with_its_code(workspace):
-    (workspace / "ending.py").write_text(
-        "import os, signal\nfrom lightning.pytorch import Callback\n\nclass End(Callback):\n"
-        "    def on_train_batch_start(self, *args):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
-    )
+ENDING = """
+import os, signal
+from lightning.pytorch import Callback
+
+class End(Callback):
+    def __init__(self, signals: list[int]):
+        self.signals = signals
+
+    def on_train_batch_start(self, *args):
+        for number in self.signals:
+            os.kill(os.getpid(), number)
+
+    on_test_batch_start = on_train_batch_start
+"""
+
+
+@pytest.fixture
+def interruptible():
+    """Handle Ctrl-C also in a background job, whose shell makes it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("signals", [[15], [2], [2, 2]], ids=str)
+def test_a_run_ended_by_a_signal_exits_with_its_code(signals, workspace):
+    (workspace / "ending.py").write_text(ENDING)
     with pytest.raises(SystemExit) as stopped:
-        fit("--trainer.callbacks+=ending.End")
-    assert stopped.value.code == 128 + 15
-    assert next(Path("here").rglob("last.ckpt")).is_file()
+        fit("--trainer.callbacks+=ending.End", f"--trainer.callbacks.signals={signals}", "--trainer.max_steps=9")
+    assert stopped.value.code == 128 + signals[0]
+    saved = list(Path("here").rglob("last.ckpt"))
+    assert len(saved) == (signals != [2, 2])  # the second Ctrl-C comes before the first update
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [15, 2])
+def test_an_evaluation_ended_by_a_signal_exits_with_its_code(number, workspace):
+    (workspace / "ending.py").write_text(ENDING)
+    common = ["--model.policy=tiny", "--data.val=prompts.jsonl", "--data.eval_batch_size=2", *SHORT]
+    end = ["--trainer.callbacks+=ending.End", f"--trainer.callbacks.signals=[{number}]"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--config=rloo", *common, "--model.rewards+=mine.words", *end, "--trainer.accelerator=cpu"])
+    assert stopped.value.code == 128 + number
+
+
+def test_out_of_memory_in_a_training_step_names_the_options_and_saves(workspace, monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    monkeypatch.setattr(torch.autograd, "backward", Mock(side_effect=[DEFAULT, error], wraps=torch.autograd.backward))
+    with pytest.raises(SystemExit) as stopped:
+        fit()
+    (message,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert stopped.value.code == 1 and "lit-rlhf: CUDA out of memory: train on fewer rows at a time by" in message
+    assert torch.load("here/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_help_and_version(capsys):

@@ -218,6 +218,16 @@ def test_a_conversation_that_the_template_refuses_names_its_row():
         column_completions(make_family("gemma"), prompts, "best")
 
 
+def test_what_the_template_leaves_out_is_warned_of_once():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    chats = [
+        [{"role": "user", "content": "q"}, answer] for answer in ({"role": "assistant", "content": "a"}, call, call)
+    ]
+    examples = encoding.read_examples([{"messages": chat} for chat in chats], read_demonstration)
+    with pytest.warns(UserWarning, match="leaves out the calls of tools in row 1, and 2 of 3 rows lose something"):
+        Encoder(make_family("llama3"))(examples)
+
+
 def test_rows_that_the_template_renders_otherwise_are_counted(log_messages):
     messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nEasy.</think>4"}]
     rows = [{"messages": messages}, {"prompt": "2+2", "completion": "4"}]

@@ -1,8 +1,12 @@
 """All data files of a folder are read, and nothing else."""
 
+import errno
 import json
+import os
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lit_rlhf.data import load_rows
@@ -142,6 +146,23 @@ def test_a_saved_dataset_reads_only_its_own_folder(tmp_path):
         load_rows(str(tmp_path / "own"))
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_table_does_not_make_other_files_be_read(saved, tmp_path):
+    """A cell of an image names a file or an address, which would be opened."""
+    kinds = {"one": datasets.Image(), "many": datasets.List({"content": datasets.Image()}), "tools": datasets.Json()}
+    image = {"bytes": b"no image" if saved else None, "path": str(tmp_path / "picture.png")}
+    schema, columns = datasets.Features(kinds).arrow_schema, ([image], [[{"content": image}]], ['{"a": [1, "b"]}'])
+    arrays = [pyarrow.array(values, type=field.type) for values, field in zip(columns, schema, strict=True)]
+    table = pyarrow.Table.from_arrays(arrays, schema=schema)
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path)
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = load_rows(str(tmp_path))
+    stored = {**image, "path": "picture.png" if saved else image["path"]}
+    assert row == {"one": stored, "many": [{"content": stored}], "tools": {"a": [1, "b"]}}
+
+
 def test_a_saved_dataset_is_whole_and_alone(tmp_path):
     data = datasets.Dataset.from_list([{"file": "a"}] * 3)
     datasets.DatasetDict(train=data, dev=data.select([0])).save_to_disk(tmp_path)
@@ -159,3 +180,18 @@ def test_a_local_folder_has_no_configurations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="'owner/name' is local and has no configuration 'default'"):
         load_rows("owner/name:default")
+
+
+def test_a_subfolder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    folder = write(tmp_path, "a.jsonl", "b/c.jsonl")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    refused = pytest.raises(ValueError, match=r"the folder '.*/b' can't be read: Permission denied")
+    with monkeypatch.context() as patch, refused:
+        patch.setattr(os, "scandir", refuse)
+        load_rows(folder)

@@ -47,6 +47,14 @@ SKY = [SYSTEM, user("Hi"), assistant("Hello!"), user("What color is the sky?")]
             [user("Hi")],
             {"completion": [assistant("Hello!")]},
         ),
+        ({"messages": SKY, "chosen": "Blue."}, SKY, {"chosen": [assistant("Blue.")]}),
+        ({"messages": [user("Hi"), {"role": "model", "content": "A"}]}, [user("Hi")], {"completion": [assistant("A")]}),
+        ({"prompt": SKY[1:], "system": "Be brief."}, SKY, {"system": "Be brief."}),
+        (
+            {"prompt": "Hi", "completion": {"length": 3}, "images": []},
+            "Hi",
+            {"completion": {"length": 3}, "images": []},
+        ),
     ],
 )
 def test_read_prompt(row, prompt, columns):
@@ -105,6 +113,17 @@ BLUE, GREEN = [assistant("Blue.")], [assistant("Green.")]
             " I am well",
             " I am ill",
         ),
+        ({"messages": SKY, "chosen": "Blue.", "rejected": "Green."}, SKY, BLUE, GREEN),
+        (
+            {
+                "conversations": [{"from": "human", "value": "The sky?"}],
+                "chosen": {"from": "gpt", "value": "Blue."},
+                "rejected": {"from": "gpt", "value": "Green."},
+            },
+            [user("The sky?")],
+            BLUE,
+            GREEN,
+        ),
         # equal conversations keep their last answers, so that the pair is recognized as a tie
         ({"chosen": SKY + BLUE, "rejected": SKY + BLUE}, SKY, BLUE, BLUE),
     ],
@@ -142,6 +161,11 @@ def test_conversations_with_the_prompt_inside_allow_a_column_with_a_usual_prompt
     assert example.prompt == SKY and example.columns == {"question": "..."}
 
 
+def test_a_system_column_beside_a_plain_prompt_is_warned_of():
+    with pytest.warns(UserWarning, match="'system' is not a part of prompts that are strings"):
+        assert read_prompt({"prompt": "Hi", "system": "Be brief."}).prompt == "Hi"
+
+
 def test_null_fields_of_messages_are_removed():
     example = read_prompt({"prompt": [{"role": "user", "content": "Hi", "tool_calls": None}]})
     assert example.prompt == [user("Hi")]
@@ -166,6 +190,9 @@ def test_template_kwargs_come_from_their_columns():
         (read_demonstration, {"messages": [user("a")]}, {}, "'messages' has no assistant turn"),
         (read_preference, {"prompt": "a", "chosen": "b"}, {}, "no column 'rejected' .* rejected_column"),
         (read_preference, {"chosen": "b", "rejected": BLUE}, {}, "one of 'chosen' and 'rejected' is a string"),
+        (read_prompt, {"prompt": "<image> What?", "images": ["a.png"]}, {}, "the column 'images' is not empty"),
+        (read_preference, {"prompt": SKY, "chosen": BLUE, "rejected": GREEN, "image": b"1"}, {}, "the column 'image'"),
+        (read_prompt, {"instruction": "Add.", "input": "2, 2"}, {"prompt_column": "instruction"}, "has an 'input'"),
     ],
 )
 def test_unreadable_rows_raise(read, row, names, message):

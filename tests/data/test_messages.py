@@ -233,7 +233,6 @@ def test_a_system_message_of_the_conversation_takes_precedence():
     messages = [{"role": "system", "content": "In full."}, *CHAT]
     for system in ("Be brief.", "", None):
         assert read_demonstration({"messages": messages, "system": system}).prompt == messages[:2]
-        assert read_prompt({"prompt": "a", "system": system}).prompt == "a"
 
 
 def test_a_column_of_table_nulls_gives_the_tokens_of_json(tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.evaluation.scoring import raw_texts, score
 from lit_rlhf.rewards import ExactMatch, RegexMatch, Scorer, to_text
 from lit_rlhf.types import Completions, Prompts
@@ -31,9 +32,8 @@ def complete(rewards, tokenizer, texts, prompt="p", answer="4"):
     prompts = Prompts(
         torch.ones(1, 1).long(), torch.ones(1, 1).bool(), torch.zeros(1).long(), [prompt], {"answer": [answer]}
     )
-    plain = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    shown = [[{"role": "assistant", "content": text}] if isinstance(prompt, list) else text for text in plain]
-    return score(Scorer(rewards), tokenizer, prompts, completions, [shown], TrainerState())
+    shown = completion_texts(tokenizer, prompts, completions)
+    return score(Scorer(rewards), tokenizer, prompts, completions, shown, TrainerState())
 
 
 @pytest.mark.parametrize("prompt", ["p", [{"role": "user", "content": "p"}]])
@@ -103,3 +103,14 @@ def test_tags_that_are_no_special_tokens_are_visible():
 def test_raw_texts_keep_spaces_around_special_tokens(tagged):
     ids = tagged(" a <think> b</think>c ", add_special_tokens=False)["input_ids"]
     assert raw_texts(tagged, ["p"], [[ids, [*ids, 2], []]]) == [[" a <think> b</think>c "] * 2 + [""]]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_token_that_ends_a_turn_is_no_part_of_the_text(special):
+    """Some tokenizers have it as an ordinary added token."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|end|>"], special_tokens=special)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    for end in ("<|end|>", "<|user|>", "<eos>", ""):
+        scores = complete([ExactMatch(special_tokens=end == "<|user|>")], tokenizer, [f"4{end}"])
+        assert scores.rewards.tolist() == [[1]]

@@ -1,12 +1,18 @@
 """Exported folders and predicted rows give the same scores and logits as the trained module."""
 
+import errno
+import json
+import os
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lit_rlhf
-from lit_rlhf.models.export import export_checkpoint
+from lit_rlhf.models import export
+from lit_rlhf.models.export import export_checkpoint, write_folder
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_llama, make_tokenizer
 
@@ -195,6 +201,52 @@ def test_a_checkpoint_writes_nothing_outside_the_exported_folder(name, tmp_path)
     assert files(tmp_path) == {"last.ckpt"}
 
 
+def test_options_in_a_checkpoint_run_no_code_of_its_base_model(tmp_path):
+    """With trust_remote_code, transformers runs custom_generate/generate.py of the folder that it loads."""
+    folder = write_base(tmp_path)
+    (folder / "custom_generate").mkdir()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(*args, **kwargs): ...\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    _, path = trained("RLOO", folder, tmp_path, lora=LORA)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["export"]["load"] |= {"trust_remote_code": True, "use_safetensors": False}
+    torch.save(checkpoint, path)
+    export_checkpoint(path, tmp_path / "merged", merge=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_in_a_checkpoint_is_checked_as_one_in_a_folder(tmp_path):
+    _, path = trained("RLOO", write_base(tmp_path), tmp_path, lora=LORA)
+    checkpoint = torch.load(path, weights_only=True)
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}
+    content = json.dumps({**config, "prompt_tuning_init_text": "a", "tokenizer_name_or_path": str(tmp_path)}).encode()
+    checkpoint["export"]["files"]["adapter_config.json"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"the checkpoint's adapter .* trains prompts, not layers"):
+        export_checkpoint(path, tmp_path / "out", merge=True)
+
+
+def test_weights_of_several_dtypes_are_exported_as_they_are(tmp_path):
+    policy = make_policy()
+    policy.model.bfloat16().lm_head.float()
+    module = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    policy.model.lm_head.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
+    module, checkpoint = trained("SFT", module, tmp_path)
+    exported = load_file(export_checkpoint(checkpoint, tmp_path / "out") / "model.safetensors")
+    weights = module.policy.model.state_dict()
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(weight, weights[name]) for name, weight in exported.items())
+
+
+def test_an_export_leaves_a_repository_alone_and_knows_the_home_folder(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, checkpoint = trained("SFT", base, tmp_path)
+    assert export_checkpoint(checkpoint, "~/out") == tmp_path / "out"
+    (tmp_path / "out" / ".git").mkdir()
+    with pytest.raises(ValueError, match=r"out' holds something other than a model \(.git"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["pipeline", "AutoModelForCausalLM", "logging", "PreTrainedTokenizerFast"])
 def test_a_checkpoint_names_a_class_of_models_only(kind, tmp_path):
     export = {"prefix": "policy.model.", "source": "", "class": kind, "files": {}}
@@ -314,3 +366,21 @@ def test_the_error_for_a_model_of_custom_code_names_policy_last(base, tmp_path):
     with pytest.raises(ValueError, match=r"no class 'MyLlama'.*policy/last"):
         export_checkpoint(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    target = tmp_path / "policy"
+    write_folder(target, lambda folder: (folder / "weights").write_text("old"))
+    flushed = []
+
+    def flush(path):
+        flushed.append(path.name)
+        if path.name == "weights":
+            assert (target / "weights").read_text() == "old"
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(export, "flush", flush)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_folder(target, lambda folder: (folder / "weights").write_text("new"))
+    assert flushed and (target / "weights").read_text() == "old"
+    assert os.listdir(tmp_path) == ["policy"]

@@ -110,6 +110,10 @@ BROKEN = {
         lambda f: change_weights(f, lambda w: {**w, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
         "would ignore, such as 'model.layers.0.self_attn.q_proj.bias'",
     ),
+    "fewer layers than the file": (
+        lambda f: change_json(f, num_hidden_layers=1),
+        "would ignore, such as 'model.layers.1.input_layernorm.weight': its config.json is of another model",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json with a known model_type"),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
     "an unknown model type": (lambda f: change_json(f, model_type="mirage"), "does not know its model_type 'mirage'"),
@@ -175,6 +179,15 @@ def test_pickled_weights_are_read_if_asked_for(tmp_path):
 def test_a_policy_that_is_no_causal_language_model_is_refused(model, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence):
         load_policy(write(tmp_path, model()))
+
+
+def test_a_model_of_another_kind_is_refused_before_the_data_are_encoded(tmp_path):
+    write(tmp_path, T5ForConditionalGeneration(T5Config(**T5)))
+    for name in ("SFT", "RLOO", "RewardModeling"):
+        data = make_data(name)
+        with pytest.raises(InputError, match="is an encoder-decoder"):
+            make_trainer(tmp_path, max_steps=1).fit(make_module(name, tmp_path), data)
+        assert getattr(data, "train_set", None) is None
 
 
 T5 = dict(vocab_size=SIZE, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)

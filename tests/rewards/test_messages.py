@@ -60,16 +60,24 @@ def test_a_reward_for_strings_fails_on_chat_data_before_a_model_is_loaded(tiny, 
         make_trainer(tmp_path, max_steps=1).fit(make_module("RLOO", tiny, rewards=[reads, polite]), data)
 
 
-def test_only_what_fails_because_of_messages_is_refused_early():
-    def needs_digits(completions, answer):
-        return [float(to_text(text)) for text in completions]  # fails on any text without a number
+def shorter(completions, opponents):
+    return [float(len(a.strip()) < len(b.strip())) for a, b in zip(completions, opponents, strict=True)]
 
-    def never(completions, **kwargs):
-        raise AssertionError("called")
 
-    class Model:
-        def __call__(self, completions):
-            raise AssertionError("called")
+def longer(completions, opponents):
+    return [float(len(to_text(a)) > len(to_text(b))) for a, b in zip(completions, opponents, strict=True)]
 
-    Scorer([reads, needs_digits, Guarded(never), polite_later, Model()]).check_on_row(PROMPT, {"answer": "1"})
-    Scorer([never]).check_on_row("a string", {})
+
+shorter.pairwise = longer.pairwise = True
+
+
+@pytest.mark.parametrize("judge", [polite, shorter, reads, longer])
+def test_a_judge_is_tried_too(judge, tiny, tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(lit_rlhf.Policy, "from_pretrained", load)
+    sentence = f"{judge.__name__}' can't read conversations" if judge in (polite, shorter) else "a model was loaded"
+    data = lit_rlhf.PromptData(train=[{"prompt": PROMPT}] * 4, batch_size=2)
+    with pytest.raises((ValueError, AssertionError), match=sentence):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("RLOO", tiny, rewards=[reads], judge=judge), data)

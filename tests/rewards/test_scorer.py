@@ -213,6 +213,20 @@ def test_a_missing_column_raises_before_the_first_call():
         scorer.check(["other"])
     with pytest.raises(ValueError, match=r"'by_name' asks for \['answer'\]"):
         score([by_name])
+    with pytest.raises(ValueError, match=r"the columns of the data are \['anwser'\]: did you mean 'anwser'\?"):
+        scorer.check(["anwser"])
+
+
+@pytest.mark.parametrize(
+    ("reward", "hint"),
+    [
+        (lambda completion: [0.0], r"did you mean 'completions'\?"),
+        (lambda text: [0.0], "take `completions`, add the column to the data, or give the parameter a default"),
+    ],
+)
+def test_a_reward_without_completions_is_given_their_name(reward, hint):
+    with pytest.raises(ValueError, match=rf"asks for \[.*\], but the columns of the data are \['gold'\]: {hint}"):
+        Scorer([reward]).check(["gold"])
 
 
 @pytest.mark.parametrize(

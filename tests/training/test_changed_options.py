@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 import lit_rlhf
-from runs import make_data, make_module, make_trainer
+from runs import make_data, make_module, make_trainer, vowels
 
 
 class Rates(Callback):
@@ -126,3 +126,11 @@ def test_option_that_a_resume_cannot_change_is_refused(before, after, message, t
     train(tiny, tmp_path, 1, **before)[0].save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(ValueError, match=message):
         train(tiny, tmp_path, 2, tmp_path / "one.ckpt", **after)
+
+
+def test_scores_of_other_rewards_are_not_compared(tmp_path):
+    """`policy/best` is found anew where `reward_weights` change."""
+    modules = [make_module("RLOO", "nowhere", rewards=[reward]) for reward in (vowels, len)]
+    for module in modules:
+        module.trainer = make_trainer(tmp_path)
+    assert [module.reward_weights for module in modules] == [{"vowels": 1.0}, {"len": 1.0}]

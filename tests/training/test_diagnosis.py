@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 import lit_rlhf
+from lit_rlhf.data import FirstWords
 from lit_rlhf.training.diagnosis import MovementCheck, RolloutDiagnosis
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_tokenizer
@@ -90,6 +91,14 @@ def test_a_learning_rate_that_moves_nothing(lr, ending, tmp_path):
     assert signs("SFT", ending, tmp_path, lr=lr) == ["nothing is learned", "plain text"]
 
 
+def test_a_learning_rate_that_hardly_moves_a_new_adapter(ending, tmp_path):
+    module = make_module("RLOO", ending, max_new_tokens=12, rewards=[letters], lr=1e-9, lora={"r": 2})
+    with pytest.warns(
+        UserWarning, match="KL to the reference is 0 after 5 updates: either a learning rate of 1e-09 is"
+    ):
+        make_trainer(tmp_path, max_steps=7, limit_val_batches=0).fit(module, chat())
+
+
 class OwnReference(Callback):
     """Let the reference follow the policy."""
 
@@ -112,7 +121,7 @@ def facts(**changes):
 def test_ranks_are_counted_together():
     diagnosis = RolloutDiagnosis()
     for _ in range(3):  # only the second rank has a group with two rewards, and finished completions
-        diagnosis.add([facts(finished=0, varied_groups=0), facts(finished=1)], updates=1, max_new_tokens=4)
+        diagnosis.add([facts(finished=0, varied_groups=0), facts(finished=1)], updates=1, max_new_tokens=4, rate=1e-5)
     assert diagnosis.done and (diagnosis.completions, diagnosis.finished, diagnosis.varied) == (48, 3, 3)
 
 
@@ -148,6 +157,13 @@ def test_plain_text_for_a_chat_model(prompt, plain, ending, tmp_path):
     if isinstance(prompt, str):
         module = lit_rlhf.RLOO(policy, rewards=[vowels], sampling=lit_rlhf.Sampling(max_new_tokens=4))
         make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
+
+
+def test_text_that_is_meant_to_be_continued(tiny, tmp_path):
+    rows = [{"text": f"the film {i} was long and rather nice"} for i in range(12)]
+    for transform, expected in [(FirstWords(), []), (FirstWords().__call__, ["plain text"])]:
+        data = lit_rlhf.PromptData(train=rows, batch_size=4, transform=transform)
+        assert signs("RLOO", tiny, tmp_path, data=data, max_new_tokens=2) == expected
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=str)

@@ -79,10 +79,28 @@ def test_resume_of_two_processes_inside_a_rollout_is_bitwise_exact(completed_pro
 def test_judge_that_raises_on_one_rank_stops_both(completed_process, root):
     messages = result("failing judge", root, completed_process)
     assert "the judge failed" in messages[1]
-    assert "1 other process(es) failed while sampling or scoring" in messages[0]
+    assert "1 other process(es) failed: process 1" in messages[0]
 
 
 def test_reward_that_raises_on_one_rank_stops_both_with_its_message(completed_process, root):
     assert completed_process.returncode != 0
     assert "the disk of the judge is full" in completed_process.stderr
-    assert "1 other process(es) failed while sampling or scoring" in completed_process.stderr
+    assert "1 other process(es) failed: process 1" in completed_process.stderr
+
+
+def test_warning_about_rows_of_one_process_is_shown_once(completed_process, root):
+    messages = result("warning", root, completed_process)
+    shown = [message for rank in messages.values() for message in rank]
+    assert sum("failed for" in message and "the server is away" in message for message in shown) == 1, shown
+    assert sum("a prompt without a reward for any completion" in message for message in shown) == 1, shown
+
+
+def test_checkpoint_that_one_process_lacks_is_refused_by_both(completed_process, root):
+    for message in result("missing checkpoint", root, completed_process).values():
+        assert "process 1, on the machine" in message and "copy it there" in message
+
+
+def test_policy_that_the_first_process_cannot_write_is_reported_by_both(completed_process, root):
+    reasons = result("full disk", root, completed_process)
+    assert reasons[0] == reasons[1]
+    assert reasons[0]["policy/last"] == "No space left on device"

@@ -39,6 +39,10 @@ from lit_rlhf.training.plan import Plan, cpu_advice, usable_cores
         ),
         (Plan(rows=4, accumulate=8, updates=30), {"each update": "32 rows", "this run": "30 updates"}),
         (
+            Plan(rows=4, accumulate=1, updates=3, trained=1200, weights=50_000),
+            {"trained": "1,200 of 50,000 weights", "each update": "4 rows", "this run": "3 updates"},
+        ),
+        (
             Plan(rows=0, accumulate=1, updates=float("inf")),
             {"each update": "rows of your loader", "this run": "updates until the time is over"},
         ),

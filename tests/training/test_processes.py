@@ -33,6 +33,12 @@ def test_strategy_that_shards_or_compiles_is_refused(kind):
         check(kind)
 
 
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_processes_that_do_not_return_what_they_trained_are_refused(method):
+    with pytest.raises(ValueError, match=rf"started by {method} .* use --trainer.strategy ddp"):
+        check_processes(DDPStrategy(start_method=method), 2, 2, 1)
+
+
 @pytest.mark.parametrize("kind", [DDPStrategy, OwnDDP, SingleDeviceStrategy])
 def test_single_device_and_ddp_are_allowed(kind):
     check(kind)

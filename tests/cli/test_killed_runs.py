@@ -1,0 +1,104 @@
+"""Runs that are killed at random moments, again and again, end with the weights of an uninterrupted run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from commands import write_workspace
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+UPDATES, KILLS = 24, 3
+PREFERENCES = ["--data=PreferenceData", "--data.train=preferences.jsonl"]
+DEMONSTRATIONS = ["--data=DemonstrationData", "--data.train=demonstrations.jsonl"]
+ONLINE = [
+    "--data=PromptData", "--data.train=prompts.jsonl", "--model.rewards=[mine.words]",
+    "--model.sampling.max_new_tokens=6",
+]  # fmt: skip
+LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
+RUNS = {
+    "RLOO": ["--model=RLOO", *ONLINE, "--model.updates.num_minibatches=2"],
+    "GRPO, two epochs a rollout": ["--model=GRPO", *ONLINE, "--model.updates.update_epochs=2"],
+    "PPO": ["--model=PPO", *ONLINE, "--model.updates.update_epochs=2"],
+    "VanillaPG": ["--model=VanillaPG", *ONLINE],
+    "RAFT, accumulating": ["--model=RAFT", *ONLINE, "--trainer.accumulate_grad_batches=2"],
+    "Reinforce, LoRA": ["--model=Reinforce", *ONLINE, LORA],
+    "RLOO, bf16-mixed": ["--model=RLOO", *ONLINE, "--trainer.precision=bf16-mixed"],
+    "DPO, bfloat16 under an adapter": ["--model=DPO", *PREFERENCES, LORA, "--model.load={dtype: bfloat16}"],
+    "RewardModeling": ["--model=RewardModeling", *PREFERENCES],
+    "SFT, workers": [
+        "--model=SFT",
+        "--data=DemonstrationData",
+        "--data.train=demonstrations.jsonl",
+        "--data.num_workers=2",
+    ],
+    "RLOO, two processes": ["--model=RLOO", *ONLINE, "--trainer.strategy=ddp", "--trainer.devices=2"],
+}
+
+
+def start(options: list[str], root: str, folder: Path) -> subprocess.Popen:
+    common = [
+        "--seed_everything=5", "--model.policy=tiny", "--data.val=4", "--data.batch_size=4",
+        "--trainer.accelerator=cpu", f"--trainer.max_steps={UPDATES}", "--trainer.max_epochs=-1",
+        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=7",
+        "--trainer.check_val_every_n_epoch=null", "--trainer.enable_progress_bar=false",
+        "--checkpoint.every_n_updates=1", f"--trainer.default_root_dir={root}", "--ckpt_path=last",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    with (folder / f"{root}.log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lit_rlhf", "fit", *options, *common], cwd=folder, stdout=log, stderr=log,
+            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        )  # fmt: skip
+
+
+def training_started(root: Path, process: subprocess.Popen) -> bool:
+    """Wait until this process has made the folder of its run, or has ended."""
+    before = set(root.glob("version_*"))
+    while process.poll() is None and set(root.glob("version_*")) == before:
+        time.sleep(0.02)
+    return process.poll() is None
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((root / "policy" / "last").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, name):
+    write_workspace(tmp_path)
+    rng = random.Random(name)
+    whole = start(RUNS[name], "whole", tmp_path)
+    assert training_started(tmp_path / "whole", whole)
+    begun = time.monotonic()
+    finish(whole, tmp_path / "whole.log")
+    seconds = time.monotonic() - begun
+
+    kills = 0
+    while kills < KILLS:
+        killed = start(RUNS[name], "killed", tmp_path)
+        if not training_started(tmp_path / "killed", killed):
+            break
+        time.sleep(rng.uniform(0, 0.6 * seconds))
+        if killed.poll() is not None:
+            break
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        kills += 1
+    finish(start(RUNS[name], "killed", tmp_path), tmp_path / "killed.log")
+
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert kills
+    assert expected.keys() == found.keys()
+    assert [n for n, value in expected.items() if not torch.equal(value, found[n])] == []
