@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.export import rebuild, snapshot, write_folder
+from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.loading import check_causal_lm, unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer, resolve, shared_options
-from lit_rlhf.models.scalar import ScalarModel
-from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
@@ -52,12 +48,12 @@ from lit_rlhf.training.optimization import (
 )
 from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.schedules import Warmup, check_schedule
-from lit_rlhf.training.strategies import FSDP2Strategy
+from lit_rlhf.training.sharded import ShardingHooks
 from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
 
 
-class Algorithm(Guards, CheckpointHooks, ABC):
+class Algorithm(Guards, ShardingHooks, CheckpointHooks, ABC):
     """An algorithm that trains a language model.
 
     Args:
@@ -79,8 +75,6 @@ class Algorithm(Guards, CheckpointHooks, ABC):
     policy: Policy
     batch_type: type[Record] | None = None
     """Type of the batches that the data module must yield."""
-    merges_adapter = False
-    """Whether an export merges an adapter into its base model."""
     max_new_tokens = 0
     """Maximum number of tokens sampled after a prompt."""
 
@@ -159,25 +153,6 @@ class Algorithm(Guards, CheckpointHooks, ABC):
             self.policy = Policy.from_pretrained(self.pretrained, self.lora, **self.load_options)
         unwrapped(self.policy)
         self._check_positions(self.policy.causal_lm.config, "policy")
-
-    def shard(self, sharding: Sharding) -> None:
-        """Shard the models over ranks, after all of them are loaded."""
-        for module in self.children():
-            if isinstance(module, Policy | ScalarModel):
-                module.shard(sharding)
-            elif any(p.requires_grad for p in module.parameters()) and not isinstance(module, FSDPModule):
-                ShardedWeights(module, sharding)
-        if "reference" in vars(self):
-            self.reference.shard(sharding)
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Hold all weights on every rank within this context, if they are sharded. Enter it on all ranks."""
-        with contextlib.ExitStack() as stack:
-            for module in self.children():
-                if isinstance(module, Policy | ScalarModel) and module.model_forward.sharded is not None:
-                    stack.enter_context(module.model_forward.sharded.gathered())
-            yield
 
     def _check_positions(self, config: Any, role: str) -> None:
         check_positions(config, role, getattr(self.data_module, "max_sequence_length", 0), self.max_new_tokens)
@@ -297,13 +272,8 @@ class Algorithm(Guards, CheckpointHooks, ABC):
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""
-        save: Callable[[Path], None] = self.save_model
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            state = self.saved_weights(self.trainer.strategy.lightning_module_state_dict())
-            prefix = self.export_prefix
-            weights = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-            self._snapshot = self._snapshot or self.export_snapshot()
-            save = functools.partial(rebuild, self._snapshot, weights, merging=self.merges_adapter)
+        weights = self.gathered_weights()
+        save = self.save_model if weights is None else functools.partial(self.rebuild_model, weights)
         with raise_on_all_ranks(self.trainer):
             if self.trainer.is_global_zero:
                 write_folder(Path(folder), save)

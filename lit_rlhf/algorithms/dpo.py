@@ -116,11 +116,8 @@ class DPO(HeldOutMetrics, Algorithm):
         own: dict[int, Tensor] = {}
         visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
         batches = track(data.in_order(data.train_set), "scoring pairs", transient=True, disable=not visible)
-        with (
-            raise_on_all_ranks(trainer),
-            trainer.precision_plugin.train_step_context(),
-            self.reference.without_gradient(),
-        ):
+        precision, together = trainer.precision_plugin.train_step_context(), self.reference.without_gradient()
+        with raise_on_all_ranks(trainer), precision, together:
             for batch in batches:
                 batch = batch.to(self.device)
                 own.update(zip(batch.prompts.index.tolist(), self._reference_logprobs(batch).cpu(), strict=True))

@@ -19,10 +19,8 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_rlhf import functional as F
 from lit_rlhf.models.adapters import add_lora, check_adapted, merged, save_adapter
 from lit_rlhf.models.decoders import CachedDecoder, PlainDecoder, in_step, prepared_linears
 from lit_rlhf.models.fingerprint import fingerprint
@@ -38,18 +36,16 @@ from lit_rlhf.models.loading import (
     make_savable,
     unwrapped,
 )
+from lit_rlhf.models.logprobs import completion_logprobs
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
-from lit_rlhf.models.sampling import Decoder, Sampling, counter_based_uniform, decode, join_completions
+from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions
 from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.tokenization import end_of_turn
 from lit_rlhf.types import Completions, Prompts
-
-LOGITS_AT_ONCE = 2**25
-"""Elements of logits held at a time while scoring: 128 MiB in float32."""
 
 
 class Policy(nn.Module):
@@ -175,14 +171,14 @@ class Policy(nn.Module):
         return parts[0] if len(parts) == 1 else join_completions(parts)
 
     def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
-        decoder: Decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
+        decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
         noise = None
         if not sampling.greedy:
             noise = counter_based_uniform(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
         stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
-        with in_step(decoder, self.model_forward) as decoder:
-            return decode(decoder, (len(prompts), k), noise, sampling, eos, stops)
+        with in_step(decoder, self.model_forward) as together:
+            return decode(together, (len(prompts), k), noise, sampling, eos, stops)
 
     # Scoring
 
@@ -207,11 +203,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
     ) -> Float[Tensor, "prompts samples tokens"]:
         """Return the log-probabilities of completion tokens, as `logprobs` does, from precomputed features."""
-        mask = completions.mask
-        counted = mask.flatten().nonzero().squeeze(-1)
-        features = features.flatten(0, 2).index_select(0, counted)
-        scores = self._chunked_logprobs(features, completions.tokens[mask], temperature)
-        return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        return completion_logprobs(self.model_forward, features, completions.tokens, completions.mask, temperature)
 
     def features(
         self, prompts: Prompts, completions: TokenSequences
@@ -222,20 +214,6 @@ class Policy(nn.Module):
 
     def _features(self, prompts: Prompts, completions: TokenSequences) -> Tensor:
         return completion_features(self.model_forward, prompts, completions)
-
-    def _chunked_logprobs(self, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        def score(features: Tensor, tokens: Tensor) -> Tensor:
-            logits = F.at_least_float32(self.model_forward.project(features))
-            return F.token_logprobs(logits if temperature == 1 else logits / temperature, tokens)
-
-        rows = max(1, LOGITS_AT_ONCE // self.causal_lm.config.get_text_config().vocab_size)
-        if len(tokens) <= rows or not self.chunks_logits:
-            return score(features, tokens)
-        parts = [
-            checkpoint(score, some, ids, use_reentrant=False, preserve_rng_state=False)
-            for some, ids in zip(torch.split(features, rows), torch.split(tokens, rows), strict=True)
-        ]
-        return torch.cat(parts)
 
     # Fast paths
 

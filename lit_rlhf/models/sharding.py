@@ -142,10 +142,9 @@ def scatter(module: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> 
     if not first:
         module.to_empty(device=device)
     for name, parameter in module.named_parameters():
-        weight = (
-            weights[name].to(device) if first else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        )
-        parameter.to_local().copy_(distribute_tensor(weight, mesh, parameter.placements).to_local())
+        weight = weights[name] if first else torch.empty(parameter.shape, dtype=parameter.dtype)
+        sharded: Any = parameter
+        sharded.to_local().copy_(distribute_tensor(weight.to(device), mesh, sharded.placements).to_local())
     for buffer in module.buffers():
         values = buffer.to(device)
         torch.distributed.broadcast(values, group=group, group_src=0)

@@ -107,9 +107,8 @@ def check_finite_weights(optimizer: Optimizer, update: int, sum_over_ranks: Call
     Raises:
         ValueError: If one is not finite, on all ranks. It is too late to save a checkpoint.
     """
-    weights = [
-        shard for group in optimizer.param_groups for p in group["params"] if (shard := local(p.detach())).numel()
-    ]
+    shards = [local(p.detach()) for group in optimizer.param_groups for p in group["params"]]
+    weights = [shard for shard in shards if shard.numel()]
     broken = ~torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()
     if sum_over_ranks(broken.float()) > 0:
         raise InputError(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -74,7 +74,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "sampling.batch_size splits a rollout on each rank apart, and with gather=false all ranks sample in "
                 "step: lower data.batch_size instead"
             )
-        algorithm.shard(Sharding(self.device_mesh["data_parallel"], self._precision(), self.gather))
+        algorithm.shard_models(Sharding(self.device_mesh["data_parallel"], self._precision(), self.gather))
         check_sharded(algorithm.named_parameters())
         super().setup(trainer)
 
@@ -104,7 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Read a checkpoint; the hooks of Lightning load its weights and optimizer states."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this rank's shards of the weights of a checkpoint."""
         assert self.lightning_module is not None
         state, targets = checkpoint["state_dict"], self.lightning_module.state_dict(keep_vars=True)
@@ -116,7 +116,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Whether Lightning restores optimizers, by `load_optimizer_state_dict`."""
         return True
 
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's shards of the optimizer states of a checkpoint."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

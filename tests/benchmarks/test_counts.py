@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_rlhf.models import policy as policy_module
+from lit_rlhf.models import logprobs as logprobs_module
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Prompts
@@ -129,7 +129,7 @@ def test_gradients_of_an_update_are_not_held_while_the_next_samples(cut, folder,
 
 def test_logits_of_all_positions_are_never_held_at_once(monkeypatch):
     vocabulary, at_once = 4096, 2**17
-    monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", at_once)
     policy = Policy(make_llama(vocabulary, hidden=16), make_tokenizer())
     prompts = Prompts(torch.arange(7, 27).view(4, 5), torch.ones(4, 5, dtype=torch.bool), torch.arange(4))
     policy.probe()

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import lit_rlhf
 from enumerable import make_prompts
-from lit_rlhf.models import policy as policy_module
+from lit_rlhf.models import logprobs as logprobs_module
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
@@ -75,7 +75,7 @@ def test_rows_grouped_by_length_give_the_same_values_and_gradients(family, own):
 def test_chunked_logprobs_are_the_unchunked_ones(rows, tied, monkeypatch):
     policy, (prompts, completions) = make_policy(tie_word_embeddings=tied), make_input()
     expected = value_and_gradient(policy, prompts, completions, 0.7)
-    monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", rows * SIZE)
+    monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", rows * SIZE)
     held: list[int] = []
     policy.causal_lm.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: held.append(output.numel())
