@@ -44,6 +44,7 @@ class Validations(Callback):
 
 @pytest.mark.parametrize("number", HANDLED, ids=str)
 def test_signal_saves_and_stops_at_the_end_of_the_batch(make_trainer, number, capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     handlers = [signal.getsignal(n) for n in HANDLED]
     callbacks = PolicyCheckpoint(), Kill(number, batch=4), SaveOnSignal(), (validations := Validations())
     trainer = make_trainer(*callbacks, accumulate_grad_batches=4, min_epochs=2, min_steps=8, max_epochs=3)

@@ -156,11 +156,12 @@ def test_judge_receives_messages_for_conversational_data(shape, tiny, tmp_path):
     rows = [{"prompt": turn, "reference": answer}, {"prompt": turn, "reference": answer}]
     module = make_module("RLOO", tiny, rewards=[token_sum], judge=recording_judge, compare_to="reference")
     assert validate(module, rows, tmp_path)["val/win_rate"] == 0.5
-    assert len(seen) == 4
-    for prompt, completion in seen:
+    (tried, _), *asked = seen
+    assert tried == turn and len(asked) == 4
+    for prompt, completion in asked:
         assert prompt == turn
         assert [message["role"] for message in completion] == ["assistant"]
-    assert [completion[0]["content"] for _, completion in seen[2:]] == ["great", "great"]
+    assert [completion[0]["content"] for _, completion in asked[2:]] == ["great", "great"]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -32,13 +32,13 @@ def test_an_error_between_the_renames_keeps_the_old_folder(failing, error, tmp_p
 
 
 def test_every_file_is_on_the_disk_before_the_folder_is_replaced(tmp_path, monkeypatch):
-    fsync, flushed = os.fsync, []
+    fsync, replaced_before = os.fsync, {}
 
     def record(descriptor):
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        assert not (tmp_path / "best").exists()
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        replaced_before[path.name] = (tmp_path / "best").exists()
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
     write_folder(tmp_path / "best", write("new"))
-    assert {"config.json", "lit_rlhf.json", "new"} == set(flushed)
+    assert replaced_before == {"config.json": False, "lit_rlhf.json": False, "new": False, tmp_path.name: True}
