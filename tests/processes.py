@@ -1,6 +1,6 @@
 """Runs to compare between one process and two. As a script, it is the program of each of two processes:
 
-python processes.py FOLDER ROOT
+python processes.py FOLDER ROOT STRATEGY
 """
 
 import functools
@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch import Callback
 
 import lit_rlhf
+from lit_rlhf.models.sharding import whole
+from lit_rlhf.training.strategies import FSDP2Strategy
 from runs import make_data, make_module, make_trainer
 
 SEED, ROWS, BATCH = 7, 24, 8
@@ -59,6 +61,29 @@ def judge_raises_on_one_rank(completions, **kwargs):
     return [0.0] * len(completions)
 
 
+def first_token_of_rank_1(sample):
+    """Return a function that samples like `sample`, and cuts the completions of `prompts_of_rank_1` to one token."""
+
+    def short(prompts):
+        completions = sample(prompts)
+        keep = torch.ones_like(completions.mask)
+        keep[[i for i, text in enumerate(prompts.text) if text in prompts_of_rank_1()], :, 1:] = False
+        mask = completions.mask & keep
+        cut = {"logprobs": completions.logprobs * mask, "entropy": completions.entropy * mask}
+        longest = int(mask.sum(-1).max())
+        return completions.replace(mask=mask, **cut).map(lambda t: t[..., :longest] if t.ndim == 3 else t)
+
+    return short
+
+
+def token_length(completion_ids, **kwargs):
+    return [[len(str(token)) / 4 for token in ids] for ids in completion_ids]
+
+
+token_length.token_level = True
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
 def sgd(params):
     return torch.optim.SGD(params, lr=0.3)
 
@@ -78,19 +103,34 @@ CASES = {
     "normalized": ("RLOO", {"rewards": [reward_with_none], "normalize": True, "clip": 1.0}),
     "growing by schedule": ("RLOO", {"rewards": [checksum_reward]}),
     "growing by noise": ("RLOO", {"rewards": [reward_with_none]}),
+    "one token on rank 1": ("RLOO", {"rewards": [checksum_reward], "num_minibatches": 2}),
+    "token rewards": ("Reinforce", {"rewards": [token_length, checksum_reward], "baseline": "mean"}),
+    "KL in the loss": ("GRPO", {"rewards": [checksum_reward], "kl_penalty": "k2_loss", "num_minibatches": 2}),
+    "lora": ("RLOO", {"rewards": [checksum_reward], "lora": LORA, "num_minibatches": 2}),
     "dpo": ("DPO", {}),
     "sft": ("SFT", {}),
     "reward model": ("RewardModeling", {}),
 }
 """Algorithm and options by case. In each, a rollout is one update, for any number of minibatches."""
 
+IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo"]
+"""Cases that are run with passes in step, too."""
+
 TARGET = 1.9
 """Target of the adaptive KL: near the KL of the second rollout, so that the step is not clipped."""
 
 
+STRATEGIES = {
+    "DDP": lambda: "ddp",
+    "FSDP2": lambda: "fsdp2",
+    "FSDP2 in step": lambda: FSDP2Strategy(gather=False),
+}
+strategy = "DDP"
+
+
 def make_distributed_trainer(root: Path, devices: int, **options):
     if devices > 1:
-        options["strategy"] = os.environ.get("STRATEGY", "ddp")
+        options["strategy"] = STRATEGIES[strategy]()
     return make_trainer(root, devices=devices, **options)
 
 
@@ -114,6 +154,8 @@ def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
     torch.manual_seed(0)  # initialization of the reward model's head
     module = make_module(name, folder, optimizer=sgd, **options)
     module.configure_model()
+    if case == "one token on rank 1":
+        module.sample = first_token_of_rank_1(module.sample)
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
     metrics = Metrics()
     callbacks: list[Callback] = [metrics]
@@ -127,7 +169,7 @@ def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
         root, devices, max_steps=3, accumulate_grad_batches=module.steps_per_rollout, callbacks=callbacks
     )
     trainer.fit(module, make_data(name, rows=ROWS, batch_size=BATCH // devices, val=4))
-    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
     return {"weights": weights, "start": start, "metrics": metrics.updates}
 
 
@@ -191,7 +233,7 @@ def run_resumed(folder: Path, root: Path) -> dict:
             root, 2, max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=list(callbacks)
         )
         trainer.fit(module, make_data("Reinforce", rows=ROWS, batch_size=4, val=4), ckpt_path=ckpt_path)
-        return {n: v.clone() for n, v in module.state_dict().items()}
+        return {n: whole(v).clone() for n, v in module.state_dict().items()}
 
     uninterrupted = fit([SaveCheckpoints(root)])
     differing = {}
@@ -274,7 +316,11 @@ def run_raising(folder: Path, root: Path) -> None:
 
 
 def main(folder: Path, root: Path) -> None:
-    runs = {case: functools.partial(run_case, case, folder, root, 2) for case in CASES}
+    cases = IN_STEP if strategy == "FSDP2 in step" else CASES
+    save_results({case: functools.partial(run_case, case, folder, root, 2) for case in cases}, root)
+    if cases is IN_STEP:
+        return
+    runs = {}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
     runs["validated"] = functools.partial(run_validated, folder, root, 2)
     runs["held out"] = functools.partial(run_held_out, folder, root, 2)
@@ -282,12 +328,17 @@ def main(folder: Path, root: Path) -> None:
     runs["warning"] = functools.partial(run_warning, folder, root)
     runs["missing checkpoint"] = functools.partial(run_missing_checkpoint, folder, root)
     runs["full disk"] = functools.partial(run_full_disk, folder, root)
+    save_results(runs, root)
+    run_raising(folder, root)
+
+
+def save_results(runs: dict, root: Path) -> None:
     for name, run in runs.items():
         result = run()
         if os.environ["LOCAL_RANK"] == "0":
             torch.save(result, root / f"{name}.pt")
-    run_raising(folder, root)
 
 
 if __name__ == "__main__":
+    strategy = sys.argv[3]
     main(Path(sys.argv[1]), Path(sys.argv[2]))

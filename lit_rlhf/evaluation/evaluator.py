@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +61,8 @@ class Evaluator:
         options: What else to measure.
         sampling: Options of sampling.
         seed: The run's seed, for the KL's samples.
+        together: Makes a context in which an error of one rank is raised on all. Rewards, judges and columns run in it,
+            since the other ranks would wait in the next pass of a sharded model.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class Evaluator:
         options: EvaluationOptions,
         sampling: Sampling,
         seed: int,
+        together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self.together = together
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.scorer, self.judge, self.options, self.seed = scorer, judge, options, seed
         self.greedy = dataclasses.replace(sampling, greedy=True)
@@ -110,7 +116,7 @@ class Evaluator:
         """Evaluate a batch of prompts."""
         completions = self.complete(prompts, state)
         texts = completion_texts(self.tokenizer, prompts, completions)
-        scores = score(self.scorer, self.tokenizer, prompts, completions, texts, state)
+        scores = self._score(self.scorer, prompts, completions, texts, state)
         totals, valid = scores.total()[:, 0], scores.valid[:, 0]
         kl = self.kl(prompts)
         self.moments["reward"].update(totals[valid])
@@ -133,7 +139,7 @@ class Evaluator:
             return self.policy.sample(prompts, 1, self.greedy)
         sampled = self.policy.sample(prompts, self.options.best_of, self.sampled, self.seed, VALIDATION_EPOCH)
         texts = completion_texts(self.tokenizer, prompts, sampled)
-        totals = score(self.scorer, self.tokenizer, prompts, sampled, texts, state).total()
+        totals = self._score(self.scorer, prompts, sampled, texts, state).total()
         best = totals.nan_to_num(-torch.inf).argmax(1)
         return sampled.map(lambda tensor: tensor[torch.arange(len(best), device=best.device), best].unsqueeze(1))
 
@@ -144,10 +150,17 @@ class Evaluator:
         k1 = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0]
         return k1 + F.best_of_kl(self.options.best_of)
 
+    def _score(
+        self, scorer: Scorer, prompts: Prompts, completions: Completions, texts: list[list[Text]], state: TrainerState
+    ) -> Scores:
+        with self.together():
+            return score(scorer, self.tokenizer, prompts, completions, texts, state)
+
     def _update_perplexity(self, perplexity: Perplexity, prompts: Prompts) -> None:
         assert self.options.preferred is not None
-        given = column_completions(self.tokenizer, prompts, self.options.preferred)[1]
-        check_lengths(self.policy.causal_lm.config, prompts, given, self.options.preferred)
+        with self.together():
+            given = column_completions(self.tokenizer, prompts, self.options.preferred)[1]
+            check_lengths(self.policy.causal_lm.config, prompts, given, self.options.preferred)
         perplexity.update(self.policy.logprobs(prompts, given), given.mask)
 
     def _keep_examples(
@@ -179,7 +192,7 @@ class Evaluator:
             own = totals
             if self.judge is not self.scorer:
                 nested = [[text] for text in texts]
-                own = score(self.judge, self.tokenizer, prompts, completions, nested, state).total()[:, 0]
+                own = self._score(self.judge, prompts, completions, nested, state).total()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
             opponents = self._cached(prompts, lambda: self._scored_opponents(prompts, state))
             theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
@@ -198,10 +211,11 @@ class Evaluator:
         opponents = self._cached(prompts, lambda: self._opponent_texts(prompts))
         pairs = [i for i, text in enumerate(opponents) if text is not None]
         wins, bias = torch.full((len(texts),), torch.nan, dtype=torch.float32), torch.zeros(0)
-        if pairs:
-            columns = {name: [column[i] for i in pairs] for name, column in prompts.columns.items()}
-            compared = ([prompts.text[i] for i in pairs], [texts[i] for i in pairs], [opponents[i] for i in pairs])
-            wins[pairs], bias = judge(*compared, columns, state)
+        columns = {name: [column[i] for i in pairs] for name, column in prompts.columns.items()}
+        compared = ([prompts.text[i] for i in pairs], [texts[i] for i in pairs], [opponents[i] for i in pairs])
+        with self.together():
+            if pairs:
+                wins[pairs], bias = judge(*compared, columns, state)
         self.moments["position_bias"].update(bias[~bias.isnan()])
         return wins
 
@@ -216,7 +230,7 @@ class Evaluator:
         """Return the opponent's completions and the judge's scores, NaN for a missing completion."""
         assert isinstance(self.judge, Scorer)
         texts, theirs = self._opponent(prompts)
-        totals = score(self.judge, self.tokenizer, prompts, theirs, [[text] for text in texts], state).total()[:, 0]
+        totals = self._score(self.judge, prompts, theirs, [[text] for text in texts], state).total()[:, 0]
         return list(zip(texts, totals.where(theirs.mask[:, 0].any(-1), torch.nan).tolist(), strict=True))
 
     def _opponent_texts(self, prompts: Prompts) -> list[Text | None]:
@@ -227,7 +241,8 @@ class Evaluator:
 
     def _opponent(self, prompts: Prompts) -> tuple[list[Text], Completions]:
         if self.options.compare_to != "policy":
-            return column_completions(self.tokenizer, prompts, self.options.compare_to)
+            with self.together():
+                return column_completions(self.tokenizer, prompts, self.options.compare_to)
         theirs = self.reference.sample(prompts, 1, self.greedy)
         return [row[0] for row in completion_texts(self.tokenizer, prompts, theirs)], theirs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -144,7 +145,8 @@ class OnlineHooks(CheckpointHooks):
         """Start an evaluation."""
         if self._evaluator is None:
             models = self.policy, self.reference, self.tokenizer, self.scorer, self.judge
-            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed)
+            together = functools.partial(raise_on_all_ranks, self.trainer)
+            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed, together)
         self._evaluator.start(self.updates_done)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:

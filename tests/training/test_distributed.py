@@ -1,8 +1,10 @@
 """Two processes equal one with twice the batch size: the same samples, updates and metrics."""
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,34 @@ import processes
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+def strategy(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, strategy):
     return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
-def completed_process(ending, root) -> subprocess.CompletedProcess:
+def completed_process(ending, root, strategy) -> subprocess.CompletedProcess:
+    return run_script(ending, root, strategy)
+
+
+@pytest.fixture(scope="module")
+def expected(ending, tmp_path_factory) -> Callable[[str], dict]:
+    """Return a function that gives the result of a case in one process."""
+    return functools.cache(lambda case: processes.run_case(case, ending, tmp_path_factory.mktemp("one"), devices=1))
+
+
+def run_script(folder: Path, root: Path, strategy: str) -> subprocess.CompletedProcess:
     """Run the script of all cases as a user would: one command, and the Trainer starts the second process.
 
     Its last run fails.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": str(processes.SEED)}
-    command = [sys.executable, processes.__file__, str(ending), str(root)]
+    command = [sys.executable, processes.__file__, str(folder), str(root), strategy]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=root)
 
 
@@ -37,8 +54,17 @@ def result(name: str, root: Path, completed_process: subprocess.CompletedProcess
 
 @pytest.mark.filterwarnings("ignore:a prompt without a reward")
 @pytest.mark.parametrize("case", processes.CASES)
-def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_process, root, ending, tmp_path):
-    expected, actual = processes.run_case(case, ending, tmp_path, devices=1), result(case, root, completed_process)
+def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_process, root, expected):
+    check_case(case, expected(case), result(case, root, completed_process))
+
+
+def test_two_processes_that_compute_in_step_equal_one(ending, expected, tmp_path):
+    completed_process = run_script(ending, tmp_path, "FSDP2 in step")
+    for case in processes.IN_STEP:
+        check_case(case, expected(case), result(case, tmp_path, completed_process))
+
+
+def check_case(case: str, expected: dict, actual: dict) -> None:
     largest_change = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert largest_change > 1e-2
     for name, weight in expected["weights"].items():
