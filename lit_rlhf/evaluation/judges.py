@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.rewards.base import RewardSpec
 from lit_rlhf.rewards.calls import call_all
 from lit_rlhf.rewards.messages import check_reads_messages
@@ -73,8 +74,8 @@ class SymmetricJudge:
         if isinstance(prompt, list):
             check_reads_messages(self._spec, prompt, columns, answers=("completions", "opponents"))
 
-    def setup(self, device: torch.device | str) -> None:
-        """Call the judge's `setup(device)`, once per device."""
+    def setup(self, device: torch.device | str, sharding: Sharding | None = None) -> None:
+        """Call the judge's `setup(device)`, once per device. A judge of pairs is not sharded."""
         self._spec.setup(device)
 
     def __call__(

@@ -48,6 +48,10 @@ class ModelForward:
         """Whether a pass takes all ranks together: the weights are sharded, and not gathered now."""
         return self.sharded is not None and not self.sharded.is_gathered
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Return a context in which this rank holds all weights. Enter it on all ranks."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.gathered()
+
     def without_gradient(self) -> AbstractContextManager[None]:
         """Return a context for passes without gradient; see `ShardedWeights`. Enter it on all ranks."""
         return contextlib.nullcontext() if self.sharded is None else self.sharded.without_gradient()

@@ -36,6 +36,11 @@ class Sharding:
     precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     gather: bool = True
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank."""
+        return self.mesh.get_local_rank() == 0
+
     def from_first(self, value: T) -> T:
         """Return the value of the first rank. Call it on all ranks."""
         values = [value]
@@ -70,7 +75,7 @@ class ShardedWeights:
         for method in methods:
             register_fsdp_forward_method(module, method)
         if empty:
-            scatter(module, first_ranks, sharding.mesh)
+            scatter(module, first_ranks, sharding)
         self.root: Any = module
         self.sharding = sharding
         self.is_gathered = False
@@ -130,15 +135,16 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def scatter(module: nn.Module, weights: dict[str, Tensor], mesh: DeviceMesh) -> None:
+def scatter(module: nn.Module, weights: dict[str, Tensor], sharding: Sharding) -> None:
     """Give every rank its shards of the weights, and the buffers, of the first rank.
 
     Args:
         module: The sharded module, on the other ranks without storage.
         weights: On the first rank the whole weights by name.
-        mesh: The ranks.
+        sharding: The ranks.
     """
-    group, device, first = mesh.get_group(), device_of(mesh), mesh.get_local_rank() == 0
+    mesh, first = sharding.mesh, sharding.is_first
+    group, device = mesh.get_group(), device_of(mesh)
     if not first:
         module.to_empty(device=device)
     for name, parameter in module.named_parameters():

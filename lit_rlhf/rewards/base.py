@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.rewards.guard import Guarded, ServiceError
 from lit_rlhf.rewards.outputs import read_numbers, read_token_rows
 from lit_rlhf.types import Text
@@ -158,11 +159,17 @@ class RewardSpec:
         """Return the weight after `step` updates."""
         return math.prod(weighted.weight_at(step) for weighted in self.weights)
 
-    def setup(self, device: torch.device | str) -> None:
-        """Call the reward's `setup(device)`, if it has one and the device has changed."""
+    def setup(self, device: torch.device | str, sharding: Sharding | None = None) -> None:
+        """Call the reward's `setup(device)`, if it has one and the device has changed.
+
+        Args:
+            device: The device.
+            sharding: How models are sharded over ranks, if they are; for a `setup` that takes it.
+        """
         new = [torch.device(device)]
         if self.ready_on != new and callable(setup := getattr(self.reward, "setup", None)):
-            setup(device)
+            sharded = sharding is not None and "sharding" in inspect.signature(setup).parameters
+            setup(device, **({"sharding": sharding} if sharded else {}))
         self.ready_on[:] = new
 
     def check(self, names: set[str]) -> None:

@@ -16,8 +16,9 @@ from lit_rlhf.models.classifiers import check_one_label, read_config
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
 from lit_rlhf.models.out_of_memory import FittingRows
-from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options
+from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options, without_weights
 from lit_rlhf.models.scalar import ScalarModel
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.tokenization import check_template_kwargs, encode_completion, encode_prompt
 from lit_rlhf.types import Prompts, Text
 
@@ -96,8 +97,12 @@ class RewardModel:
         """Leave out what `setup` loads, so that no checkpoint holds it."""
         return {**self.__dict__, "_scorer": None, "_tokenizer": None}
 
-    def setup(self, device: torch.device | str) -> None:
+    def setup(self, device: torch.device | str, sharding: Sharding | None = None) -> None:
         """Load tokenizer and weights on first use, and move them to `device`.
+
+        Args:
+            device: The device.
+            sharding: How to shard the weights over ranks. All ranks must then score equally often.
 
         Raises:
             ValueError: If the weights lack the head, or the tokenizer has more tokens than the model.
@@ -112,10 +117,13 @@ class RewardModel:
             if isinstance(self.pretrained, PreTrainedModel):
                 scorer = ScalarModel(self.pretrained, name, trained=False)
             else:
-                scorer = ScalarModel.from_pretrained(
-                    self.pretrained, name="reward model", trained=False, **self.load_options
-                )
+                with without_weights(sharding is not None and not sharding.is_first):
+                    scorer = ScalarModel.from_pretrained(
+                        self.pretrained, name="reward model", trained=False, **self.load_options
+                    )
             check_vocabulary(scorer.classifier, self._tokenizer)
+            if sharding is not None:
+                scorer.shard(sharding)
             self._scorer = scorer
         self._scorer.to(device).eval()
         self._scorer.probe()
@@ -151,7 +159,8 @@ class RewardModel:
             )
         rows = [self._encode(*row) for row in zip(prompts, starts, completions, finished, strict=True)]
         scores = torch.empty(len(rows), dtype=torch.float32)
-        with torch.autocast(self._scorer.model_forward.device.type, enabled=False):
+        forward = self._scorer.model_forward
+        with torch.autocast(forward.device.type, enabled=False), forward.gathered():
             if (shared := self._shared_batches(rows, self.batch_size)) is not None:
                 for batch in shared:
                     scores[batch] = self._in_parts(self._shared_scores, [rows[i] for i in batch])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.local_warnings import warn_locally
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.rewards.base import REWARD_ARGUMENTS, RewardSpec, own_copy
 from lit_rlhf.rewards.calls import call_all
 from lit_rlhf.rewards.hidden_tokens import find_hidden_tokens
@@ -141,10 +142,15 @@ class Scorer:
                 "special_tokens = True on a reward that looks for them"
             )
 
-    def setup(self, device: torch.device | str) -> None:
-        """Call the `setup(device)` of the rewards, which loads models; once per device, before the first use."""
+    def setup(self, device: torch.device | str, sharding: Sharding | None = None) -> None:
+        """Call the `setup` of the rewards, which loads models; once per device, before the first use.
+
+        Args:
+            device: The device.
+            sharding: How models are sharded over ranks, if they are.
+        """
         for spec in self._specs:
-            spec.setup(device)
+            spec.setup(device, sharding)
 
     def __call__(
         self,

@@ -84,8 +84,9 @@ def check_processes(strategy: Strategy, world_size: int, devices: int, nodes: in
     """Check that the processes train one model together.
 
     Raises:
-        ValueError: If the strategy is neither a single device nor DDP, if it forks or spawns, or if a launcher such as
-            torchrun started another number of processes than the Trainer knows: each would run alone, in one folder.
+        ValueError: If the strategy is neither a single device nor DDP nor FSDP2, if it forks or spawns, or if a
+            launcher such as torchrun started another number of processes than the Trainer knows: each would run alone,
+            in one folder.
     """
     others = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy) or isinstance(strategy, others):

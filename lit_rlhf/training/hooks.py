@@ -99,8 +99,9 @@ class OnlineHooks(CheckpointHooks):
         """Move models outside the module tree to the device, and check what needs the loaded models."""
         self.policy.probe()
         self.reference.to(self.device, next(self.policy.parameters()).dtype)
-        self.scorer.setup(self.device)
-        self.judge.setup(self.device)
+        sharding = getattr(self.trainer.strategy, "sharding", None)
+        self.scorer.setup(self.device, sharding)
+        self.judge.setup(self.device, sharding)
 
     def on_fit_start(self) -> None:
         """Set up the models."""

@@ -38,8 +38,8 @@ class ShardingHooks(CheckpointHooks):
         """Hold all weights on every rank within this context, if they are sharded. Enter it on all ranks."""
         with contextlib.ExitStack() as stack:
             for module in self.children():
-                if isinstance(module, Policy | ScalarModel) and module.model_forward.sharded is not None:
-                    stack.enter_context(module.model_forward.sharded.gathered())
+                if isinstance(module, Policy | ScalarModel):
+                    stack.enter_context(module.model_forward.gathered())
             yield
 
     def gathered_weights(self) -> dict[str, Tensor] | None:

@@ -50,6 +50,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.gather = gather
+        self.sharding: Sharding | None = None
 
     def setup_environment(self) -> None:
         """Start the processes; all of them split the weights, and each has data of its own."""
@@ -74,7 +75,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "sampling.batch_size splits a rollout on each rank apart, and with gather=false all ranks sample in "
                 "step: lower data.batch_size instead"
             )
-        algorithm.shard_models(Sharding(self.device_mesh["data_parallel"], self._precision(), self.gather))
+        self.sharding = Sharding(self.device_mesh["data_parallel"], self._precision(), self.gather)
+        algorithm.shard_models(self.sharding)
         check_sharded(algorithm.named_parameters())
         super().setup(trainer)
 

@@ -1,0 +1,82 @@
+"""Sharded models: what is refused, and runs of the command line with two processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import lit_rlhf
+from commands import write_workspace
+from lit_rlhf.cli import main
+from lit_rlhf.cli.config_files import expand_configs
+from lit_rlhf.training.checks import check_processes
+from lit_rlhf.training.strategies import FSDP2Strategy, check_sharded
+from runs import make_module, make_trainer
+
+LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
+
+
+def test_a_parameter_that_is_not_sharded_is_refused():
+    layer = nn.Linear(2, 1)
+    layer.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'weight' \(1 in all\) is trainable but not sharded, .* use .*ddp"):
+        check_sharded(layer.named_parameters())
+
+
+def test_fsdp2_has_a_short_name_and_options():
+    assert isinstance(make_trainer(".", strategy="fsdp2", devices=2).strategy, FSDP2Strategy)
+    args = ["fit", "--trainer.strategy", "fsdp2", "--trainer.strategy.gather", "false"]
+    assert expand_configs(args)[2] == "FSDP2Strategy"
+    assert expand_configs(args[:3]) == args[:3]
+    assert expand_configs(["fit", "--trainer.strategy=ddp", "--trainer.strategy.timeout=0:10:00"])[1] == (
+        "--trainer.strategy=DDPStrategy"
+    )
+
+
+def test_fsdp2_is_allowed():
+    check_processes(FSDP2Strategy(), world_size=2, devices=2, nodes=1)
+
+
+def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
+    """Train in the workspace with two processes and sharded models, and return the exported weights."""
+    common = [
+        "--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=4", "--model.rewards=[mine.words]",
+        "--model.sampling.max_new_tokens=4", "--data.batch_size=2", "--model.optimizer.lr=0.01",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=fsdp2",
+        "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={root}", "--ckpt_path=last",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(folder), *sys.path])
+    command = [sys.executable, "-m", "lit_rlhf", "fit", "--config=rloo", *common, *options]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--model.lora=null", "--model.updates.num_minibatches=2"], pytest.param([LORA], marks=pytest.mark.slow)],
+    ids=["all weights", "LoRA"],
+)
+def test_a_run_resumes_bitwise_and_exports_from_one_file(options, tmp_path):
+    write_workspace(tmp_path)
+    whole = run(tmp_path, "whole", *options, "--trainer.max_steps=4")
+    run(tmp_path, "parts", *options, "--trainer.max_steps=2")
+    resumed = run(tmp_path, "parts", *options, "--trainer.max_steps=4")
+    assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
+    checkpoint = str(tmp_path / "whole" / "version_0" / "checkpoints" / "last.ckpt")
+    main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "exported")])
+    exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
+    assert exported.keys() == whole.keys()
+    assert [name for name, value in whole.items() if not torch.equal(value, exported[name])] == []
+
+
+def test_splitting_sampling_is_refused_where_all_ranks_sample_in_step(tiny):
+    strategy = FSDP2Strategy(gather=False)
+    strategy._lightning_module = make_module("RLOO", tiny, sampling=lit_rlhf.Sampling(max_new_tokens=4, batch_size=2))
+    with pytest.raises(ValueError, match=r"sampling.batch_size .* gather=false .* lower data.batch_size"):
+        strategy.setup(None)
