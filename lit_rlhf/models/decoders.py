@@ -102,7 +102,7 @@ class CachedDecoder:
 
 
 class InStepDecoder:
-    """A decoder whose passes take all ranks in step: a rank whose rows have ended goes on until all have."""
+    """A decoder whose passes take all ranks in step: a rank whose rows have ended continues until all have."""
 
     def __init__(self, decoder: CachedDecoder | PlainDecoder, forward: ModelForward, sharding: Sharding) -> None:
         self.decoder, self.forward, self.sharding = decoder, forward, sharding
@@ -114,7 +114,7 @@ class InStepDecoder:
         return self.decoder.step(tokens)
 
     def wait(self) -> None:
-        """Make passes, of no use, until all ranks wait."""
+        """Make passes whose result is not used, until all ranks wait."""
         row = torch.zeros(1, 1, dtype=torch.long, device=self.forward.device)
         while self.sharding.any_rank(False):
             self.forward(row, torch.ones_like(row, dtype=torch.bool), row, None, keep=1)

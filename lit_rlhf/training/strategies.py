@@ -53,7 +53,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.sharding: Sharding | None = None
 
     def setup_environment(self) -> None:
-        """Start the processes; all of them split the weights, and each has data of its own."""
+        """Start the processes; all of them share the weights, and each has its own data."""
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 

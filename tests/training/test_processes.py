@@ -29,9 +29,7 @@ def check(kind, world_size=1, devices=1, nodes=1):
     "kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceXLAStrategy, XLAStrategy]
 )
 def test_strategy_that_shards_or_compiles_is_refused(kind):
-    with pytest.raises(
-        ValueError, match=rf"strategy {kind.__name__} is not supported: .* use --trainer.strategy fsdp2"
-    ):
+    with pytest.raises(ValueError, match=rf"strategy {kind.__name__} is not supported: use --trainer.strategy fsdp2"):
         check(kind)
 
 
