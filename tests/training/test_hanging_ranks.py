@@ -106,11 +106,11 @@ def run(tmp_path):
 
 
 def test_a_reward_that_hangs_on_one_process_ends_all_after_the_timeout(run):
-    started = run("sleeps", hangs=1, shorter=100)
+    started = run("sleeps", hangs=1, shorter=15)
     started.wait_until_it_hangs()
-    errors = started.end(seconds=20)
+    errors = started.end(seconds=40)
     assert started.launcher.returncode == 1, errors
-    assert "not finished within 3 s of the other processes (the timeout of trainer.strategy)" in errors
+    assert "not finished within 20 s of the other processes (the timeout of trainer.strategy)" in errors
     assert "waited for the reward 'sleeps'" in errors and "Traceback" not in errors
     assert started.saved_step() == 2
 
@@ -136,11 +136,11 @@ def test_a_process_whose_launcher_is_killed_ends(run):
 
 @pytest.mark.slow
 def test_a_process_that_cannot_be_interrupted_is_ended(run):
-    started = run("holds_interpreter", hangs=1, shorter=100)
+    started = run("holds_interpreter", hangs=1, shorter=15)
     started.wait_until_it_hangs()
-    errors = started.end(seconds=20)
+    errors = started.end(seconds=40)
     assert started.launcher.returncode not in (0, None)
-    assert "did not finish within 3 s of this one" in errors and "Traceback" not in errors
+    assert "did not finish within 20 s of this one" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow
