@@ -299,10 +299,10 @@ def run_full_disk(folder: Path, root: Path) -> dict:
     keeper = lit_rlhf.callbacks.PolicyCheckpoint(monitor="val/loss", mode="min")
     module = make_module("SFT", folder)
 
-    def save_model(folder):
+    def save_model(*args):
         raise OSError(28, "No space left on device")
 
-    module.save_model = save_model
+    module.save_model = module.rebuild_model = save_model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = make_distributed_trainer(root, 2, max_steps=1, callbacks=[keeper], enable_checkpointing=True)

@@ -79,4 +79,4 @@ def test_splitting_sampling_is_refused_where_all_ranks_sample_in_step(tiny):
     strategy = FSDP2Strategy(gather=False)
     strategy._lightning_module = make_module("RLOO", tiny, sampling=lit_rlhf.Sampling(max_new_tokens=4, batch_size=2))
     with pytest.raises(ValueError, match=r"sampling.batch_size .* gather=false .* lower data.batch_size"):
-        strategy.setup(None)
+        strategy.setup(make_trainer("."))
