@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.pretrained import without_weights
 from lit_rlhf.models.sharding import Sharding, sharded_like, whole
+from lit_rlhf.training.checkpoint_files import check_file, check_on_all_ranks, read_checkpoint
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -87,24 +87,38 @@ class FSDP2Strategy(ModelParallelStrategy):
         return MixedPrecisionPolicy()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return all weights, on the CPU of rank 0; empty on the other ranks. Call it on all ranks."""
-        assert self.model is not None
-        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        """Return the weights that a checkpoint holds, on the CPU of rank 0; nothing on others. Call it on all ranks."""
+        algorithm: Any = self.lightning_module
+        return self._on_rank_zero(algorithm.saved_weights(algorithm.state_dict()))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimizer as without sharding, on the CPU of rank 0. Call it on all ranks."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         state = optimizer.state_dict()
-        gathered: dict[Any, dict[str, Any]] = {}
-        for key, values in state["state"].items():
-            full = {n: whole(v).cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return {**state, "state": {key: self._on_rank_zero(values) for key, values in state["state"].items()}}
+
+    def _on_rank_zero(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values with whole tensors on the CPU of rank 0, one after another; nothing on other ranks."""
+        gathered = {}
+        for name, value in values.items():
+            full = whole(value) if isinstance(value, Tensor) else value
             if self.is_global_zero:
-                gathered[key] = full
-        return {**state, "state": gathered}
+                gathered[name] = full.cpu() if isinstance(full, Tensor) else full
+        return gathered
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; the hooks of Lightning load its weights and optimizer states."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Map a checkpoint into memory, of which every rank then copies its shards; rank 0 checks every byte."""
+        path = Path(checkpoint_path)
+        check_on_all_ranks(path)
+        damage = None
+        if self.is_global_zero:
+            try:
+                check_file(path)
+            except InputError as error:
+                damage = str(error)
+        if damage := self.broadcast(damage):
+            raise InputError(damage)
+        return read_checkpoint(path, weights_only=weights_only is not False, mmap=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this rank's shards of the weights of a checkpoint."""
