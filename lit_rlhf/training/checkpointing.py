@@ -23,6 +23,7 @@ from lit_rlhf.training.resume import (
     UpdateStart,
     check_identity,
     check_weights,
+    count_begun_epoch,
     fix_loop_progress,
     keep_patience,
     load_progress,
@@ -149,6 +150,7 @@ class CheckpointHooks(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start an update: free the last gradients, which would add to the memory of the forward pass."""
+        count_begun_epoch(self.trainer.fit_loop.epoch_progress)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad(set_to_none=True)
             self._before_update = UpdateStart(

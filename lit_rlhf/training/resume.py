@@ -220,6 +220,18 @@ def fix_loop_progress(fit_loop: dict[str, Any]) -> None:
         progress["completed"] = progress["processed"]
 
 
+def count_begun_epoch(epochs: Any) -> None:
+    """Count the epoch of the batch that starts as begun.
+
+    Lightning forgets that where a run resumes after the last batch of the epoch before: its next checkpoint would seem
+    to be of a complete epoch.
+    """
+    for progress in (epochs.current, epochs.total):
+        if progress.ready == progress.processed:
+            progress.ready += 1
+            progress.started += 1
+
+
 def rescale_progress(fit_loop: dict[str, Any], before: int, now: int) -> None:
     """Convert the step count of the epoch to another number of steps per rollout, between two rollouts.
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from commands import write_workspace
+from lit_rlhf.training.checkpoint_files import read_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 UPDATES, KILLS = 24, 3
@@ -59,12 +60,22 @@ def start(options: list[str], root: str, folder: Path) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def training_started(root: Path, process: subprocess.Popen) -> bool:
-    """Wait until this process has made the folder of its run, or has ended."""
-    before = set(root.glob("version_*"))
-    while process.poll() is None and set(root.glob("version_*")) == before:
+def updates_saved(root: Path) -> int:
+    """Return the number of updates of the newest checkpoint."""
+    paths = root.glob("version_*/checkpoints/last.ckpt")
+    return max((read_checkpoint(path, mmap=True)["global_step"] for path in paths), default=0)
+
+
+def kill_after(updates: int, process: subprocess.Popen, root: Path, delay: float) -> bool:
+    """Kill a run a moment after it has saved so many updates; return False if it has ended before that."""
+    while process.poll() is None and updates_saved(root) < updates:
         time.sleep(0.02)
-    return process.poll() is None
+    time.sleep(delay)
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -79,23 +90,12 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, name):
     write_workspace(tmp_path)
     rng = random.Random(name)
-    whole = start(RUNS[name], "whole", tmp_path)
-    assert training_started(tmp_path / "whole", whole)
-    begun = time.monotonic()
-    finish(whole, tmp_path / "whole.log")
-    seconds = time.monotonic() - begun
+    finish(start(RUNS[name], "whole", tmp_path), tmp_path / "whole.log")
 
     kills = 0
-    while kills < KILLS:
-        killed = start(RUNS[name], "killed", tmp_path)
-        if not training_started(tmp_path / "killed", killed):
-            break
-        time.sleep(rng.uniform(0, 0.6 * seconds))
-        if killed.poll() is not None:
-            break
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait()
-        kills += 1
+    for updates in sorted(rng.sample(range(1, UPDATES - 3), KILLS)):
+        process = start(RUNS[name], "killed", tmp_path)
+        kills += kill_after(updates, process, tmp_path / "killed", delay=rng.uniform(0, 0.1))
     finish(start(RUNS[name], "killed", tmp_path), tmp_path / "killed.log")
 
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")

@@ -34,7 +34,8 @@ class SaveEverywhere(Callback):
 
 def run(name, folder, root, ckpt_path=None, callbacks=(), data=None, trainer=None, **options):
     options.setdefault("lr_scheduler", lambda optimizer: lit_rlhf.Warmup(optimizer, warmup=4, decay="cosine"))
-    runner = make_trainer(root, callbacks=list(callbacks), max_epochs=2, gradient_clip_val=0.5, **(trainer or {}))
+    settings = {"max_epochs": 2, "gradient_clip_val": 0.5, **(trainer or {})}
+    runner = make_trainer(root, callbacks=list(callbacks), **settings)
     torch.manual_seed(0)  # initialization of the reward model's head
     runner.fit(make_module(name, folder, **options), make_data(name, **(data or {})), ckpt_path=ckpt_path)
     return training_state(runner)
@@ -252,3 +253,15 @@ def test_fields_added_to_a_rollout_are_split_and_resumed(tiny, tmp_path):
     assert torch.equal(features, torch.arange(640.0).view(4, 4, 40)[2:, 2:])
     second = train(ckpt_path=tmp_path / "0-01.ckpt")
     assert len(second) == 2 and all(torch.equal(a, b) for a, b in zip(second[1], seen[3], strict=True))
+
+
+@pytest.mark.parametrize(("name", "options"), [("RLOO", {}), ("SFT", {}), ("RLOO", {"num_minibatches": 2})])
+def test_a_run_that_was_resumed_at_the_end_of_an_epoch_resumes_again(name, options, tiny, tmp_path):
+    whole, once = tmp_path / "whole", tmp_path / "once"
+    options = {**options, "trainer": {"max_epochs": 3}}
+    expected = run(name, tiny, tmp_path, callbacks=[SaveEverywhere(whole)], **options)
+    last_of_epoch = max(whole.glob("0-*.ckpt"))
+    run(name, tiny, tmp_path, ckpt_path=last_of_epoch, callbacks=[SaveEverywhere(once)], **options)
+    for epoch in (1, 2):
+        resumed = run(name, tiny, tmp_path, ckpt_path=min(once.glob(f"{epoch}-*.ckpt")), **options)
+        assert differing_tensors(expected, resumed) == []
