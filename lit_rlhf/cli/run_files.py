@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import os
 from pathlib import Path
@@ -35,33 +37,42 @@ class MetricsLogger(CSVLogger):
 
 
 class EventsLogger(TensorBoardLogger):
-    """Lightning's TensorBoard logger, which stops with a warning where the disk is full."""
+    """Lightning's TensorBoard logger, which stops with a warning where its file can't be written."""
 
-    _failed = False
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log numbers."""
-        self._attempt(super().log_metrics, metrics, step)
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; whoever writes through it, a full disk ends the events and not the run."""
+        writer = super().experiment
+        file = self._experiment and self._experiment.file_writer  # None on other ranks, and after the end of a run
+        if file is not None and not isinstance(file.event_writer, _SurvivingWriter):
+            file.event_writer = _SurvivingWriter(file.event_writer)
+        return writer
 
     def save(self) -> None:
-        """Flush to the disk."""
-        self._attempt(super().save)
+        """Flush to the disk and write `hparams.yaml`."""
+        with contextlib.suppress(OSError):  # the writer has warned
+            super().save()
 
-    def finalize(self, status: str) -> None:
-        """Close the file."""
-        self._attempt(super().finalize, status)
 
-    def _attempt(self, call: Any, *args: Any) -> None:
+class _SurvivingWriter:
+    """An `EventFileWriter` that warns once of a disk that can't be written, and ignores all that follows."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._writer, name)
+        return functools.partial(self._attempt, value) if callable(value) else value
+
+    def _attempt(self, call: Any, *args: Any) -> Any:
         if self._failed:
-            return
+            return None
         try:
-            call(*args)
-        except (OSError, ValueError) as error:  # Lightning's own code wraps what the writer raises
-            cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-            if not isinstance(cause, OSError):
-                raise
+            return call(*args)
+        except OSError as error:
             self._failed = True
-            rank_zero_warn(f"TensorBoard's events can't be written ({cause.strerror}); training continues")
+            rank_zero_warn(f"TensorBoard's events can't be written ({error.strerror}); training continues")
 
 
 def place_loggers(config: Any, root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from commands import fit
 from lit_rlhf.callbacks import checkpoint
 from lit_rlhf.cli import main
 from lit_rlhf.cli.checkpoints import resolve_checkpoint
+from lit_rlhf.cli.run_files import EventsLogger
 from lit_rlhf.errors import InputError
 from lit_rlhf.training.files import claim_folder, is_removed, remove_leftovers
 
@@ -196,6 +198,25 @@ def test_a_run_whose_folder_is_removed_ends_with_a_sentence(workspace, capsys):
     assert stopped.value.code == 1
     assert "the folder of this run, 'here/version_0', was removed or moved" in capsys.readouterr().err
     assert Path("here/version_0/checkpoints/last.ckpt").is_file()  # nothing is lost
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_that_cannot_be_written_end_no_run(tmp_path):
+    """Whoever writes through the logger: its metrics, a callback's text, or the end of the run."""
+    logger = EventsLogger(tmp_path, name="", version="run")
+    logger.experiment.add_text("samples", "first", 0)
+    logger.save()
+    shutil.rmtree(tmp_path / "run")
+    logger.experiment.add_text("samples", "lost", 1)
+    thread = logger.experiment.file_writer.event_writer._async_writer._worker
+    with pytest.warns(UserWarning, match=r"events can't be written \(No such file or directory\)") as caught:
+        while not caught.list:  # the thread of the writer notices it
+            thread.join(0.01)
+            logger.experiment.add_text("samples", "lost", 2)
+        logger.log_metrics({"reward": 1.0}, 3)
+        logger.experiment.add_histogram("rewards", torch.arange(3.0), 3)
+        logger.finalize("success")
+    assert len(caught) == 1
 
 
 def test_a_clock_that_is_set_back_hides_no_checkpoint(workspace, monkeypatch):
