@@ -43,7 +43,7 @@ class EventsLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         """TensorBoard's writer; whoever writes through it, a full disk ends the events and not the run."""
         writer = super().experiment
-        file = self._experiment and self._experiment.file_writer  # None on other ranks, and after the end of a run
+        file: Any = self._experiment and self._experiment.file_writer  # None on other ranks, and after the end of a run
         if file is not None and not isinstance(file.event_writer, _SurvivingWriter):
             file.event_writer = _SurvivingWriter(file.event_writer)
         return writer
