@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -95,10 +96,22 @@ def peers(trainer: Trainer) -> Peers:
         torch.distributed.all_gather_object(found, (*own, os.getpid()), group=group)
         pids = tuple(pid for *machine, pid in found if tuple(machine) == own and pid != os.getpid())
         _peers[trainer] = Peers(group, pids, timeout.total_seconds())
+        atexit.register(_leave)
         if os.getppid() in pids:
             atexit.register(_end_after, os.getppid())
             threading.Thread(target=_end_without, args=(ref(trainer), os.getppid()), daemon=True).start()
     return _peers[trainer]
+
+
+def _leave() -> None:
+    """Destroy the process groups, and so end their threads: one that still works while Python ends aborts the process.
+
+    Lightning does so for NCCL alone.
+    """
+    _peers.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()  # a group lives as long as a sharded model or DDP's wrapper that refers to it
 
 
 def send_signal(pids: Iterable[int], number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -56,6 +57,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Start the processes; all of them share the weights, and each has its own data."""
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
+        # torch caches the mesh with sharded operations, and so keeps its process groups alive
+        atexit.register(getattr(self.device_mesh, "_pg_registry", {}).clear)
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:

@@ -17,6 +17,13 @@ from lit_rlhf.training.checks import check_processes
 from lit_rlhf.training.strategies import FSDP2Strategy, check_sharded
 from runs import make_module, make_trainer
 
+AT_EXIT = """
+import atexit, pathlib, sys
+def say_threads():
+    names = {path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")}
+    print("THREADS AT EXIT", names, file=sys.stderr)
+atexit.register(say_threads)
+"""
 LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
 
 
@@ -54,6 +61,8 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("THREADS AT EXIT") == 2
+    assert "gloo_" not in finished.stderr, "threads of a process group can abort Python while it ends"
     return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
 
 
@@ -64,6 +73,8 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
 )
 def test_a_run_resumes_bitwise_and_exports_from_one_file(options, tmp_path):
     write_workspace(tmp_path)
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write(AT_EXIT)
     whole = run(tmp_path, "whole", *options, "--trainer.max_steps=4")
     run(tmp_path, "parts", *options, "--trainer.max_steps=2")
     resumed = run(tmp_path, "parts", *options, "--trainer.max_steps=4")
