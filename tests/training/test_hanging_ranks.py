@@ -18,7 +18,7 @@ import ctypes, os, signal, time
 def here(trainer_state):
     rank = os.environ["LOCAL_RANK"]
     if trainer_state.global_step == 2:
-        print("PROCESS", rank, os.getpid(), flush=True)
+        os.write(1, f"PROCESS {rank} {os.getpid()}\\n".encode())  # whole, where both write at once
     return trainer_state.global_step == 2 and rank == os.environ["HANGS"]
 
 def sleeps(completions, trainer_state, **kwargs):
@@ -67,9 +67,10 @@ class Run:
         path = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
         environment = {**os.environ, "PYTHONPATH": path, "HANGS": str(hangs), "OMP_NUM_THREADS": "1"}
         options = dict(cwd=folder, env=environment, text=True)
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.folder = folder
-        self.launcher = subprocess.Popen([sys.executable, "run.py"], **pipes, **options)
+        self.folder, self.errors = folder, folder / "errors.txt"  # a pipe that nobody reads fills and stops the run
+        with self.errors.open("w") as errors:
+            pipes = dict(stdout=subprocess.PIPE, stderr=errors)
+            self.launcher = subprocess.Popen([sys.executable, "run.py"], **pipes, **options)
 
     def wait_until_it_hangs(self) -> dict[int, int]:
         """Return the process ids, by rank."""
@@ -78,12 +79,13 @@ class Run:
             found |= {int(rank): int(pid) for rank, pid in re.findall(r"PROCESS (\d) (\d+)", line)}
             if len(found) == 2:
                 return found
-        raise AssertionError(self.launcher.stderr.read()[-3000:])
+        raise AssertionError(self.errors.read_text()[-3000:])
 
     def end(self, seconds: float) -> str:
-        """Wait for the end of both processes, which both hold the pipe of the errors; return what they wrote there."""
+        """Wait for the end of both processes, which both hold the pipe of the output; return their errors."""
         start = time.monotonic()
-        _, errors = self.launcher.communicate(timeout=90)
+        self.launcher.communicate(timeout=90)
+        errors = self.errors.read_text()
         assert time.monotonic() - start < seconds, errors
         return errors
 
@@ -103,6 +105,8 @@ def run(tmp_path):
     for started in runs:
         with contextlib.suppress(OSError):
             started.launcher.kill()
+        started.launcher.stdout.close()
+        print(started.errors.read_text()[-3000:])
 
 
 def test_a_reward_that_hangs_on_one_process_ends_all_after_the_timeout(run):
