@@ -20,7 +20,7 @@ from lit_rlhf.callbacks.utils import (
     run_folder,
     survive_full_disk,
 )
-from lit_rlhf.errors import InputError
+from lit_rlhf.errors import InputError, counted
 from lit_rlhf.types import Rollout
 
 COLUMNS = ["step", "epoch", "split", "prompt", "completion", "reward", "component_rewards", "kl", "length", "finished"]
@@ -66,7 +66,7 @@ class SampleLogger(RolloutCallback):
         samples = rollout_samples(rollout, pl_module.tokenizer, self.num_samples)
         rows = self._log(trainer, pl_module, "train", samples)
         if self.to_terminal:
-            get_console().print(_table(rows, f"samples after {trainer.global_step} updates"))
+            get_console().print(_table(rows, f"samples after {counted(trainer.global_step, 'update')}"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the completions of the held-out prompts."""

@@ -16,6 +16,7 @@ from lit_rlhf.callbacks.checkpoint import PolicyCheckpoint
 from lit_rlhf.callbacks.growing_batch import GrowingBatch
 from lit_rlhf.callbacks.samples import as_text
 from lit_rlhf.callbacks.utils import format_number, run_folder, scalar_metrics, validated_in_fit
+from lit_rlhf.errors import counted
 from lit_rlhf.training.plan import Plan, cpu_advice
 
 ROWS = {
@@ -147,7 +148,7 @@ def _label(name: str, judge: str) -> str:
 
 
 def _when(step: int) -> str:
-    return "before" if step == 0 else f"after {step} updates"
+    return "before" if step == 0 else f"after {counted(step, 'update')}"
 
 
 def _print_examples(console: Console, first: dict[str, Any], last: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ __all__ = [
     "InputTypeError",
     "MissingPackageError",
     "brief",
+    "counted",
     "input_error",
 ]
 
@@ -32,6 +33,11 @@ def brief(value: Any) -> str:
     """Return the `repr` of a value for a message, on one line and shortened to 100 characters."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
 
 
 def input_error(error: BaseException) -> InputError | None:

@@ -90,6 +90,7 @@ class Prompts(Record):
         text: The prompts as rewards see them: strings, or lists of messages.
         columns: Every other column of the data set, one list entry per prompt.
         template_kwargs: Arguments of the chat template for each row; empty if there are none.
+        parse_special_tokens: Whether special tokens in plain strings are encoded as such, not as text.
     """
 
     tokens: Int[Tensor, "prompts context"]
@@ -98,6 +99,7 @@ class Prompts(Record):
     text: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     template_kwargs: list[dict[str, Any]] = field(default_factory=list)
+    parse_special_tokens: bool = True
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -37,6 +37,7 @@ def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Prompts:
         text=[row.example.prompt for row in rows],
         columns={name: [row.example.columns[name] for row in rows] for name in rows[0].example.columns},
         template_kwargs=[row.example.template_kwargs for row in rows],
+        parse_special_tokens=rows[0].parse_special_tokens,
     )
 
 

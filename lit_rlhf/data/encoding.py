@@ -32,6 +32,7 @@ class Encoded:
     """Token ids of an example, with the row index in its data source.
 
     `learned` is 1 at the tokens of each completion that an assistant wrote, and 0 at others; empty if there are none.
+    `parse_special_tokens` says whether special tokens in plain strings were encoded as such.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Encoded:
     prompt: Ids
     completions: tuple[Ids, ...]
     learned: tuple[Ids, ...] = ()
+    parse_special_tokens: bool = True
 
 
 class EncodedRows(Sequence[Encoded]):
@@ -226,6 +228,7 @@ class Encoder:
         row = Encoded(index, example, _ids(prompt), tuple(_ids(turn.ids) for turn in turns))
         if any(turn.learned for turn in turns):
             row = dataclasses.replace(row, learned=tuple(learned))
+        row = dataclasses.replace(row, parse_special_tokens=self.parse_special_tokens)
         return row, any(turn.rebuilt for turn in turns)
 
     def _left_out(self, example: Example) -> str | None:

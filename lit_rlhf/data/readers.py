@@ -65,6 +65,8 @@ def read_file(path: Path) -> list[Row] | datasets.Dataset:
         ValueError: If the file can't be read. Names the file and, for text, the line.
     """
     kind, name = kind_of(path), repr(str(path))
+    if path.exists() and not path.is_file():
+        raise InputError(f"{name} is no file but a pipe, a device or a folder: write the rows to a file, and give that")
     if kind is None:
         raise InputError(f"{name} has no supported file type: use {', '.join(KINDS)}, compressed or not")
     try:

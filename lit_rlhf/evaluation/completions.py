@@ -53,7 +53,9 @@ def column_completions(
     ids = []
     for row, prompt, text, options in zip(prompts.index.tolist(), prompts.text, texts, template_kwargs, strict=True):
         try:
-            ids.append(encode_completion(tokenizer, prompt, text, template_kwargs=options) or [0])
+            parse = prompts.parse_special_tokens
+            encoded = encode_completion(tokenizer, prompt, text, template_kwargs=options, parse_special_tokens=parse)
+            ids.append(encoded or [0])
         except InputError as error:
             raise InputError(f"row {row}, column {column!r}: {error}") from error
     rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)

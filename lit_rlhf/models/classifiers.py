@@ -26,8 +26,8 @@ def read_config(source: str | Path, name: str, **options: Any) -> PreTrainedConf
     folder = Path(resolve(source), options.get("subfolder") or "")
     if is_adapter(resolve(source), **options) and not (folder / "config.json").is_file():
         raise InputError(
-            f"{name} is an adapter: merge it first, with "
-            "lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge true"
+            f"{name} is an adapter: merge it first, with lit-rlhf export --ckpt_path last.ckpt --out FOLDER --merge "
+            "true, or without the checkpoint of its run with merge_and_unload of PEFT"
         )
     config = load_config(source, name, **options)
     if is_classifier(config):

@@ -68,7 +68,10 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"model type `(\S+)` but Transformers does not recognize", text):
         return f"this version of transformers does not know its model_type {match[1]!r}: install a newer one"
     if match := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>.* AutoModel: (\w+)", text):
-        return f"transformers has no {match[2]} for a {match[1]}"
+        if match[2] == "AutoModelForCausalLM":
+            advice = "give a decoder-only language model; of a vision model that is the text model of its family"
+            return f"transformers has no {match[2]} for a {match[1]}: {advice}"
+        return f"transformers has no {match[2]} for a {match[1]}: give a model of another family"
     if match := re.search(r"unexpected keyword argument '(\w+)'", text):
         return f"`load` has no option {match[1]!r}: its options are those of from_pretrained"
     if SafetensorError in kinds:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_rlhf.errors import InputError, InputFileNotFoundError
+from lit_rlhf.errors import InputError, InputFileNotFoundError, counted
 from lit_rlhf.training.checkpoint_files import PARTIAL, check_file, read_checkpoint
 
 PLACES = ("version_*/checkpoints", "lightning_logs/version_*/checkpoints", "checkpoints")
@@ -42,7 +42,7 @@ def find_checkpoint(given: str, root: Path, may_be_missing: bool = False) -> Pat
         raise InputFileNotFoundError(f"--ckpt_path {given}: there is no checkpoint in {str(root)!r}")
     if given == "best":
         _check_best(content, newest)
-    rank_zero_info(f"--ckpt_path {given}: {newest}, saved after {content['global_step']} updates")
+    rank_zero_info(f"--ckpt_path {given}: {newest}, saved after {counted(content['global_step'], 'update')}")
     return newest
 
 

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_rlhf.errors import counted
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,24 +43,24 @@ class Plan:
     def lines(self) -> dict[str, str]:
         """Return the lines of the block, by label."""
         trained = {"trained": f"{self.trained:,} of {self.weights:,} weights"} if self.weights else {}
-        updates = f"{self.updates:,.0f} updates" if math.isfinite(self.updates) else "updates until the time is over"
+        updates = counted(self.updates, "update") if math.isfinite(self.updates) else "updates until the time is over"
         updates += f", of which {self.done:,} are done" if self.done else ""
         if not self.num_samples:
-            rows = f"{self.rows * self.accumulate:,} rows" if self.rows else "rows of your loader"
+            rows = counted(self.rows * self.accumulate, "row") if self.rows else "rows of your loader"
             return {**trained, "each update": rows, "this run": updates}
         completions = self.rows * self.num_samples
-        prompts = f"{self.rows:,} prompts" if self.rows else "prompts of your loader"
-        prompts += f" x {self.num_samples} completions of at most {self.max_new_tokens:,} tokens"
+        prompts = counted(self.rows, "prompt") if self.rows else "prompts of your loader"
+        prompts += f" x {counted(self.num_samples, 'completion')} of at most {counted(self.max_new_tokens, 'token')}"
         lines = {
             "each rollout": f"{prompts}{', growing' if self.grows else ''}",
             "updates": self._updates_per_rollout(),
         }
         if math.isfinite(self.updates) and not self.grows:
             rollouts = math.ceil(self.updates * self.accumulate / self.steps_per_rollout)
-            updates += f", {rollouts:,} rollouts"
+            updates += f", {counted(rollouts, 'rollout')}"
             if total := rollouts * completions:
-                updates += f", {total:,} completions"
-                lines["sampled"] = f"at most {total * self.max_new_tokens:,} tokens"
+                updates += f", {counted(total, 'completion')}"
+                lines["sampled"] = f"at most {counted(total * self.max_new_tokens, 'token')}"
         return {**trained, **lines, "this run": updates}
 
     def _updates_per_rollout(self) -> str:

@@ -88,6 +88,18 @@ def test_completions_from_a_column_use_the_template_kwargs_of_their_prompt(token
     assert decoded == ["aloud!", "acalm!"]
 
 
+@pytest.mark.parametrize("parsed", [True, False])
+def test_completions_from_a_column_treat_special_tokens_as_those_of_the_data_do(parsed):
+    tokenizer = make_family("chatml")
+    rows = [{"prompt": "p", "chosen": "a<|im_end|>b", "rejected": "a"}]
+    encoder = Encoder(tokenizer, parse_special_tokens=parsed)
+    learned = encoder(encoding.read_examples(rows, read_preference))[0].completions[0].tolist()
+    encoded = encoder(encoding.read_examples([{"prompt": "p", "best": "a<|im_end|>b"}], read_prompt))
+    _, completions = column_completions(tokenizer, collate_prompts(encoded, 0), "best")
+    assert completions.ids() == [learned]
+    assert (tokenizer.convert_tokens_to_ids("<|im_end|>") in learned[:-1]) == parsed
+
+
 def test_a_column_missing_in_some_rows_is_none_in_those():
     examples = encoding.read_examples([{"prompt": "a", "x": 1}, {"prompt": "b", "y": 2}], read_prompt)
     assert [example.columns for example in examples.values()] == [{"x": 1, "y": None}, {"x": None, "y": 2}]

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import zipfile
 from pathlib import Path
 
@@ -162,3 +163,9 @@ def test_rows_share_the_names_of_their_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text(jsonl([{"a name": 1}] * 2))
     first, second = read_file(Path(tmp_path / "a.jsonl"))
     assert next(iter(first)) is next(iter(second))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows.jsonl' is no file but a pipe, .*: write the rows to a file"):
+        read_file(tmp_path / "rows.jsonl")

@@ -13,6 +13,7 @@ from transformers import (
     BertForSequenceClassification,
     BertLMHeadModel,
     LlamaForSequenceClassification,
+    Qwen2_5_VLConfig,
     RobertaConfig,
     RobertaForCausalLM,
     T5Config,
@@ -390,3 +391,10 @@ def test_the_base_model_of_an_adapter_is_checked_too(tmp_path):
 def test_wrong_options_of_lora_get_a_sentence(lora, sentence, tiny):
     with pytest.raises(InputError, match=sentence):
         load_policy(tiny, lora=lora)
+
+
+def test_a_vision_model_that_is_no_language_model_is_refused_with_what_to_give(tmp_path):
+    Qwen2_5_VLConfig().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a Qwen2_5_VLConfig: give a decoder-only .* model"):
+        load_policy(str(tmp_path))
