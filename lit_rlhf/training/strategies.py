@@ -83,7 +83,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _precision(self) -> MixedPrecisionPolicy:
         plugin = self.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed":
-            return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            bf16, float32 = torch.bfloat16, torch.float32
+            return MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=float32, cast_forward_inputs=False)
         return MixedPrecisionPolicy()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
