@@ -166,6 +166,11 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a shard of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with the shards of all ranks. Call it on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

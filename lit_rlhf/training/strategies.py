@@ -15,12 +15,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.pretrained import without_weights
-from lit_rlhf.models.sharding import Sharding, sharded_like, whole
+from lit_rlhf.models.sharding import Sharding, is_sharded, sharded_like, whole
 from lit_rlhf.training.checkpoint_files import check_file, check_on_all_ranks, read_checkpoint
 
 
@@ -153,7 +152,7 @@ def check_sharded(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     Raises:
         ValueError: If one is not sharded: each rank would train its own.
     """
-    apart = [name for name, p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    apart = [name for name, p in parameters if p.requires_grad and not is_sharded(p)]
     if apart:
         raise InputError(
             f"the parameter {apart[0]!r} ({len(apart)} in all) is trainable but not sharded, so each rank would train "

@@ -95,13 +95,13 @@ def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> None:
     largest_change = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert largest_change > 1e-2
     # bfloat16 rounds activations, and the gradients of each rank before they are added up, by up to 2^-9 of their size
-    tolerance = 2**-7 if case == "bf16-mixed" else 2e-5
+    tolerance, of_metrics = (2**-7, 2**-9) if case == "bf16-mixed" else (2e-5, 1e-4)
     for name, weight in expected["weights"].items():
         weights = {name: actual["weights"][name]}
         # dicts, so that a failure names the parameter
         torch.testing.assert_close(weights, {name: weight}, atol=tolerance * largest_change, rtol=0)
     for metrics, expected_metrics in zip(actual["metrics"], expected["metrics"], strict=True):
-        assert metrics == pytest.approx(expected_metrics, abs=1e-4, rel=1e-4)
+        assert metrics == pytest.approx(expected_metrics, abs=of_metrics, rel=of_metrics)
     if case.startswith("growing"):
         assert expected["metrics"][-1]["train/prompts"] == 6 * ranks
     if case == "invalid on one rank":
@@ -109,7 +109,10 @@ def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> None:
 
 
 def test_two_processes_train_a_module_again_as_one_does(completed_process, root, models, tmp_path):
-    expected, actual = processes.run_fitted_twice(models, tmp_path, devices=1), result("fitted twice", root, completed_process)
+    expected, actual = (
+        processes.run_fitted_twice(models, tmp_path, devices=1),
+        result("fitted twice", root, completed_process),
+    )
     assert len(expected["metrics"]) == 3
     assert len({metrics["train/reward"] for metrics in expected["metrics"]}) == 3
     torch.testing.assert_close(actual["weights"], expected["weights"], atol=1e-5, rtol=0)

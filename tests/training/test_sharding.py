@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import lit_rlhf
 from commands import write_workspace
 from lit_rlhf.cli import main
 from lit_rlhf.cli.config_files import expand_configs
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.training.checks import check_processes
+from lit_rlhf.training.finite import check_finite_weights
 from lit_rlhf.training.strategies import FSDP2Strategy, check_sharded
 from runs import make_module, make_trainer
 
@@ -73,6 +77,32 @@ def test_a_run_resumes_bitwise_and_exports_from_one_file(options, tmp_path):
     exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
     assert exported.keys() == whole.keys()
     assert [name for name, value in whole.items() if not torch.equal(value, exported[name])] == []
+
+
+def test_overriding_save_model_alone_is_refused(tiny):
+    sharding = Sharding(Mock(spec=DeviceMesh))
+
+    class Archived(lit_rlhf.SFT):
+        def save_model(self, folder):
+            (folder / "archive").touch()
+
+    with pytest.raises(ValueError, match=r"Archived overrides save_model.* rebuild_model\(weights, folder\), too, or"):
+        Archived(str(tiny)).shard_models(sharding)
+
+    class Rebuilt(Archived):
+        def rebuild_model(self, weights, folder):
+            self.save_model(folder)
+
+    Rebuilt(str(tiny)).shard_models(sharding)  # nothing is loaded yet
+
+
+def test_whole_weights_are_checked_without_a_reduction():
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    check_finite_weights(optimizer, 1, sum_over_ranks=pytest.fail)
+    layer.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="update 1 left weights that are not finite"):
+        check_finite_weights(optimizer, 1, sum_over_ranks=pytest.fail)
 
 
 def test_splitting_sampling_is_refused_where_all_ranks_sample_in_step(tiny):
