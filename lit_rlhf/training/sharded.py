@@ -59,7 +59,7 @@ class ShardingHooks(CheckpointHooks):
         if not isinstance(strategy, FSDP2Strategy):
             return None
         self._snapshot = self._snapshot or self.export_snapshot()
-        state = self.saved_weights(strategy.lightning_module_state_dict())
+        state = strategy.whole_on_rank_zero(self.saved_weights(self.state_dict()))
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def rebuild_model(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -22,6 +22,7 @@ from lit_rlhf.training.strategies import FSDP2Strategy, check_sharded
 from runs import make_module, make_trainer
 
 LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
+SHARDED = "--trainer.strategy.save_distributed_checkpoint=true"
 
 
 def test_a_parameter_that_is_not_sharded_is_refused():
@@ -63,17 +64,23 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [["--model.lora=null", "--model.updates.num_minibatches=2"], pytest.param([LORA], marks=pytest.mark.slow)],
-    ids=["all weights", "LoRA"],
+    [
+        ["--model.lora=null", "--model.updates.num_minibatches=2"],
+        [LORA, SHARDED],
+        pytest.param([LORA], marks=pytest.mark.slow),
+        pytest.param(["--model.lora=null", "--model.updates.num_minibatches=2", SHARDED], marks=pytest.mark.slow),
+    ],
+    ids=["all weights", "LoRA, a folder", "LoRA", "all weights, a folder"],
 )
-def test_a_run_resumes_bitwise_and_exports_from_one_file(options, tmp_path):
+def test_a_run_resumes_bitwise_and_exports(options, tmp_path):
     write_workspace(tmp_path)
     whole = run(tmp_path, "whole", *options, "--trainer.max_steps=4")
     run(tmp_path, "parts", *options, "--trainer.max_steps=2")
     resumed = run(tmp_path, "parts", *options, "--trainer.max_steps=4")
     assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
-    checkpoint = str(tmp_path / "whole" / "version_0" / "checkpoints" / "last.ckpt")
-    main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "exported")])
+    checkpoint = tmp_path / "whole" / "version_0" / "checkpoints" / "last.ckpt"
+    assert len(list(checkpoint.parent.iterdir())) == 1 + (SHARDED in options)
+    main(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "exported")])
     exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
     assert exported.keys() == whole.keys()
     assert [name for name, value in whole.items() if not torch.equal(value, exported[name])] == []
