@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 
@@ -66,14 +67,22 @@ def fill(checkpoint: dict[str, Any], path: Path, parts: Sequence[str] = PARTS) -
     missing = list(slots(checkpoint, parts))
     tensors = {name: torch.empty(values[key].shape, dtype=values[key].dtype) for name, values, key in missing}
     with warnings.catch_warnings(action="ignore"):  # of a single process
-        dcp.load(tensors, storage_reader=_Reader(folder_of(checkpoint, path)), no_dist=True)
+        read_shards(tensors, folder_of(checkpoint, path), alone=True)
     for name, values, key in missing:
         values[key] = tensors[name]
 
 
-def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Read this rank's shards of some tensors, in place. Call it on all ranks."""
-    dcp.load(tensors, storage_reader=_Reader(folder))
+def read_shards(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+    """Read this rank's shards of some tensors, in place. Call it on all ranks, unless the tensors are whole.
+
+    Raises:
+        ValueError: On all ranks, if one can't read its shards.
+    """
+    try:
+        load(tensors, storage_reader=_Reader(folder), no_dist=alone)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise InputError(f"the shards in {str(folder)!r} can't be read: {cause}") from error
 
 
 def folder_of(checkpoint: Mapping[str, Any], path: Path) -> Path:
@@ -119,7 +128,7 @@ def check_shards(checkpoint: Mapping[str, Any], path: Path, every_byte: bool = T
             )
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(filesystem.FileSystemReader):
     """Reads the index of a folder as plain data: it is pickled, which could run commands."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:

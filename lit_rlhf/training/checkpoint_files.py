@@ -16,7 +16,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.export import flush
-from lit_rlhf.models.shards import fill
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
@@ -105,13 +104,12 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """Read a training checkpoint onto the CPU.
+    """Read a training checkpoint onto the CPU, without tensors that are in a folder of shards.
 
     Args:
         path: The file.
         weights_only: Refuse anything but tensors and plain data.
-        mmap: Map the tensors instead of reading them, leave those out that are in a folder of shards, and skip the
-            check of every byte: for a first look.
+        mmap: Map the tensors instead of reading them, and skip the check of every byte: for a first look.
 
     Raises:
         ValueError: If the file is missing, damaged, or not a training checkpoint.
@@ -128,8 +126,6 @@ def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -
         raise InputError(_damaged(path)) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "epoch"} <= checkpoint.keys():
         raise InputError(f"{str(path)!r} is not a training checkpoint: give the .ckpt of a `fit`")
-    if not mmap:
-        fill(checkpoint, path)
     return checkpoint
 
 

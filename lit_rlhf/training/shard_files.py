@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import flush
@@ -42,14 +42,14 @@ def write_shards(checkpoint: dict[str, Any], path: Path, sharding: Sharding) -> 
         shutil.rmtree(path.with_name(checkpoint[SHARDS]["folder"]), ignore_errors=True)
     folder = path.with_name(sharding.from_first(checkpoint.get(SHARDS, {}).get("folder")))
     saved = list(slots(checkpoint))
-    writer = dcp.FileSystemWriter(folder)
+    writer = FileSystemWriter(folder)
     writer.fs = _Files()
     try:
-        dcp.save({name: values[key] for name, values, key in saved}, storage_writer=writer)
+        save({name: values[key] for name, values, key in saved}, storage_writer=writer)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
         if not causes:
-            raise
+            raise RuntimeError(f"the shards of {str(path)!r} could not be written") from error
         failed = OSError(causes[0].errno, causes[0].strerror)
         failed.on_all_ranks = True  # type: ignore[attr-defined]
         raise failed from error
