@@ -66,7 +66,7 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
     "options",
     [
         ["--model.lora=null", "--model.updates.num_minibatches=2"],
-        [LORA, SHARDED],
+        pytest.param([LORA, SHARDED], marks=pytest.mark.slow),
         pytest.param([LORA], marks=pytest.mark.slow),
         pytest.param(["--model.lora=null", "--model.updates.num_minibatches=2", SHARDED], marks=pytest.mark.slow),
     ],
