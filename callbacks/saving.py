@@ -37,6 +37,10 @@ def write_checkpoint(trainer: Trainer, path: Path) -> Path:
     trainer.strategy.checkpoint_io = holder = _ErrorHolder(inner)
     try:  # an error on the first rank must not leave the others waiting
         trainer.save_checkpoint(path, weights_only=False)
+    except OSError as failed:
+        if not getattr(failed, "on_all_ranks", False):
+            raise
+        raise SavingFailed(describe(failed)) from failed
     finally:
         trainer.strategy.checkpoint_io = inner
     if error := trainer.strategy.broadcast(holder.error):

@@ -1,6 +1,6 @@
-"""Runs to compare between one process and two. As a script, it is the program of each of two processes:
+"""Runs to compare between one process and several. As a script, it is the program of each of several processes:
 
-python processes.py FOLDER ROOT STRATEGY
+python processes.py FOLDER ROOT STRATEGY RANKS [CASE ...]
 """
 
 import functools
@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+from transformers import LlamaForSequenceClassification
 
 import lit_rlhf
 from lit_rlhf.models.sharding import whole
 from lit_rlhf.training.strategies import FSDP2Strategy
-from runs import make_data, make_module, make_trainer
+from runs import ONLINE, make_data, make_module, make_trainer
+from tiny import checkpoint_activations, make_llama, make_tokenizer
 
-SEED, ROWS, BATCH = 7, 24, 8
+SEED, ROWS, BATCH = 7, 24, 4
+"""Seed, rows of the data, and prompts of each rank in a rollout."""
 
 
 def checksum_reward(completion_ids, **kwargs):
@@ -35,7 +38,7 @@ def prompts_of_rank_1() -> set[str]:
     """Return the prompts of rank 1 in the first rollout."""
     words = [f"{word} {i}" for i in range(ROWS // 4) for word in ("film", "book", "play", "song")]
     order = np.random.default_rng((SEED, 0)).permutation(ROWS)
-    return {words[i] for i in order[BATCH // 2 : BATCH]}
+    return {words[i] for i in order[BATCH : 2 * BATCH]}
 
 
 def reward_with_few_ties(completion_ids, **kwargs):
@@ -88,6 +91,10 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.3)
 
 
+def slow_sgd(params):
+    return torch.optim.SGD(params, lr=1e-3)
+
+
 CASES = {
     "rloo": ("RLOO", {"rewards": [reward_with_none]}),
     "invalid on one rank": ("RLOO", {"rewards": [none_on_one_rank], "num_minibatches": 2}),
@@ -110,12 +117,18 @@ CASES = {
     "dpo": ("DPO", {}),
     "sft": ("SFT", {}),
     "reward model": ("RewardModeling", {}),
+    "dr_grpo": ("DrGRPO", {"rewards": [reward_with_none], "num_minibatches": 2}),
+    "ipo": ("IPO", {"optimizer": slow_sgd}),
+    "scored by a reward model": ("RLOO", {}),
+    "gradient checkpointing": ("PPO", {"rewards": [checksum_reward], "vf_coef": 0.01}),
+    "bf16-mixed": ("PPO", {"vf_coef": 0.01}),
 }
 """Algorithm and options by case. In each, a rollout is one update, for any number of minibatches."""
 
-IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo"]
+IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "gradient checkpointing", "bf16-mixed"]
 """Cases that are run with passes in step, too."""
 
+REWARD_MODEL = "reward_model"
 TARGET = 1.9
 """Target of the adaptive KL: near the KL of the second rollout, so that the step is not clipped."""
 
@@ -148,29 +161,51 @@ class Metrics(Callback):
         self.updates[-1] = {n: float(v) for n, v in metrics if not n.startswith(("time/", "throughput/"))}
 
 
-def run_case(case: str, folder: Path, root: Path, devices: int) -> dict:
-    """Return weights and metrics of three updates with 8 prompts, distributed over the devices."""
+def run_case(case: str, folder: Path, root: Path, devices: int, ranks: int = 2) -> dict:
+    """Return weights and metrics of three updates, of BATCH prompts for each of `ranks`, on so many devices."""
     name, options = CASES[case]
     torch.manual_seed(0)  # initialization of the reward model's head
-    module = make_module(name, folder, optimizer=sgd, **options)
+    if name in ONLINE and "rewards" not in options:
+        options = {**options, "rewards": [lit_rlhf.rewards.RewardModel(folder / REWARD_MODEL)]}
+    module = make_module(name, folder, **{"optimizer": sgd, **options})
     module.configure_model()
     if case == "one token on rank 1":
         module.sample = first_token_of_rank_1(module.sample)
+    if case == "gradient checkpointing":
+        checkpoint_activations(module.policy.model)
+        checkpoint_activations(module.critic.model)
     start = {n: p.detach().clone() for n, p in module.named_parameters()}
     metrics = Metrics()
     callbacks: list[Callback] = [metrics]
+    batch, largest = BATCH * ranks // devices, 6 * ranks // devices
     if case == "adaptive KL":
         callbacks.append(lit_rlhf.callbacks.AdaptiveKL(target=TARGET, gain=4.0))
     if case == "growing by schedule":
-        callbacks.append(lit_rlhf.callbacks.BatchSchedule(maximum=12 // devices, updates=2))
+        callbacks.append(lit_rlhf.callbacks.BatchSchedule(maximum=largest, updates=2))
     if case == "growing by noise":
-        callbacks.append(lit_rlhf.callbacks.AdaptiveBatch(12 // devices, every_n_rollouts=1, parts=4 // devices))
+        parts = 2 * ranks // devices
+        callbacks.append(lit_rlhf.callbacks.AdaptiveBatch(largest, every_n_rollouts=1, parts=parts))
     trainer = make_distributed_trainer(
-        root, devices, max_steps=3, accumulate_grad_batches=module.steps_per_rollout, callbacks=callbacks
+        root,
+        devices,
+        max_steps=1 if case == "bf16-mixed" else 3,
+        accumulate_grad_batches=module.steps_per_rollout,
+        callbacks=callbacks,
+        precision="bf16-mixed" if case == "bf16-mixed" else None,
     )
-    trainer.fit(module, make_data(name, rows=ROWS, batch_size=BATCH // devices, val=4))
+    trainer.fit(module, make_data(name, rows=ROWS, batch_size=batch, val=4))
     weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
     return {"weights": weights, "start": start, "metrics": metrics.updates}
+
+
+def save_models(folder: Path) -> None:
+    """Write a policy with 65 EOS tokens into a folder, and a reward model into a folder in it."""
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer), num_labels=1)
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    for name, saved in {".": model, REWARD_MODEL: LlamaForSequenceClassification(model.config)}.items():
+        saved.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def vowel_judge(completions, opponents, **kwargs):
@@ -189,6 +224,18 @@ def run_validated(folder: Path, root: Path, devices: int) -> dict:
     module = make_module("RLOO", folder, rewards=[reward_with_none], **judged)
     data = lit_rlhf.PromptData(val=rows, batch_size=2)
     return dict(make_distributed_trainer(root, devices).validate(module, data, verbose=False)[0])
+
+
+def run_fitted_twice(folder: Path, root: Path, devices: int) -> dict:
+    """Return the metrics and the weights of one module that two Trainers train, and the first of them once more."""
+    metrics = Metrics()
+    module = make_module("PPO", folder, rewards=[checksum_reward], optimizer=sgd, vf_coef=0.01)
+    trainers = [make_distributed_trainer(root, devices, max_steps=1, callbacks=[metrics]) for _ in range(2)]
+    for trainer, steps in zip([*trainers, trainers[0]], (1, 1, 2), strict=True):
+        trainer.fit_loop.epoch_loop.max_steps = steps
+        trainer.fit(module, make_data("PPO", rows=ROWS, batch_size=2 * BATCH // devices, val=4))
+    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
+    return {"weights": weights, "metrics": metrics.updates}
 
 
 class SeedModels(Callback):
@@ -278,7 +325,7 @@ def run_warning(folder: Path, root: Path) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_distributed_trainer(root, 2, max_steps=1, limit_val_batches=0)
-        trainer.fit(module, make_data("RLOO", rows=ROWS, batch_size=BATCH // 2))
+        trainer.fit(module, make_data("RLOO", rows=ROWS, batch_size=BATCH))
     return on_each_process([str(warning.message) for warning in caught])
 
 
@@ -315,14 +362,15 @@ def run_raising(folder: Path, root: Path) -> None:
     make_distributed_trainer(root, 2, max_steps=2, limit_val_batches=0).fit(module, make_data("RLOO", batch_size=2))
 
 
-def main(folder: Path, root: Path) -> None:
-    cases = IN_STEP if strategy == "FSDP2 in step" else CASES
-    save_results({case: functools.partial(run_case, case, folder, root, 2) for case in cases}, root)
-    if cases is IN_STEP:
+def main(folder: Path, root: Path, ranks: int, cases: list[str]) -> None:
+    every = cases or CASES
+    save_results({case: functools.partial(run_case, case, folder, root, ranks, ranks) for case in every}, root)
+    if cases:
         return
     runs = {}
     runs["resumed"] = functools.partial(run_resumed, folder, root)
     runs["validated"] = functools.partial(run_validated, folder, root, 2)
+    runs["fitted twice"] = functools.partial(run_fitted_twice, folder, root, 2)
     runs["held out"] = functools.partial(run_held_out, folder, root, 2)
     runs["failing judge"] = functools.partial(run_failing_judge, folder, root)
     runs["warning"] = functools.partial(run_warning, folder, root)
@@ -341,4 +389,4 @@ def save_results(runs: dict, root: Path) -> None:
 
 if __name__ == "__main__":
     strategy = sys.argv[3]
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]), sys.argv[5:])

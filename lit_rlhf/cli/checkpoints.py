@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.export import export_checkpoint
+from lit_rlhf.models.shards import check_shards
 from lit_rlhf.training.checkpoint_files import check_file, read_checkpoint
 from lit_rlhf.training.checkpoint_search import candidates, find_checkpoint
 
@@ -68,5 +69,7 @@ def _check(path: Path) -> None:
     if path.suffix == ".safetensors":
         raise InputError(f"{name} holds only weights, not a checkpoint: give its folder as --model.policy")
     check_file(path)
-    if "export" not in read_checkpoint(path, mmap=True):
+    content = read_checkpoint(path, mmap=True)
+    check_shards(content, path)
+    if "export" not in content:
         raise InputError(f"{name} was not written by lit_rlhf: give the .ckpt of a `fit`")

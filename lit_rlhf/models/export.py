@@ -20,6 +20,7 @@ from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.adapters import check_adapter, merge, save_adapter, tied_weights
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.pretrained import load_config, load_model
+from lit_rlhf.models.shards import fill
 
 BASE_CONFIG = "base_config"
 HEAD = "score"
@@ -142,6 +143,7 @@ def export_checkpoint(ckpt_path: str | Path, out: str | Path, merge: bool = Fals
         ) from error
     if "export" not in checkpoint:
         raise InputError(f"--ckpt_path {str(ckpt_path)!r} holds no model of lit_rlhf: give the .ckpt of a `fit`")
+    fill(checkpoint, Path(ckpt_path), ["state_dict"])
     export = checkpoint["export"]
     prefix = export["prefix"]
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

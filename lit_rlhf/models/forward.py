@@ -56,6 +56,11 @@ class ModelForward:
         """Return a context for passes without gradient; see `ShardedWeights`. Enter it on all ranks."""
         return contextlib.nullcontext() if self.sharded is None else self.sharded.without_gradient()
 
+    def own_precision(self) -> AbstractContextManager[None]:
+        """Return a context without autocast, except for layers whose weights are gathered in 16 bits: they need it."""
+        dtype = None if self.sharded is None else self.sharded.sharding.precision.param_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     @property
     def trunk(self) -> nn.Module:
         """The model without its head."""

@@ -222,7 +222,7 @@ class Policy(nn.Module):
         if self.model_forward.shares_prompt is not None:
             return
         with self.model_forward.without_gradient():
-            with eval_mode(self.model), self.model_forward.fast_attention():
+            with eval_mode(self.model), self.model_forward.fast_attention(), self.model_forward.own_precision():
                 check_causal(self.causal_lm)
             probe_policy(self.model_forward)
 

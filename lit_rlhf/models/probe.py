@@ -37,7 +37,7 @@ def probe_policy(forward: ModelForward) -> None:
     if forward.shares_prompt is not None:
         return
     name = type(forward.model).__name__
-    with eval_mode(forward.model):
+    with eval_mode(forward.model), forward.own_precision():
         forward.head_apart = False
         prompts, tokens, expected, noise, change = probe_plain(forward)
         if change:
@@ -86,7 +86,7 @@ def probe_scores(
         model = type(forward.model).__name__
         rank_zero_info(f"{name} computes each prompt once per completion: a {model} has no linear head called `score`")
         return
-    with eval_mode(forward.model), torch.autocast(forward.device.type, enabled=False):
+    with eval_mode(forward.model), forward.own_precision():
         prompts, tokens = probe_input(forward.vocabulary, forward.device)
         starts = [ids[mask].tolist() for ids, mask in zip(prompts.tokens, prompts.mask, strict=True)]
         rows = [starts[i // 2] + completion for i, completion in enumerate(tokens.tolist())]

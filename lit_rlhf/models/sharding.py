@@ -28,7 +28,9 @@ class Sharding:
 
     Attributes:
         mesh: The ranks, in one dimension.
-        precision: Dtypes in which weights are gathered and gradients are reduced.
+        precision: Dtypes in which the weights of decoder layers are gathered and their gradients are reduced. All
+            other weights are gathered as they are, so that hidden states are added up, and heads computed, in the
+            precision of one process under autocast.
         gather: Whether a whole model is gathered for passes without gradient.
     """
 
@@ -68,10 +70,10 @@ class ShardedWeights:
     def __init__(self, module: nn.Module, sharding: Sharding, methods: Sequence[str] = ()) -> None:
         first_ranks = {name: p.detach() for name, p in module.named_parameters()}
         empty = sharding.any_rank(any(weight.is_meta for weight in first_ranks.values()))
-        options: dict[str, Any] = {"mesh": sharding.mesh, "mp_policy": sharding.precision}
+        mesh = sharding.mesh
         for layer in decoder_layers(module):
-            fully_shard(layer, **options, reshard_after_forward=True)
-        fully_shard(module, **options, reshard_after_forward=False)  # the head is used after the forward pass
+            fully_shard(layer, mesh=mesh, mp_policy=sharding.precision, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)  # the head is used after the forward pass
         for method in methods:
             register_fsdp_forward_method(module, method)
         if empty:
@@ -162,6 +164,11 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a shard of a tensor."""
+    return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
@@ -123,7 +125,7 @@ class RewardModel:
                     )
             check_vocabulary(scorer.classifier, self._tokenizer)
             if sharding is not None:
-                scorer.shard(sharding)
+                scorer.shard(replace(sharding, precision=MixedPrecisionPolicy()))
             self._scorer = scorer
         self._scorer.to(device).eval()
         self._scorer.probe()

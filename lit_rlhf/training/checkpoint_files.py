@@ -64,8 +64,19 @@ class ErrorHolder:
                 self.error = error
         return memoryview(data).nbytes
 
+    def tell(self) -> int:
+        """Return the position in the file."""
+        return self.file.tell()
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self.file.fileno()
+
     def flush(self) -> None:
         """Do nothing: the file itself is flushed once all is written."""
+
+    def close(self) -> None:
+        """Do nothing, as in `flush`."""
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -93,7 +104,7 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """Read a training checkpoint onto the CPU.
+    """Read a training checkpoint onto the CPU, without tensors that are in a folder of shards.
 
     Args:
         path: The file.

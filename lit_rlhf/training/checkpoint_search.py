@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError, counted
+from lit_rlhf.models.shards import check_shards
 from lit_rlhf.training.checkpoint_files import PARTIAL, check_file, read_checkpoint
 
 PLACES = ("version_*/checkpoints", "lightning_logs/version_*/checkpoints", "checkpoints")
@@ -94,6 +95,7 @@ def _newest(given: str, root: Path) -> tuple[Path | None, dict[str, Any]]:
     for _, _, path, content in sorted(found, key=lambda item: item[:2], reverse=True):
         try:
             check_file(path)
+            check_shards(content, path)
         except InputError as error:
             damaged.append(str(error))
             continue

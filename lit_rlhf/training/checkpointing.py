@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.shards import PARTS, fill
 from lit_rlhf.training.distributed import gather_on_rank_zero
 from lit_rlhf.training.lightning_callbacks import check_resumed_callbacks
 from lit_rlhf.training.optimization import LossSums
@@ -107,6 +109,8 @@ class CheckpointHooks(LightningModule):
         """Restore the saved state and correct Lightning's loop progress."""
         trainer = self._trainer
         resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if trainer is not None and getattr(trainer.strategy, "sharding", None) is None:
+            fill(checkpoint, Path(trainer.ckpt_path or ""), PARTS if resumed else PARTS[:1])
         check_identity(checkpoint, type(self).__name__ if resumed else "", self._start)
         if resumed and checkpoint.get("seed", self.seed) != self.seed:
             rank_zero_info(f"the seed remains {checkpoint['seed']}, that of the checkpoint")

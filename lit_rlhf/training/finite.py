@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.sharding import local
+from lit_rlhf.models.sharding import is_sharded, local
 from lit_rlhf.training.checkpoint_files import write_durably
 from lit_rlhf.training.files import run_folder
 from lit_rlhf.types import Record, Rollout
@@ -102,15 +102,17 @@ def check_finite_weights(optimizer: Optimizer, update: int, sum_over_ranks: Call
     Args:
         optimizer: Has the weights, or this rank's shards of them.
         update: Its number, for the message.
-        sum_over_ranks: Sums a tensor over all ranks.
+        sum_over_ranks: Sums a tensor over all ranks; called for shards only.
 
     Raises:
         ValueError: If one is not finite, on all ranks. It is too late to save a checkpoint.
     """
-    shards = [local(p.detach()) for group in optimizer.param_groups for p in group["params"]]
-    weights = [shard for shard in shards if shard.numel()]
-    broken = ~torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()
-    if sum_over_ranks(broken.float()) > 0:
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    weights = [shard for shard in map(local, parameters) if shard.numel()]
+    broken = (~torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()).float()
+    if any(map(is_sharded, parameters)):
+        broken = sum_over_ranks(broken)
+    if broken > 0:
         raise InputError(
             f"update {update} left weights that are not finite (NaN or infinite): resume from an earlier "
             "checkpoint with a lower learning rate, and train float32 weights"

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
 from lit_rlhf.models.policy import Policy, Reference
 from lit_rlhf.models.scalar import ScalarModel
@@ -24,7 +25,17 @@ class ShardingHooks(CheckpointHooks):
     """Whether an export merges an adapter into its base model."""
 
     def shard_models(self, sharding: Sharding) -> None:
-        """Shard the models over ranks, after all of them are loaded."""
+        """Shard the models over ranks, after all of them are loaded.
+
+        Raises:
+            ValueError: If a subclass overrides how a model is saved where it is whole only.
+        """
+        own = {name: getattr(self, name).__module__.startswith("lit_rlhf.") for name in ("save_model", "rebuild_model")}
+        if own["rebuild_model"] and not own["save_model"]:
+            raise InputError(
+                f"{type(self).__name__} overrides save_model, which can't write a sharded model: override "
+                "rebuild_model(weights, folder), too, or use --trainer.strategy ddp"
+            )
         for module in self.children():
             if isinstance(module, Policy | ScalarModel):
                 module.shard(sharding)
@@ -48,7 +59,7 @@ class ShardingHooks(CheckpointHooks):
         if not isinstance(strategy, FSDP2Strategy):
             return None
         self._snapshot = self._snapshot or self.export_snapshot()
-        state = self.saved_weights(strategy.lightning_module_state_dict())
+        state = strategy.whole_on_rank_zero(self.saved_weights(self.state_dict()))
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def rebuild_model(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import lit_rlhf
 from commands import write_workspace
 from lit_rlhf.cli import main
 from lit_rlhf.cli.config_files import expand_configs
+from lit_rlhf.models.sharding import Sharding
 from lit_rlhf.training.checks import check_processes
+from lit_rlhf.training.finite import check_finite_weights
 from lit_rlhf.training.strategies import FSDP2Strategy, check_sharded
 from runs import make_module, make_trainer
 
@@ -25,6 +29,7 @@ def say_threads():
 atexit.register(say_threads)
 """
 LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
+SHARDED = "--trainer.strategy.save_distributed_checkpoint=true"
 
 
 def test_a_parameter_that_is_not_sharded_is_refused():
@@ -68,22 +73,57 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [["--model.lora=null", "--model.updates.num_minibatches=2"], pytest.param([LORA], marks=pytest.mark.slow)],
-    ids=["all weights", "LoRA"],
+    [
+        ["--model.lora=null", "--model.updates.num_minibatches=2"],
+        pytest.param([LORA, SHARDED], marks=pytest.mark.slow),
+        pytest.param([LORA], marks=pytest.mark.slow),
+        pytest.param(["--model.lora=null", "--model.updates.num_minibatches=2", SHARDED], marks=pytest.mark.slow),
+    ],
+    ids=["all weights", "LoRA, a folder", "LoRA", "all weights, a folder"],
 )
-def test_a_run_resumes_bitwise_and_exports_from_one_file(options, tmp_path):
+def test_a_run_resumes_bitwise_and_exports(options, tmp_path):
     write_workspace(tmp_path)
     with (tmp_path / "mine.py").open("a") as file:
         file.write(AT_EXIT)
     whole = run(tmp_path, "whole", *options, "--trainer.max_steps=4")
-    run(tmp_path, "parts", *options, "--trainer.max_steps=2")
+    half = run(tmp_path, "parts", *options, "--trainer.max_steps=2")
+    if SHARDED in options and LORA not in options:  # resumed after the last update
+        again = run(tmp_path, "parts", *options, "--trainer.max_steps=2", "--trainer.devices=3")
+        assert [name for name, value in half.items() if not torch.equal(value, again[name])] == []
     resumed = run(tmp_path, "parts", *options, "--trainer.max_steps=4")
     assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
-    checkpoint = str(tmp_path / "whole" / "version_0" / "checkpoints" / "last.ckpt")
-    main(["export", "--ckpt_path", checkpoint, "--out", str(tmp_path / "exported")])
+    checkpoint = tmp_path / "whole" / "version_0" / "checkpoints" / "last.ckpt"
+    assert len(list(checkpoint.parent.iterdir())) == 1 + (SHARDED in options)
+    main(["export", "--ckpt_path", str(checkpoint), "--out", str(tmp_path / "exported")])
     exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
     assert exported.keys() == whole.keys()
     assert [name for name, value in whole.items() if not torch.equal(value, exported[name])] == []
+
+
+def test_overriding_save_model_alone_is_refused(tiny):
+    sharding = Sharding(Mock(spec=DeviceMesh))
+
+    class Archived(lit_rlhf.SFT):
+        def save_model(self, folder):
+            (folder / "archive").touch()
+
+    with pytest.raises(ValueError, match=r"Archived overrides save_model.* rebuild_model\(weights, folder\), too, or"):
+        Archived(str(tiny)).shard_models(sharding)
+
+    class Rebuilt(Archived):
+        def rebuild_model(self, weights, folder):
+            self.save_model(folder)
+
+    Rebuilt(str(tiny)).shard_models(sharding)  # nothing is loaded yet
+
+
+def test_whole_weights_are_checked_without_a_reduction():
+    layer = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    check_finite_weights(optimizer, 1, sum_over_ranks=pytest.fail)
+    layer.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="update 1 left weights that are not finite"):
+        check_finite_weights(optimizer, 1, sum_over_ranks=pytest.fail)
 
 
 def test_splitting_sampling_is_refused_where_all_ranks_sample_in_step(tiny):
