@@ -99,7 +99,7 @@ class VanillaPG(OnlineAlgorithm):
         """Reward of each token, including its KL penalty."""
         completions = rollout.completions
         penalties = torch.zeros_like(completions.logprobs)
-        if self.kl_place == "reward":
+        if self.kl_place == "reward" and rollout.reference_logprobs is not None:
             penalties = self.kl_coef * F.kl_k1(completions.logprobs, rollout.reference_logprobs)
         if rollout.token_rewards is not None:
             penalties = penalties - rollout.token_rewards

@@ -70,10 +70,12 @@ class CheckpointHooks(LightningModule):
 
     @property
     def _start(self) -> str:
-        """Fingerprint of the weights that training started from, where it still depends on them; else empty."""
+        """Fingerprints of the weights under an adapter and of the reference, which a checkpoint lacks; may be empty."""
         model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
         if "policy" in self._modules:
-            return self.policy.start if adapted or hasattr(self, "reference") else ""
+            reference = getattr(self, "reference", None)
+            starts = [self.policy.start] * adapted + ([] if reference is None else [reference.start])
+            return " ".join(dict.fromkeys(starts))
         return fingerprint(model, skip={"score", *cast(PeftModel, model).peft_config}) if adapted else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
