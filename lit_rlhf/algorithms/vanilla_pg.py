@@ -157,6 +157,7 @@ class VanillaPG(OnlineAlgorithm):
                 f"critic={self.critic_pretrained!r} can't be loaded: give 'policy', 'head', a folder, or a model's id "
                 f"on the hub ({error})"
             ) from error
+        self.checkpoint_layers(self.critic)
         self.critic.check_vocabulary(self.policy.causal_lm)
         if pretrained != self.pretrained:
             check_same_tokens("critic", pretrained, self.policy.tokenizer, **options)

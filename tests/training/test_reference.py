@@ -75,7 +75,10 @@ def test_a_run_resumes_with_and_without_a_reference(before, tiny, tmp_path):
     _, trainer = fit("RLOO", tiny, tmp_path, lora={"r": 2}, kl_coef=0.0, **before)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     after = dict() if before else dict(reference=None)
-    module, trainer = make_module("RLOO", tiny, lora={"r": 2}, kl_coef=0.0, **after), make_trainer(tmp_path, max_steps=3)
+    module, trainer = (
+        make_module("RLOO", tiny, lora={"r": 2}, kl_coef=0.0, **after),
+        make_trainer(tmp_path, max_steps=3),
+    )
     trainer.fit(module, datamodule=make_data("RLOO"), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     assert trainer.global_step == 3
 
