@@ -99,12 +99,19 @@ def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> Dynami
 
 @remember
 def _selecting(kind: type[Any]) -> type[Any]:
-    """Return a class of cache layers that select `rows` when keys are first appended."""
+    """Return a class of cache layers that select `rows` when they are first used."""
 
     class Selecting(kind):  # type: ignore[misc]
-        def update(self, *args: Any, **kwargs: Any) -> Any:
+        def select(self) -> None:
             if (rows := vars(self).pop("rows", None)) is not None:
-                self.reorder_cache(rows)
+                super().reorder_cache(rows)
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            self.select()
             return super().update(*args, **kwargs)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            self.select()
+            super().reorder_cache(beam_idx)
 
     return Selecting

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from runs import ONLINE, make_data, make_module, make_trainer, training_state
-from tiny import make_llama, make_tokenizer
 
 import lit_rlhf
 from lit_rlhf.callbacks import KLMonitor, RLHFProgressBar, SampleLogger, Summary
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.policy import Reference
+from runs import ONLINE, make_data, make_module, make_trainer, training_state
+from tiny import make_llama, make_tokenizer
 
 
 def fit(name, folder, root, *, callbacks=(), **options):
@@ -102,7 +102,7 @@ def test_what_needs_a_reference_says_so(tiny, tmp_path):
     for name in ("DPO", "IPO"):
         with pytest.raises(InputError, match=f"{name} compares the policy with a reference"):
             make_module(name, tiny, reference=None)
-    with pytest.raises(InputError, match="evaluation.judge compares with completions of the reference"):
+    with pytest.raises(InputError, match=r"evaluation.judge compares with completions of the reference"):
         make_module("RLOO", tiny, kl_coef=0.0, reference=None, judge=pair_judge)
     with pytest.raises(InputError, match=r"kl_monitor.target=5.0 needs a reference"):
         fit("RLOO", tiny, tmp_path, kl_coef=0.0, reference=None, callbacks=[KLMonitor(5.0)])
