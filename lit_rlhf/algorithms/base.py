@@ -21,6 +21,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_causal_lm, unwrapped
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer
+from lit_rlhf.models.quantized import check_can_train, check_unsharded
 from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
@@ -47,6 +48,7 @@ from lit_rlhf.training.optimization import (
 )
 from lit_rlhf.training.options import OptimizationOptions
 from lit_rlhf.training.schedules import Warmup, check_schedule
+from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.timing import peak_memory
 from lit_rlhf.types import Record
 
@@ -138,6 +140,7 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
+        check_unsharded(self.load_options, sharded=isinstance(trainer.strategy, FSDP2Strategy))
         if stage == "fit":
             check_callbacks(trainer)
         self._resumed = None
@@ -170,6 +173,8 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer of the trainable parameters, and its schedule."""
+        policy = self._modules.get("policy")
+        check_can_train(self._trained_model, loaded=not isinstance(policy, Policy) or policy.loaded)
         groups = self.parameter_groups()
         check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
         check_optimized(self.named_parameters(), groups)

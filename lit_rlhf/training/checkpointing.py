@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.quantized import quantized_layers
 from lit_rlhf.training.distributed import gather_on_rank_zero
 from lit_rlhf.training.lightning_callbacks import check_resumed_callbacks
 from lit_rlhf.training.optimization import LossSums
@@ -103,7 +104,8 @@ class CheckpointHooks(LightningModule):
         in_memory = "policy" in self._modules and not self.policy.loaded
         if in_memory or not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
-        return {name: value for name, value in state_dict.items() if name not in frozen}
+        scales = quantized_layers(self)  # beside weights that are frozen
+        return {n: value for n, value in state_dict.items() if n not in frozen and not n.startswith(scales)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""
