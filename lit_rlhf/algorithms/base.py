@@ -42,6 +42,7 @@ from lit_rlhf.training.optimization import (
     check_optimized,
     check_step_size,
     check_trainable,
+    check_updates_shards,
     enable_fused_adam,
     gradient_norms,
     scale_gradients,
@@ -179,6 +180,7 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         check_trainable(groups, loaded_adapter=isinstance(self._trained_model, PeftModel))
         check_optimized(self.named_parameters(), groups)
         optimizer = self.make_optimizer(groups)
+        check_updates_shards(optimizer, sharded=isinstance(self.trainer.strategy, FSDP2Strategy))
         check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -91,20 +91,24 @@ def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> Dynami
     """
     if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
         raise NotImplementedError("several completions can't share a recurrent state")
-    chosen = _as_it_is(cache)
-    for layer in chosen.layers:
+    chosen: DynamicCache = _as_it_is(cache)
+    layers: list[Any] = chosen.layers
+    for layer in layers:
         layer.__class__, layer.rows = _selecting(type(layer)), rows
     return chosen
 
 
 @remember
-def _selecting(kind: type[Any]) -> type[Any]:
+def _selecting(kind: Any) -> Any:
     """Return a class of cache layers that select `rows` when they are first used."""
 
     class Selecting(kind):  # type: ignore[misc]
+        rows: Tensor | None
+
         def select(self) -> None:
-            if (rows := vars(self).pop("rows", None)) is not None:
-                super().reorder_cache(rows)
+            if self.rows is not None:
+                super().reorder_cache(self.rows)
+                self.rows = None
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
             self.select()

@@ -6,8 +6,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import resolve, shared_options
@@ -20,7 +18,6 @@ class ExportHooks(ShardingHooks):
 
     pretrained: str
     load_options: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model as a folder that `transformers` or PEFT loads. Call it on all ranks."""

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from lit_rlhf.cli.checkpoints import export
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.quantized import check_unsharded
 from runs import differing_tensors, make_data, make_module, make_trainer, training_state
-from tiny import make_llama, make_tokenizer
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed")
@@ -21,15 +21,6 @@ BITS = {
     "8bit": {"load_in_8bit": True},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.* computes each prompt once per completion")  # 8 bit in float32
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """Return a folder with a policy whose layers are as wide as a block of 4-bit weights."""
-    folder, tokenizer = tmp_path_factory.mktemp("wide"), make_tokenizer()
-    make_llama(len(tokenizer), hidden=64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def quantized(name, folder, bits="4bit", **options):
@@ -105,10 +96,9 @@ def test_what_can_not_be_trained_is_refused(wide, tmp_path):
         fit(make_module("SFT", wide, lr=1e-3).__class__(memory), "SFT", tmp_path, 1)
 
 
-def test_sharding_is_refused(wide, tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1, strategy="fsdp2")
+def test_sharding_is_refused():
     with pytest.raises(InputError, match=r"quantized weights can't be sharded: use --trainer.strategy ddp"):
-        trainer.fit(quantized("SFT", wide), datamodule=make_data("SFT"))
+        check_unsharded({"quantization_config": BITS["4bit"]}, sharded=True)
 
 
 @pytest.mark.skipif(INSTALLED, reason="bitsandbytes is installed")
