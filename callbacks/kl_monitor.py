@@ -24,7 +24,8 @@ class KLMonitor(RolloutCallback):
         stop: Also stop training there; the validation at the end of the epoch still runs if one is due.
 
     Raises:
-        ValueError: If `target` is not positive, or if `stop` is set without a target.
+        ValueError: If `target` is not positive, or if `stop` is set without a target; at `fit` if there is a target and
+            no reference.
     """
 
     def __init__(self, target: float | None = None, stop: bool = False) -> None:
@@ -37,11 +38,15 @@ class KLMonitor(RolloutCallback):
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Reset the warning for a new run."""
+        """Reset the warning for a new run, and check that a KL is measured if there is a target."""
         self._warned = False
+        if stage == "fit" and self.target is not None and getattr(pl_module, "reference_source", "") is None:
+            raise InputError(f"kl_monitor.target={self.target} needs a reference, and reference is null: leave one out")
 
     def on_rollout(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Log the percentiles of a new rollout and compare its mean with the target."""
+        if rollout.reference_logprobs is None:
+            return
         kl = concatenate_over_ranks(trainer, completion_kl(rollout).flatten())
         for name, quantile in QUANTILES.items():
             pl_module.log(name, torch.quantile(kl, quantile))

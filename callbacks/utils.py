@@ -47,8 +47,10 @@ class RolloutCallback(Callback):
 
 
 def completion_kl(rollout: Rollout) -> Float[Tensor, "prompts samples"]:
-    """KL(policy || reference) of each completion in nats: estimator k1, summed over tokens."""
+    """KL(policy || reference) of each completion in nats: k1, summed over tokens; NaN without a reference."""
     completions = rollout.completions
+    if rollout.reference_logprobs is None:
+        return torch.full_like(rollout.rewards, torch.nan)
     return F.masked_sum(F.kl_k1(completions.logprobs, rollout.reference_logprobs), completions.mask)
 
 

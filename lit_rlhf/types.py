@@ -152,7 +152,8 @@ class Rollout(Record):
     Attributes:
         prompts: The prompts.
         completions: Their sampled completions.
-        reference_logprobs: Log-probability of each token under the reference policy, in nats, 0 where masked.
+        reference_logprobs: Log-probability of each token under the reference policy, in nats, 0 where masked; None
+            without a reference.
         rewards: Weighted sum of the rewards of each completion, 0 where `valid` is False.
         component_rewards: Each reward by name, before its weight; NaN where the reward returned None.
         valid: False if no reward scored the completion or it was masked: it is excluded from every mean.
@@ -169,7 +170,7 @@ class Rollout(Record):
 
     prompts: Prompts
     completions: Completions
-    reference_logprobs: Float[Tensor, "prompts samples tokens"]
+    reference_logprobs: Float[Tensor, "prompts samples tokens"] | None
     rewards: Float[Tensor, "prompts samples"]
     component_rewards: dict[str, Float[Tensor, "prompts samples"]]
     valid: Bool[Tensor, "prompts samples"]

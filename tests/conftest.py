@@ -46,3 +46,12 @@ def ending(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """Return a folder with a policy whose layers are as wide as a block of 4-bit weights."""
+    folder, tokenizer = tmp_path_factory.mktemp("wide"), make_tokenizer()
+    make_llama(len(tokenizer), hidden=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -20,6 +20,7 @@ from lit_rlhf.data import TextData
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.reference import load_reference
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.held_out import HeldOutMetrics
 from lit_rlhf.types import Metrics, Preferences
@@ -32,23 +33,30 @@ class DPO(HeldOutMetrics, Algorithm):
     of others in between. The reference's log-probabilities are computed once for the data set, before the first step.
 
     Args:
-        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory. Its initial
-            state is also the reference.
+        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory.
         beta: Strength of the KL constraint, typically 0.05 to 0.5.
+        reference: `policy`, its initial state, or a hub id or folder of a model with the same tokenizer.
         **options: See `Algorithm`.
 
     Raises:
-        ValueError: If beta is not above 0.
+        ValueError: If beta is not above 0, or there is no reference.
     """
 
     batch_type = Preferences
     reference: Reference
 
-    def __init__(self, policy: str | Policy, beta: float = 0.1, **options: Any) -> None:
+    def __init__(
+        self, policy: str | Policy, beta: float = 0.1, reference: str | None = "policy", **options: Any
+    ) -> None:
         super().__init__(policy, **options)
         if not (beta > 0 and math.isfinite(beta)):
             raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
-        self.beta = beta
+        if reference is None:
+            raise InputError(
+                f"{type(self).__name__} compares the policy with a reference, so reference can't be null: leave it out "
+                "for the policy's initial state, or give a model"
+            )
+        self.beta, self.reference_source = beta, reference
         self.reference_logprobs: dict[int, Tensor] = {}  # by the pair's index
         self.held_out_reference_logprobs: dict[int, Tensor] = {}
 
@@ -91,10 +99,12 @@ class DPO(HeldOutMetrics, Algorithm):
         self.held_out_reference_logprobs = {}
 
     def configure_model(self) -> None:
-        """Load the policy and keep its initial state as the reference."""
+        """Load the policy and the reference."""
         super().configure_model()
         if not hasattr(self, "reference"):
-            self.reference = self.policy.reference()
+            reference = load_reference(self.policy, self.reference_source, **self.load_options)
+            assert reference is not None
+            self.reference = reference
 
     def on_validation_start(self) -> None:
         """Move the reference to the device."""

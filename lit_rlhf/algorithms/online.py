@@ -27,10 +27,11 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.evaluation.completions import completion_texts
-from lit_rlhf.evaluation.evaluator import make_judge
+from lit_rlhf.evaluation.evaluator import check_opponent, make_judge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.reference import check_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards
@@ -38,12 +39,7 @@ from lit_rlhf.training import checks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.finite import is_finite, nonfinite_fields
 from lit_rlhf.training.hooks import OnlineHooks
-from lit_rlhf.training.logging import (
-    add_loss_metrics,
-    mean_metrics,
-    mean_reward_metrics,
-    reduce_rollout_metrics,
-)
+from lit_rlhf.training.logging import mean_reward_metrics, reduce_rollout_metrics
 from lit_rlhf.training.resume import restore_on_error
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Completions, Metrics, Prompts, Rollout
@@ -53,11 +49,12 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
     """An algorithm that learns from its own completions.
 
     Args:
-        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory. Its initial
-            state is also the reference of the KL.
+        policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory.
         rewards: Reward functions: callables, bare or `lit_rlhf.rewards.Weighted`.
         num_samples: Completions of each prompt (k), typically 2 to 8.
         kl_coef: Coefficient of the KL to the reference (beta); typically 0.01 to 0.5.
+        reference: What the KL is measured against: `policy`, its initial state; a hub id or folder of a model with the
+            same tokenizer; or null, with `kl_coef=0`, for none: nothing is held, and no KL is measured.
         kl_penalty: Estimator of the KL, and whether it is subtracted from the reward or added to the loss:
             `k1_reward` and `k2_loss` have the exact gradient of the KL in the first update of a rollout, `k3_loss` has
             a different gradient. `train/kl` is always k1.
@@ -68,7 +65,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         **options: See `Algorithm`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or something needs a reference and there is none.
     """
 
     batch_type = Prompts
@@ -77,7 +74,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
     """Whether the loss corrects for updates since sampling by a ratio, for which rollouts keep `old_logprobs`."""
     published_kl_penalty = "k1_reward"
     """The `kl_penalty` of the method's paper, which gives no warning."""
-    reference: Reference
+    reference: Reference | None
 
     def __init__(
         self,
@@ -86,6 +83,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         *,
         num_samples: int = 4,
         kl_coef: float = 0.05,
+        reference: str | None = "policy",
         kl_penalty: str = "k1_reward",
         sampling: Sampling = Sampling(),
         updates: Updates = Updates(),
@@ -100,11 +98,14 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.initial_kl_coef = kl_coef  # a controller changes the other
+        self.reference_source = reference
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
+        check_reference(reference, kl_coef)
+        check_opponent(self.judge, evaluation, reference is not None)
         self.running_statistics["rewards"] = RewardStatistics()
 
     # What a method overrides
@@ -159,11 +160,10 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         with self.timer("score"), raise_on_all_ranks(self.trainer):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, self.tokenizer, prompts, completions, texts, self.trainer_state())
-        with self.timer("score"), self.reference.without_gradient(), raise_on_all_ranks(self.trainer):
-            temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))
-            reference_logprobs = torch.cat(
-                [self.reference.logprobs(prompts.rows(i).trim(), completions.rows(i), temperature) for i in parts]
-            )
+        reference_logprobs = None
+        if self.reference is not None:
+            with self.timer("score"), self.reference.without_gradient(), raise_on_all_ranks(self.trainer):
+                reference_logprobs = self._reference_logprobs(self.reference, prompts, completions)
         self.log_dict(mean_reward_metrics(gather_over_ranks(self.trainer, scores.metrics)), batch_size=1)
 
         valid = scores.valid
@@ -181,7 +181,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         rewards = rewards.masked_fill(~valid, 0.0)
 
         kl = torch.zeros_like(rewards)
-        if self.kl_place == "reward":
+        if self.kl_place == "reward" and reference_logprobs is not None:
             kl = F.kl_of_completions(self.kl_estimator, completions.logprobs, reference_logprobs, completions.mask)
         return self.rollout_type(
             prompts=prompts,
@@ -195,6 +195,10 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
             texts=texts,
             reward_extras=scores.reward_extras,
         )
+
+    def _reference_logprobs(self, reference: Reference, prompts: Prompts, completions: Completions) -> Tensor:
+        temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))
+        return torch.cat([reference.logprobs(prompts.rows(i).trim(), completions.rows(i), temperature) for i in parts])
 
     @torch.no_grad()
     def new_rollout(self, prompts: Prompts) -> Rollout:
@@ -251,7 +255,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
             completions = evaluated.completions
             mismatch = (evaluated.logprobs.detach() - completions.logprobs).abs()[completions.mask].mean()
             metrics["logprob_mismatch"] = mismatch
-        self._log_loss_metrics(metrics)
+        self.log_loss_metrics(metrics)
         return loss
 
     def minibatch(self, rollout: Rollout, step: int) -> Rollout:
@@ -281,12 +285,6 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
     def kl_terms(self, part: Rollout, terms: Tensor) -> Float[Tensor, "prompts samples"]:
         """Return the KL of each completion with gradient, for a KL in the loss."""
         checks.check_kl_in_loss(type(self).__name__, terms, part)
-        assert part.logprobs is not None
+        assert part.logprobs is not None and part.reference_logprobs is not None
         kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, part.completions.mask)
         return kl / self.token_divisor(part)
-
-    def _log_loss_metrics(self, metrics: Metrics) -> None:
-        scalars = {f"train/{name}": value for name, value in metrics.items() if not isinstance(value, tuple)}
-        self.log_dict(scalars, sync_dist=True, batch_size=1)
-        self.metric_sums = add_loss_metrics(self.metric_sums, metrics)
-        self.log_dict(mean_metrics("train", self.metric_sums, self.sum_over_ranks), batch_size=1)

@@ -59,6 +59,7 @@ class RewardModeling(HeldOutMetrics, Algorithm):
         check_vocabulary(reward_model.classifier, self.tokenizer)
         self._check_positions(reward_model.config, "model")
         self.reward_model = reward_model
+        self.checkpoint_layers(reward_model)
 
     def scores(self, batch: Preferences) -> Float[Tensor, "prompts samples"]:
         """Score both completions of each pair, with their prompt computed once."""

@@ -99,7 +99,7 @@ class VanillaPG(OnlineAlgorithm):
         """Reward of each token, including its KL penalty."""
         completions = rollout.completions
         penalties = torch.zeros_like(completions.logprobs)
-        if self.kl_place == "reward":
+        if self.kl_place == "reward" and rollout.reference_logprobs is not None:
             penalties = self.kl_coef * F.kl_k1(completions.logprobs, rollout.reference_logprobs)
         if rollout.token_rewards is not None:
             penalties = penalties - rollout.token_rewards
@@ -157,6 +157,7 @@ class VanillaPG(OnlineAlgorithm):
                 f"critic={self.critic_pretrained!r} can't be loaded: give 'policy', 'head', a folder, or a model's id "
                 f"on the hub ({error})"
             ) from error
+        self.checkpoint_layers(self.critic)
         self.critic.check_vocabulary(self.policy.causal_lm)
         if pretrained != self.pretrained:
             check_same_tokens("critic", pretrained, self.policy.tokenizer, **options)

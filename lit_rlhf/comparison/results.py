@@ -82,11 +82,10 @@ def validation_curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     for row in rows:
         if "time/total" in row:
             step, seconds = update_times([row])[0]
-        if "val/reward" in row and "val/kl" in row:
+        if "val/reward" in row:
             judge = row.get("val/judge", row.get("val/win_rate", math.nan))
-            points.append(
-                {"step": step, "seconds": seconds, "reward": row["val/reward"], "kl": row["val/kl"], "judge": judge}
-            )
+            kl = row.get("val/kl", math.nan)
+            points.append({"step": step, "seconds": seconds, "reward": row["val/reward"], "kl": kl, "judge": judge})
     return points
 
 

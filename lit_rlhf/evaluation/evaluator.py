@@ -15,11 +15,8 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lit_rlhf import functional as F
-from lit_rlhf.evaluation.completions import (
-    check_lengths,
-    column_completions,
-    completion_texts,
-)
+from lit_rlhf.errors import InputError
+from lit_rlhf.evaluation.completions import check_lengths, column_completions, completion_texts
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.evaluation.options import EvaluationOptions
@@ -46,6 +43,19 @@ def make_judge(judge: Callable[..., Any]) -> Scorer | SymmetricJudge:
     return SymmetricJudge(judge) if pairwise else Scorer([judge], "judge")
 
 
+def check_opponent(judge: Scorer | SymmetricJudge, options: EvaluationOptions, has_reference: bool) -> None:
+    """Check that a judge of pairs has an opponent.
+
+    Raises:
+        ValueError: If that would be the reference, and there is none.
+    """
+    if isinstance(judge, SymmetricJudge) and options.compare_to == "policy" and not has_reference:
+        raise InputError(
+            "evaluation.judge compares with completions of the reference, and reference is null: give a column of "
+            "completions as evaluation.compare_to"
+        )
+
+
 class Evaluator:
     """Evaluates a policy on held-out prompts, batch by batch.
 
@@ -54,7 +64,8 @@ class Evaluator:
 
     Args:
         policy: The policy to evaluate.
-        reference: The reference policy of the KL, and the opponent if `options.compare_to` is `policy`.
+        reference: The reference policy of the KL, and the opponent if `options.compare_to` is `policy`; without it
+            neither the KL nor such a win rate is measured.
         tokenizer: The policy's tokenizer.
         scorer: The rewards.
         judge: Decides the win rate; the scorer itself if there is no other.
@@ -68,7 +79,7 @@ class Evaluator:
     def __init__(
         self,
         policy: Policy,
-        reference: Reference,
+        reference: Reference | None,
         tokenizer: PreTrainedTokenizerBase,
         scorer: Scorer,
         judge: Scorer | SymmetricJudge,
@@ -94,7 +105,9 @@ class Evaluator:
             updates: Updates of the policy so far, which the weights of rewards may depend on.
         """
         self.examples = []
-        names = ["reward", *[f"reward/{name}" for name in self.scorer.names], "kl", "length", "eos_rate", "undecided"]
+        names = ["reward", *[f"reward/{name}" for name in self.scorer.names], "length", "eos_rate", "undecided"]
+        if self.reference is not None:
+            names.append("kl")
         if isinstance(self.judge, SymmetricJudge):
             names.append("position_bias")
         elif self.judge is not self.scorer:
@@ -118,11 +131,13 @@ class Evaluator:
         texts = completion_texts(self.tokenizer, prompts, completions)
         scores = self._score(self.scorer, prompts, completions, texts, state)
         totals, valid = scores.total()[:, 0], scores.valid[:, 0]
-        kl = self.kl(prompts)
         self.moments["reward"].update(totals[valid])
         for name, values in scores.component_rewards.items():
             self.moments[f"reward/{name}"].update(values[~values.isnan()])
-        self.moments["kl"].update(kl)
+        kl = None
+        if self.reference is not None:
+            kl = self.kl(self.reference, prompts)
+            self.moments["kl"].update(kl)
         self.moments["length"].update(completions.lengths[:, 0])
         self.moments["eos_rate"].update(completions.finished[:, 0])
         for distinct in self.distinct.values():
@@ -143,11 +158,11 @@ class Evaluator:
         best = totals.nan_to_num(-torch.inf).argmax(1)
         return sampled.map(lambda tensor: tensor[torch.arange(len(best), device=best.device), best].unsqueeze(1))
 
-    def kl(self, prompts: Prompts) -> Float[Tensor, " prompts"]:
+    def kl(self, reference: Reference, prompts: Prompts) -> Float[Tensor, " prompts"]:
         """Estimate KL(policy || reference) of each prompt by one sample, in nats per completion."""
         sampled = self.policy.sample(prompts, 1, self.sampled, self.seed, VALIDATION_EPOCH)
-        reference = self.reference.logprobs(prompts, sampled, self.sampled.temperature)
-        k1 = F.masked_sum(F.kl_k1(sampled.logprobs, reference), sampled.mask)[:, 0]
+        theirs = reference.logprobs(prompts, sampled, self.sampled.temperature)
+        k1 = F.masked_sum(F.kl_k1(sampled.logprobs, theirs), sampled.mask)[:, 0]
         return k1 + F.best_of_kl(self.options.best_of)
 
     def _score(
@@ -164,7 +179,7 @@ class Evaluator:
         perplexity.update(self.policy.logprobs(prompts, given), given.mask)
 
     def _keep_examples(
-        self, prompts: Prompts, completions: Completions, texts: list[Text], scores: Scores, kl: Tensor
+        self, prompts: Prompts, completions: Completions, texts: list[Text], scores: Scores, kl: Tensor | None
     ) -> None:
         totals = scores.total()
         for i in range(min(len(prompts), NUM_EXAMPLES - len(self.examples))):
@@ -174,7 +189,7 @@ class Evaluator:
                     "completion": texts[i],
                     "reward": float(totals[i, 0]),
                     "component_rewards": {name: float(v[i, 0]) for name, v in scores.component_rewards.items()},
-                    "kl": float(kl[i]),
+                    "kl": None if kl is None else float(kl[i]),
                     "length": int(completions.lengths[i, 0]),
                     "finished": bool(completions.finished[i, 0]),
                 }
@@ -194,15 +209,20 @@ class Evaluator:
                 nested = [[text] for text in texts]
                 own = self._score(self.judge, prompts, completions, nested, state).total()[:, 0]
                 self.moments["judge"].update(own[~own.isnan()])
-            opponents = self._cached(prompts, lambda: self._scored_opponents(prompts, state))
-            theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
-            # a reward model may score the same text differently by rounding, depending on the batch
-            same = [text == other for text, (other, _) in zip(texts, opponents, strict=True)]
-            tie = (own == theirs) | torch.tensor(same, device=own.device)
-            wins = torch.where(tie, 0.5, (own > theirs).float()).where(~(own.isnan() | theirs.isnan()), torch.nan)
+            no_opponent = self.reference is None and self.options.compare_to == "policy"
+            wins = own[:0] if no_opponent else self._compare_scores(prompts, texts, own, state)
         decided = ~wins.isnan()
         self.win_rate.update(wins[decided])
         self.moments["undecided"].update(~decided)
+
+    def _compare_scores(self, prompts: Prompts, texts: list[Text], own: Tensor, state: TrainerState) -> Tensor:
+        """Return whether each completion has a higher score than the opponent's, 0.5 for a tie."""
+        opponents = self._cached(prompts, lambda: self._scored_opponents(prompts, state))
+        theirs = torch.tensor([number for _, number in opponents], dtype=own.dtype, device=own.device)
+        # a reward model may score the same text differently by rounding, depending on the batch
+        same = [text == other for text, (other, _) in zip(texts, opponents, strict=True)]
+        tie = (own == theirs) | torch.tensor(same, device=own.device)
+        return torch.where(tie, 0.5, (own > theirs).float()).where(~(own.isnan() | theirs.isnan()), torch.nan)
 
     def _compare_pairs(
         self, judge: SymmetricJudge, prompts: Prompts, texts: list[Text], state: TrainerState
@@ -243,6 +263,7 @@ class Evaluator:
         if self.options.compare_to != "policy":
             with self.together():
                 return column_completions(self.tokenizer, prompts, self.options.compare_to)
+        assert self.reference is not None
         theirs = self.reference.sample(prompts, 1, self.greedy)
         return [row[0] for row in completion_texts(self.tokenizer, prompts, theirs)], theirs
 
@@ -253,10 +274,11 @@ class Evaluator:
             kl_coef: Coefficient of the KL in the return.
         """
         moments = {name: moments.compute() for name, moments in self.moments.items()}
+        penalty = kl_coef * moments["kl"][0] if "kl" in moments else 0.0
         rate, low, high = self.win_rate.compute()
         measured = {
             **{name: mean for name, (mean, _) in moments.items()},
-            "return": moments["reward"][0] - kl_coef * moments["kl"][0],
+            "return": moments["reward"][0] - penalty,
             "reward_variance": moments["reward"][1],
             "win_rate": rate,
             "win_rate_low": low,
@@ -266,25 +288,3 @@ class Evaluator:
         if self.perplexity is not None:
             measured["perplexity"] = self.perplexity.compute()
         return {name: float(value) for name, value in measured.items() if not value.isnan()}
-
-
-def prediction_rows(
-    prompts: Prompts, completions: Completions, texts: list[list[Text]], scores: Scores
-) -> list[dict[str, Any]]:
-    """Return one dict per completion with its prompt, text and rewards."""
-    n, k = completions.finished.shape
-    totals = scores.total().tolist()
-    components = {name: values.tolist() for name, values in scores.component_rewards.items()}
-    return [
-        {
-            "index": int(prompts.index[i]),
-            "sample": j,
-            "prompt": prompts.text[i],
-            "completion": texts[i][j],
-            "reward": totals[i][j],
-            "component_rewards": {name: values[i][j] for name, values in components.items()},
-            "finished": bool(completions.finished[i, j]),
-        }
-        for i in range(n)
-        for j in range(k)
-    ]

@@ -76,3 +76,25 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def prediction_rows(
+    prompts: Prompts, completions: Completions, texts: list[list[Text]], scores: Scores
+) -> list[dict[str, Any]]:
+    """Return one dict per completion with its prompt, text and rewards."""
+    n, k = completions.finished.shape
+    totals = scores.total().tolist()
+    components = {name: values.tolist() for name, values in scores.component_rewards.items()}
+    return [
+        {
+            "index": int(prompts.index[i]),
+            "sample": j,
+            "prompt": prompts.text[i],
+            "completion": texts[i][j],
+            "reward": totals[i][j],
+            "component_rewards": {name: values[i][j] for name, values in components.items()},
+            "finished": bool(completions.finished[i, j]),
+        }
+        for i in range(n)
+        for j in range(k)
+    ]

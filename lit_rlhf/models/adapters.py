@@ -30,6 +30,7 @@ from lit_rlhf.models.pretrained import (
     resolve,
     shared_options,
 )
+from lit_rlhf.models.quantized import dequantized, is_quantized
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model as it is."""
@@ -192,7 +193,7 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
 
 def merged(model: PeftModel) -> PreTrainedModel:
     """Return a copy of the base model with the adapter merged into it."""
-    return merge(copy.deepcopy(model))
+    return merge(model if is_quantized(model) else copy.deepcopy(model))
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
@@ -200,9 +201,11 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
     If the adapter changes the embedding or the head, the two are no longer tied, since they then differ.
     """
+    if is_quantized(model):
+        with tied_weights():
+            model = dequantized(model)
     base: Any = model.get_base_model()
-    if not getattr(base, "is_quantized", False):
-        base.float()
+    base.float()
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
     inputs, outputs = (plain_layer(layer) for layer in layers)
     if outputs is not None and [inputs, outputs] != layers:

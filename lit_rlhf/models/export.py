@@ -242,6 +242,10 @@ def base_model(
         ValueError: If it can't be loaded, or has changed since.
     """
     source, load = export["source"], {name: export["load"][name] for name in BASE_OPTIONS if name in export["load"]}
+    if "quantization_config" in vars(config) and not hasattr(
+        load_config(source, source, **load), "quantization_config"
+    ):
+        load["quantization_config"] = vars(config).pop("quantization_config")  # of `load`, not of the source
     options = {**load, "config": config, "dtype": export["dtype"]}
     new_head = architecture.__name__.endswith("ForSequenceClassification")
     base, _ = load_model(architecture, source, f"{source!r}, the adapter's base model,", new_head, **options)

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_rlhf.models.cpu import cpu_attention
+from lit_rlhf.models.recompute import checkpointed_layers, recomputed
 from lit_rlhf.models.sharding import ShardedWeights
 
 
@@ -34,6 +36,7 @@ class ModelForward:
         head_apart: Whether features are hidden states; None until it is known.
         shares_prompt: Whether a prompt is computed once for all its completions; None until it is known.
         sharded: The weights, if they are sharded over ranks.
+        recomputed: Layers that a backward pass computes again, instead of keeping their activations.
     """
 
     def __init__(self, model: Any, head: str | None = None) -> None:
@@ -42,6 +45,7 @@ class ModelForward:
         self.head_apart: bool | None = None
         self.shares_prompt: bool | None = None
         self.sharded: ShardedWeights | None = None
+        self.recomputed: list[GradientCheckpointingLayer] = []
 
     @property
     def in_step(self) -> bool:
@@ -97,7 +101,7 @@ class ModelForward:
     ) -> Float[Tensor, "rows keep features"]:
         """Return the features of the last `keep` columns; with a cache, `ids` continue the cached columns."""
         arguments = self._arguments(ids, mask, positions, cache)
-        with self.fast_attention():
+        with self.fast_attention(), self.checkpointed():
             if self.head_apart:
                 hidden: Tensor = self.trunk(**arguments).last_hidden_state
                 return hidden[:, -keep:]
@@ -120,6 +124,25 @@ class ModelForward:
         if self.device.type == "cuda":
             return without_cudnn_attention(restore=not checkpoints)
         return contextlib.nullcontext() if self.device.type != "cpu" or checkpoints else cpu_attention()
+
+    def checkpoint(self, active: bool) -> None:
+        """Choose whether passes with gradient keep only the inputs of layers, which are then computed again.
+
+        Raises:
+            ValueError: If the model has no layers for it.
+        """
+        self.recomputed = checkpointed_layers(self.model) if active else []
+
+    def checkpointed(self) -> AbstractContextManager[None]:
+        """Return a context for a pass through the layers, in which those to compute again keep only their input."""
+        if not self.recomputed or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return recomputed(self.recomputed, self._second_pass)
+
+    @contextlib.contextmanager
+    def _second_pass(self, layer: nn.Module) -> Iterator[None]:
+        with eval_mode(layer), self.fast_attention():
+            yield
 
     def _arguments(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
         forward = type(self.trunk).forward

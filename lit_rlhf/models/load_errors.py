@@ -61,6 +61,8 @@ def explain(error: BaseException) -> str:
             "it has no weights in safetensors format; pickled ones, which can run code, are read only if `load` has "
             "use_safetensors: false, and save_pretrained converts them"
         )
+    if "requires bitsandbytes" in text:
+        return "its weights are quantized by bitsandbytes, which is not installed: pip install 'lit_rlhf[quantized]'"
     if "Couldn't instantiate the backend tokenizer" in text:
         return "it has no tokenizer: save one into the folder, with tokenizer.save_pretrained"
     if "Unrecognized model in" in text:
@@ -74,6 +76,11 @@ def explain(error: BaseException) -> str:
         return f"transformers has no {match[2]} for a {match[1]}: give a model of another family"
     if match := re.search(r"unexpected keyword argument '(\w+)'", text):
         return f"`load` has no option {match[1]!r}: its options are those of from_pretrained"
+    if "quant_method" in text:
+        return (
+            "`load` has a quantization_config without a known method: give {load_in_4bit: true} or {load_in_8bit: "
+            "true}, with other options of transformers.BitsAndBytesConfig"
+        )
     if SafetensorError in kinds:
         return f"its file of weights is damaged ({text}): copy or download it again"
     if isinstance(error, KeyError):

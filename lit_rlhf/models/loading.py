@@ -116,17 +116,32 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
         )
 
 
-def check_same_tokens(role: str, source: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+def check_same_tokens(
+    role: str, source: str | Path, tokenizer: PreTrainedTokenizerBase, complete: bool = False, **options: Any
+) -> None:
     """Check that the tokenizer of a model that reads completions, if it has one, has the policy's token ids.
 
+    Args:
+        role: Name of the model in messages.
+        source: Its folder or hub id.
+        tokenizer: The policy's tokenizer.
+        complete: Whether it must know every token of the policy, but for those that were added to a vocabulary.
+        **options: Options of `from_pretrained`.
+
     Raises:
-        ValueError: If the ids of a token differ.
+        ValueError: If the ids of a token differ, or one is missing.
     """
     try:
         known = load_tokenizer(source, **options).get_vocab()
     except (OSError, ValueError):
         return
+    added = tokenizer.get_added_vocab()
     for token, i in tokenizer.get_vocab().items():
+        if complete and token not in known and token not in added:
+            raise InputError(
+                f"the {role} {str(source)!r} has no token {token!r}, which the policy has: give a model with the same "
+                "tokenizer, such as one that started from the same model"
+            )
         if known.get(token, i) != i:
             raise InputError(
                 f"the {role} {str(source)!r} has id {known[token]} for {token!r}, and the policy has {i}: give a model "

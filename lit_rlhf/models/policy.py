@@ -250,6 +250,11 @@ class Reference:
         self._policy = policy
         self._adapter_off = adapter_off
 
+    @property
+    def start(self) -> str:
+        """Fingerprint of its weights."""
+        return self._policy.start
+
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
         with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.load_errors import explained
+from lit_rlhf.models.quantized import keep_layout
 
 SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
 """Folders of the models that come with the package, by name."""
@@ -179,6 +180,7 @@ def load_model(
         model, report = loader.from_pretrained(
             resolve(source), **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
+    keep_layout(model)
     trunk = f"{model.base_model_prefix}."
     new = sorted(report["missing_keys"])
     missing = [name for name in new if name.startswith(trunk) or not new_head]

@@ -186,7 +186,8 @@ class ScalarModel(nn.Module):
         tokens = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
         lengths = torch.tensor([[len(row)] for row in rows], device=device)
         mask = (torch.arange(length, device=device) < lengths).long()
-        with padding_id(self.config, pad), self.model_forward.fast_attention():
+        forward = self.model_forward
+        with padding_id(self.config, pad), forward.fast_attention(), forward.checkpointed():
             scores: Tensor = self.classifier(input_ids=tokens, attention_mask=mask).logits
         return F.at_least_float32(scores.squeeze(-1))
 

@@ -6,7 +6,6 @@ gradient through the cache. Completions of similar length are computed together,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -18,6 +17,7 @@ from transformers import DynamicCache
 from lit_rlhf.models.forward import ModelForward, as_sampled, checkpoints_activations
 from lit_rlhf.models.length_groups import groups_of_similar_length
 from lit_rlhf.models.out_of_memory import FittingRows
+from lit_rlhf.models.recompute import select_cache_rows
 from lit_rlhf.types import Prompts
 
 SequencesT = TypeVar("SequencesT", bound="TokenSequences")
@@ -93,7 +93,7 @@ def completion_features(
 
 
 def can_share(forward: ModelForward) -> bool:
-    """Whether prompts are shared now: the model allows it, and no gradient checkpointing prevents the cache."""
+    """Whether prompts are shared now: the model allows it, and its own gradient checkpointing does not prevent it."""
     return bool(forward.shares_prompt) and not checkpoints_activations(forward.model)
 
 
@@ -158,19 +158,6 @@ def last_features(
     rows, columns = tokens.shape
     last = torch.arange(rows, device=tokens.device) * columns + torch.tensor(lengths, device=tokens.device)
     return features.flatten(0, 1).index_select(0, last)
-
-
-def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
-    """Return a new cache with the selected rows; the given cache is unchanged.
-
-    `reorder_cache` selects by `index_select`, `batch_select_indices` by indexing (see `shared_features`).
-    """
-    if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
-        raise NotImplementedError("several completions can't share a recurrent state")
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.reorder_cache(rows)  # type: ignore[arg-type]
-    return chosen
 
 
 def plain_features(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_rlhf.models.fingerprint import fingerprint
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.quantized import quantized_layers
 from lit_rlhf.models.shards import PARTS, fill
 from lit_rlhf.training.distributed import gather_on_rank_zero
 from lit_rlhf.training.lightning_callbacks import check_resumed_callbacks
@@ -72,10 +73,12 @@ class CheckpointHooks(LightningModule):
 
     @property
     def _start(self) -> str:
-        """Fingerprint of the weights that training started from, where it still depends on them; else empty."""
+        """Fingerprints of the weights under an adapter and of the reference, which a checkpoint lacks; may be empty."""
         model, adapted = self._trained_model, isinstance(self._trained_model, PeftModel)
         if "policy" in self._modules:
-            return self.policy.start if adapted or hasattr(self, "reference") else ""
+            reference = getattr(self, "reference", None)
+            starts = [self.policy.start] * adapted + ([] if reference is None else [reference.start])
+            return " ".join(dict.fromkeys(starts))
         return fingerprint(model, skip={"score", *cast(PeftModel, model).peft_config}) if adapted else ""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -103,7 +106,8 @@ class CheckpointHooks(LightningModule):
         in_memory = "policy" in self._modules and not self.policy.loaded
         if in_memory or not isinstance(self._trained_model, PeftModel):
             frozen = {name for name in frozen if not name.startswith(self.export_prefix)}
-        return {name: value for name, value in state_dict.items() if name not in frozen}
+        scales = quantized_layers(self)  # beside weights that are frozen
+        return {n: value for n, value in state_dict.items() if n not in frozen and not n.startswith(scales)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the saved state and correct Lightning's loop progress."""

@@ -86,7 +86,7 @@ class RolloutDiagnosis:
         finished: Number of completions that ended by themselves.
         varied: Number of groups (rollouts if there is one sample of each prompt) with more than one reward.
         hopeless: Whether a warning has already explained why the policy stays as it is.
-        kl_known: Whether the KL to the reference has been seen, or found missing.
+        kl_known: Whether the KL to the reference has been seen or found missing, or there is no reference.
     """
 
     rollouts: int = 0
@@ -159,7 +159,8 @@ def rollout_facts(rollout: Rollout) -> dict[str, float]:
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
     groups = valid.sum(1) > 1
-    difference = (completions.logprobs - rollout.reference_logprobs).abs().masked_fill(~completions.mask, 0.0)
+    reference = completions.logprobs if rollout.reference_logprobs is None else rollout.reference_logprobs
+    difference = (completions.logprobs - reference).abs().masked_fill(~completions.mask, 0.0)
     facts = {
         "completions": torch.tensor(valid.numel()),
         "finished": completions.finished.sum(),

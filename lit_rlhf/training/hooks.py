@@ -12,20 +12,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from lit_rlhf.evaluation.completions import completion_texts
-from lit_rlhf.evaluation.evaluator import Evaluator, prediction_rows
+from lit_rlhf.evaluation.evaluator import Evaluator
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
-from lit_rlhf.evaluation.scoring import score
+from lit_rlhf.evaluation.scoring import prediction_rows, score
 from lit_rlhf.models.policy import Reference
+from lit_rlhf.models.reference import load_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.logging import add_loss_metrics, mean_metrics
 from lit_rlhf.training.resume import InFlight
 from lit_rlhf.training.timing import PhaseTimer
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Prompts, Rollout
+from lit_rlhf.types import Metrics, Prompts, Rollout
 
 
 class OnlineHooks(CheckpointHooks):
@@ -35,7 +37,8 @@ class OnlineHooks(CheckpointHooks):
         examples: Greedy completions of the first held-out prompts, from the last evaluation.
     """
 
-    reference: Reference
+    reference: Reference | None
+    reference_source: str | None
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     judge: Scorer | SymmetricJudge
@@ -44,6 +47,7 @@ class OnlineHooks(CheckpointHooks):
     updates: Updates
     num_samples: int
     kl_coef: float
+    load_options: dict[str, Any]
     uses_importance_ratio: bool
     data_module: Any
     _movement: diagnosis.MovementCheck
@@ -90,15 +94,16 @@ class OnlineHooks(CheckpointHooks):
             checks.check_on_policy(self.updates, accumulate, self.uses_importance_ratio)
 
     def configure_model(self) -> None:
-        """Load the policy and keep its initial state as the reference."""
+        """Load the policy and the reference."""
         super().configure_model()
         if not hasattr(self, "reference"):
-            self.reference = self.policy.reference()
+            self.reference = load_reference(self.policy, self.reference_source, **self.load_options)
 
     def setup_models(self) -> None:
         """Move models outside the module tree to the device, and check what needs the loaded models."""
         self.policy.probe()
-        self.reference.to(self.device, next(self.policy.parameters()).dtype)
+        if self.reference is not None:
+            self.reference.to(self.device, next(self.policy.parameters()).dtype)
         sharding = getattr(self.trainer.strategy, "sharding", None)
         self.scorer.setup(self.device, sharding)
         self.judge.setup(self.device, sharding)
@@ -126,6 +131,7 @@ class OnlineHooks(CheckpointHooks):
             return
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
+        self._diagnosis.kl_known |= self.reference is None
         ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)
@@ -201,6 +207,15 @@ class OnlineHooks(CheckpointHooks):
         self._updates_before = self.trainer.global_step
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._metric_sums_before = self.metric_sums
+
+    def log_loss_metrics(self, metrics: Metrics) -> None:
+        """Log the metrics of a step's loss: the masked ones as means over the rollout so far."""
+        scalars = {f"train/{name}": value for name, value in metrics.items() if not isinstance(value, tuple)}
+        self.log_dict(scalars, sync_dist=True, batch_size=1)
+        self.metric_sums = add_loss_metrics(self.metric_sums, metrics)
+        self.log_dict(
+            mean_metrics("train", self.metric_sums, functools.partial(sum_over_ranks, self.trainer)), batch_size=1
+        )
 
     def undo_update(self) -> bool:
         """Return to the state before the update in progress; its metrics too."""

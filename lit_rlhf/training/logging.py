@@ -20,20 +20,20 @@ Masked = tuple[Tensor, Tensor]
 def rollout_metrics(rollout: Rollout) -> dict[str, Masked]:
     """Return each metric of a rollout, before advantages are computed, as values and mask."""
     completions, valid = rollout.completions, rollout.valid
-    k1 = F.kl_k1(completions.logprobs, rollout.reference_logprobs)
-    k3 = F.kl_k3(completions.logprobs, rollout.reference_logprobs)
     rewards, all_rows = rollout.total_rewards, torch.ones_like(valid)
     highest = rewards.masked_fill(~valid, -torch.inf).amax(1)
     lowest = rewards.masked_fill(~valid, torch.inf).amin(1)
     metrics = {
         "reward": (rewards, valid),
         "return": (rollout.total_returns, valid),
-        "kl": (F.masked_sum(k1, completions.mask), all_rows),
-        "kl_k3": (F.masked_sum(k3, completions.mask), all_rows),
         "completion_length": (completions.lengths, all_rows),
         "eos_rate": (completions.finished, all_rows),
         "skipped_groups": (~valid.any(1), all_rows[:, 0]),
     }
+    if rollout.reference_logprobs is not None:
+        for name, estimate in (("kl", F.kl_k1), ("kl_k3", F.kl_k3)):
+            values = estimate(completions.logprobs, rollout.reference_logprobs)
+            metrics[name] = F.masked_sum(values, completions.mask), all_rows
     if valid.shape[1] > 1:
         metrics["zero_variance_groups"] = (highest == lowest, all_rows[:, 0])
     if completions.entropy is not None:

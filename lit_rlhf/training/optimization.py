@@ -121,6 +121,20 @@ def check_optimized(parameters: Iterable[tuple[str, Parameter]], groups: list[di
         )
 
 
+def check_updates_shards(optimizer: Optimizer, sharded: bool) -> None:
+    """Check that an optimizer can update weights if they are sharded.
+
+    Raises:
+        ValueError: If not: Adafactor adds up rows and columns, and the kernels of bitsandbytes take plain tensors.
+    """
+    kind = type(optimizer)
+    if sharded and (issubclass(kind, torch.optim.Adafactor) or kind.__module__.startswith("bitsandbytes")):
+        raise InputError(
+            f"{kind.__name__} can't update sharded weights: use torch.optim.AdamW, whose state is sharded, too, or "
+            "--trainer.strategy ddp"
+        )
+
+
 def check_step_size(optimizer: Optimizer, has_adapter: bool = False) -> None:
     """Refuse 16-bit weights that the learning rate cannot change.
 

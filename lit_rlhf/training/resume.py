@@ -160,7 +160,7 @@ def check_identity(checkpoint: Mapping[str, Any], algorithm: str, start: str) ->
     Args:
         checkpoint: The checkpoint.
         algorithm: Name of the algorithm that resumes; empty if the checkpoint is only evaluated.
-        start: Fingerprint of the model that this run starts from; empty if nothing depends on it.
+        start: Fingerprints of the models that this run starts from, as far as anything depends on them.
 
     Raises:
         ValueError: If it was written by another algorithm, or its run started from other weights.
@@ -171,11 +171,12 @@ def check_identity(checkpoint: Mapping[str, Any], algorithm: str, start: str) ->
             f"the checkpoint was written by {written_by}, and this run is {algorithm}: resume with --model "
             f"{written_by}, or start from its policy by --model.policy"
         )
-    if start and started and start != started:
+    now, before = set(start.split()), set(started.split())
+    if not (now <= before or before <= now):
         raise InputError(
-            "the checkpoint's run started from a policy with other weights than this one's, and the KL is measured "
-            "against them: give the --model.policy and --model.load of that run; if its folder has been replaced, "
-            "restore it"
+            "the checkpoint's run started from a policy, or a reference, with other weights than this one's, and the "
+            "KL is measured against them: give the --model.policy, --model.reference and --model.load of that run; if "
+            "a folder has been replaced, restore it"
         )
 
 

@@ -130,7 +130,7 @@ def test_another_algorithm_or_start_is_refused(workspace, capsys):
     last = "--ckpt_path=here/version_0/checkpoints/last.ckpt"
     for args, sentence in (
         (["--model=PPO"], "written by RLOO, and this run is PPO"),
-        (["--model.policy=here/policy/last"], "started from a policy with other weights"),
+        (["--model.policy=here/policy/last"], "started from a policy, or a reference, with other weights"),
     ):
         with pytest.raises(SystemExit):
             fit("--model.lora=null", *args, last)
