@@ -86,7 +86,7 @@ class Passes:
 
     def sampling(self, shape: Shape, sampling: Sampling) -> Peak:
         """Rehearse the first tokens and, with the cache at its largest, the last."""
-        policy, steps = self.models.trained, replace(sampling, max_new_tokens=2, min_new_tokens=0)
+        policy, steps = self.models.trained, replace(sampling, max_new_tokens=2, min_new_tokens=min(sampling.min_new_tokens, 2))
         assert isinstance(policy, Policy)
         prompts, k = fill_padding(shape.batch()), shape.samples
         grid = (shape.prompts, k)
