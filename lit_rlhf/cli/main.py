@@ -1,4 +1,4 @@
-"""The command line: Lightning's `lit-rlhf fit | validate | test | predict`, and `lit-rlhf export | compare | memory`."""
+"""The command line: Lightning's `lit-rlhf fit | validate | test | predict`, and `export | compare | memory`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,7 +25,7 @@ from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
 from lit_rlhf.cli.failures import ending_signal, failure, unwrapped
-from lit_rlhf.cli.memory import print_memory
+from lit_rlhf.cli.memory import MemoryReport
 from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
@@ -130,7 +130,7 @@ class MemoryCommandLine(RLHFCommandLine):
         """Create none: its devices may be on another machine."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        print_memory(self.model, self.datamodule, self.config_init[subcommand])  # type: ignore[arg-type]
+        MemoryReport(self.model, self.datamodule, self.config_init[subcommand]).print()  # type: ignore[arg-type]
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +14,48 @@ from lit_rlhf.algorithms import Algorithm
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.data import TextData
 from lit_rlhf.errors import InputError
-from lit_rlhf.memory.estimate import Estimate, Setting, completions_of_a_row, estimate
+from lit_rlhf.memory.estimate import Calculator, Estimate, Setting
 from lit_rlhf.memory.passes import Shape
 from lit_rlhf.training.strategies import FSDP2Strategy
+from lit_rlhf.types import Preferences
 
 GIB = 2**30
 USABLE = 0.9
 """Share of a device's memory that is planned with: the rest is for CUDA itself and for gaps between tensors."""
 
 
-def print_memory(algorithm: Algorithm, data: TextData, options: Any) -> None:
-    """Print the table and the two peaks.
+@dataclass(frozen=True)
+class MemoryReport:
+    """What the command prints.
 
-    Args:
+    Attributes:
         algorithm: The algorithm, made with its options.
         data: The data module.
         options: Options of the command.
-
-    Raises:
-        ValueError: If a length is not known, or the strategy is another one.
     """
-    setting = read_setting(options.trainer)
-    found = estimate(algorithm, read_shape(algorithm, data, options), setting)
-    console = get_console()
-    console.print(table(found, setting))
-    peaks = {"sampling": found.sampling_peak, "update": found.update_peak}
-    line = ", ".join(f"{name} {peak / GIB:.2f} GiB" for name, peak in peaks.items() if peak)
-    console.print(Text(f"peak of each device: {line}{verdict(found, algorithm, setting, options)}"), soft_wrap=True)
+
+    algorithm: Algorithm
+    data: TextData
+    options: Any
+
+    def print(self) -> None:
+        """Print the table and the two peaks.
+
+        Raises:
+            ValueError: If a length is not known, or the strategy is another one.
+        """
+        algorithm, setting = self.algorithm, read_setting(self.options.trainer)
+        if isinstance(algorithm, OnlineAlgorithm):
+            shape = read_shape(algorithm.num_samples, algorithm.max_new_tokens, self.data, self.options)
+        else:
+            shape = read_shape(2 if algorithm.batch_type is Preferences else 1, 0, self.data, self.options)
+        found = Calculator(algorithm, shape, setting).estimate()
+        console = get_console()
+        console.print(table(found, setting))
+        peaks = {"sampling": found.sampling_peak, "update": found.update_peak}
+        line = ", ".join(f"{name} {peak / GIB:.2f} GiB" for name, peak in peaks.items() if peak)
+        fits = verdict(found, algorithm.lora is not None, setting, self.options.device_memory)
+        console.print(Text(f"peak of each device: {line}{fits}"), soft_wrap=True)
 
 
 def read_setting(trainer: Any) -> Setting:
@@ -77,19 +93,24 @@ def full_name(precision: Any) -> str:
     return {"16": "16-mixed", "bf16": "bf16-mixed"}.get(str(precision), str(precision or "32-true"))
 
 
-def read_shape(algorithm: Algorithm, data: TextData, options: Any) -> Shape:
+def read_shape(samples: int, sampled: int, data: TextData, options: Any) -> Shape:
     """Return the largest batch of a step.
+
+    Args:
+        samples: Completions of each prompt.
+        sampled: Tokens of a completion, if they are sampled.
+        data: The data module.
+        options: Options of the command.
 
     Raises:
         ValueError: If a length is not known.
     """
-    prompt = options.prompt_tokens or data.max_prompt_tokens
-    sampled = algorithm.sampling.max_new_tokens if isinstance(algorithm, OnlineAlgorithm) else None
-    completion = options.completion_tokens or sampled or data.max_completion_tokens
+    prompt: Any = options.prompt_tokens or data.max_prompt_tokens
+    completion: Any = options.completion_tokens or sampled or data.max_completion_tokens
     for name, value in {"prompt": prompt, "completion": completion}.items():
         if not value or value < 1:
             raise InputError(f"the longest {name} is not known: give --{name}_tokens N, or --data.max_{name}_tokens N")
-    return Shape(data.batch_size, completions_of_a_row(algorithm), prompt, completion)
+    return Shape(data.batch_size, samples, prompt, completion)
 
 
 def table(found: Estimate, setting: Setting) -> Table:
@@ -108,27 +129,26 @@ def table(found: Estimate, setting: Setting) -> Table:
     return made
 
 
-def verdict(found: Estimate, algorithm: Algorithm, setting: Setting, options: Any) -> str:
+def verdict(found: Estimate, has_lora: bool, setting: Setting, memory: float | None) -> str:
     """Return whether the run fits, where the memory of a device is known, and what to try first if it does not."""
-    memory = options.device_memory
     if memory is None and not setting.on_cpu and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     if memory is None:
         return ""
     if found.peak <= USABLE * memory * GIB:
         return f"; fits {memory:g} GiB"
-    return f"; does not fit {memory:g} GiB, of which {USABLE:.0%} are planned with: try {advice(found, algorithm)}"
+    return f"; does not fit {memory:g} GiB, of which {USABLE:.0%} are planned with: try {advice(found, has_lora)}"
 
 
-def advice(found: Estimate, algorithm: Algorithm) -> str:
+def advice(found: Estimate, has_lora: bool) -> str:
     """Return the first option to try."""
     always = sum(found.always.values())
     if found.peak < 2 * always:
-        if algorithm.lora is None:
+        if not has_lora:
             return "--model.lora {r: 16}, or --trainer.strategy fsdp2 with more devices"
         return "--model.load.dtype bfloat16, or --trainer.strategy fsdp2 with more devices"
     if found.sampling_peak > found.update_peak:
         return "--model.sampling.batch_size N"
-    if isinstance(algorithm, OnlineAlgorithm):
+    if found.sampling:
         return "--model.updates.num_minibatches N with --trainer.accumulate_grad_batches N"
     return "a smaller --data.batch_size with --trainer.accumulate_grad_batches N"

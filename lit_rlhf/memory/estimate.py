@@ -13,12 +13,11 @@ from torch import nn
 from lit_rlhf.algorithms import Algorithm
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.algorithms.vanilla_pg import VanillaPG
-from lit_rlhf.memory.models import Models, build_models
+from lit_rlhf.memory.models import Builder, Models
 from lit_rlhf.memory.passes import Passes, Shape
 from lit_rlhf.memory.rehearsal import size
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sharding import decoder_layers
-from lit_rlhf.types import Preferences
 
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -84,34 +83,103 @@ class Estimate:
         return max(self.sampling_peak, self.update_peak)
 
 
-def estimate(algorithm: Algorithm, shape: Shape, setting: Setting) -> Estimate:
-    """Estimate the memory of a run from the second update on, with prompts and completions of full length.
+@dataclass
+class Calculator:
+    """Calculates the memory of a run from the second update on, with prompts and completions of full length.
 
-    Args:
-        algorithm: The algorithm, made with its options; its models are not loaded.
+    Attributes:
+        algorithm: The algorithm, made with its options; its models are not loaded, and its code is rehearsed.
         shape: Prompts of a step and device, completions of each, and their tokens.
         setting: How the run is placed on devices.
     """
-    models = build_models(algorithm, None if setting.mixed else setting.half)
-    passes = Passes(algorithm, models, setting.half if setting.mixed else None, setting.on_cpu)
-    shards = setting.devices if setting.strategy == "fsdp2" else 1
-    found = Estimate()
-    found.always = {name: math.ceil(held / shards) for name, held in model_sizes(models).items()}
-    step = passes.optimizer_step(fused=shards == 1)
-    found.always["optimizer state"] = math.ceil(step.kept / shards)
-    trained = size(p for p in algorithm.parameters() if p.requires_grad)
-    if setting.strategy == "ddp":
-        found.always["DDP's buckets of gradients"] = trained
-    if isinstance(algorithm, OnlineAlgorithm):
-        found.always["rollout"] = rollout_size(algorithm, shape)
-        found.sampling = sampling_phase(algorithm, passes, shape, setting)
-        if setting.accumulate > algorithm.steps_per_rollout:
-            found.sampling["gradients so far"] = math.ceil(trained / shards)
-    found.update = update_phase(algorithm, passes, shape, setting)
-    at_the_step = math.ceil((trained + step.most - step.kept) / shards)
-    if at_the_step > sum(found.update.values()):
-        found.update = {"gradients, and the optimizer's step": at_the_step}
-    return found
+
+    algorithm: Algorithm
+    shape: Shape
+    setting: Setting
+
+    @functools.cached_property
+    def passes(self) -> Passes:
+        """The passes, with models that are built on first use."""
+        mixed, half = self.setting.mixed, self.setting.half
+        models = Builder(self.algorithm, None if mixed else half).build()
+        return Passes(self.algorithm, models, half if mixed else None, self.setting.on_cpu)
+
+    def estimate(self) -> Estimate:
+        """Return what each device holds."""
+        shards = self.setting.devices if self.setting.strategy == "fsdp2" else 1
+        found = Estimate()
+        found.always = {name: math.ceil(held / shards) for name, held in model_sizes(self.passes.models).items()}
+        step = self.passes.optimizer_step(fused=shards == 1)
+        found.always["optimizer state"] = math.ceil(step.kept / shards)
+        trained = size(p for p in self.algorithm.parameters() if p.requires_grad)
+        if self.setting.strategy == "ddp":
+            found.always["DDP's buckets of gradients"] = trained
+        if isinstance(self.algorithm, OnlineAlgorithm):
+            found.always["rollout"] = self.rollout_size()
+            found.sampling = self.sampling_phase()
+            if self.setting.accumulate > self.algorithm.steps_per_rollout:
+                found.sampling["gradients so far"] = math.ceil(trained / shards)
+        found.update = self.update_phase()
+        at_the_step = math.ceil((trained + step.most - step.kept) / shards)
+        if at_the_step > sum(found.update.values()):
+            found.update = {"gradients, and the optimizer's step": at_the_step}
+        return found
+
+    def rollout_size(self) -> int:
+        """Return the bytes of a rollout: ids, mask, and float32 numbers of each token."""
+        assert isinstance(self.algorithm, OnlineAlgorithm)
+        numbers = 3 + self.algorithm.uses_importance_ratio + 3 * isinstance(self.algorithm, VanillaPG)
+        return self.shape.prompts * self.shape.samples * self.shape.completion_tokens * (8 + 1 + 4 * numbers)
+
+    def sampling_phase(self) -> dict[str, int]:
+        """Return what the largest pass without gradient adds: of sampling, reference, critic, reward models."""
+        assert isinstance(self.algorithm, OnlineAlgorithm)
+        sampling, updates, models = self.algorithm.sampling, self.algorithm.updates, self.passes.models
+        part = Shape(min(self.shape.prompts, sampling.batch_size or self.shape.prompts), *vars_of(self.shape)[1:])
+        drawn = self.passes.sampling(part, sampling)
+        found = [{"copies of weights for decoding": drawn.kept, "KV cache and logits": drawn.most - drawn.kept}]
+        found[0] |= gathering(models.trained, self.setting)
+        minibatch = Shape(math.ceil(self.shape.prompts / updates.num_minibatches), *vars_of(self.shape)[1:])
+        logprobs = functools.partial(self.algorithm.policy.logprobs, temperature=sampling.temperature)
+        scores: list[tuple[str, nn.Module, Any, Shape]] = [
+            ("the reference's pass", models.reference or models.trained, logprobs, minibatch)
+        ]
+        if models.critic is not None:
+            samples = math.ceil(self.shape.samples / updates.sample_minibatches)
+            smaller = Shape(minibatch.prompts, samples, self.shape.prompt_tokens, self.shape.completion_tokens)
+            scores.append(("the critic's pass", models.critic, models.critic.values, smaller))
+        for judge, rows in models.rewards:
+            prompts = max(1, min(rows // self.shape.samples, self.shape.prompts))
+            scores.append(("a reward model's pass", judge, judge.score, Shape(prompts, *vars_of(self.shape)[1:])))
+        for name, model, score, batch in scores:
+            found.append({name: self.passes.scoring(batch, score).most, **gathering(model, self.setting)})
+        return max(found, key=lambda parts: sum(parts.values()))
+
+    def update_phase(self) -> dict[str, int]:
+        """Return what the largest training step of an update adds."""
+        batch = self.training_shape()
+        trained = size(p for p in self.algorithm.parameters() if p.requires_grad)
+        if self.setting.strategy != "fsdp2":
+            peak = self.passes.training(batch, accumulated=self.setting.accumulate > 1)
+            gradients = min(trained, peak.most)
+            return {"activations": peak.most - gradients, "gradients": gradients}
+        peak = self.passes.training(batch, accumulated=False, gradients=False)
+        models = [model for model in (self.passes.models.trained, self.passes.models.critic) if model is not None]
+        whole = sum(in_step(model, self.setting) for model in models)
+        share = trained / max(1, sum(held(model) for model in models))  # of what is gathered, with a gradient each
+        return {
+            "activations": peak.most,
+            "gradients": math.ceil(trained / self.setting.devices) + math.ceil(share * whole),
+            "gathered weights": whole,
+        }
+
+    def training_shape(self) -> Shape:
+        """Return the batch of a training step."""
+        if not isinstance(self.algorithm, OnlineAlgorithm):
+            return self.shape
+        prompts = math.ceil(self.shape.prompts / self.algorithm.updates.num_minibatches)
+        samples = math.ceil(self.shape.samples / self.algorithm.updates.sample_minibatches)
+        return Shape(prompts, samples, self.shape.prompt_tokens, self.shape.completion_tokens)
 
 
 def model_sizes(models: Models) -> dict[str, int]:
@@ -135,36 +203,6 @@ def held(module: nn.Module) -> int:
     return size((*module.parameters(), *module.buffers()))
 
 
-def rollout_size(algorithm: OnlineAlgorithm, shape: Shape) -> int:
-    """Return the bytes of a rollout: ids, mask, and float32 numbers of each token."""
-    numbers = 3 + algorithm.uses_importance_ratio + 3 * isinstance(algorithm, VanillaPG)
-    return shape.prompts * shape.samples * shape.completion_tokens * (8 + 1 + 4 * numbers)
-
-
-def sampling_phase(algorithm: OnlineAlgorithm, passes: Passes, shape: Shape, setting: Setting) -> dict[str, int]:
-    """Return what the largest of the passes without gradient adds: sampling, the reference, critic, reward models."""
-    sampling, updates, models = algorithm.sampling, algorithm.updates, passes.models
-    part = Shape(min(shape.prompts, sampling.batch_size or shape.prompts), *vars_of(shape)[1:])
-    drawn = passes.sampling(part, sampling)
-    found = [{"copies of weights for decoding": drawn.kept, "KV cache and logits": drawn.most - drawn.kept}]
-    found[0] |= gathering(models.trained, setting)
-    minibatch = Shape(math.ceil(shape.prompts / updates.num_minibatches), *vars_of(shape)[1:])
-    logprobs = functools.partial(algorithm.policy.logprobs, temperature=sampling.temperature)
-    scores: list[tuple[str, nn.Module, Any, Shape]] = [
-        ("the reference's pass", models.reference or models.trained, logprobs, minibatch)
-    ]
-    if models.critic is not None:
-        samples = math.ceil(shape.samples / updates.sample_minibatches)
-        smaller = Shape(minibatch.prompts, samples, shape.prompt_tokens, shape.completion_tokens)
-        scores.append(("the critic's pass", models.critic, models.critic.values, smaller))
-    for model, rows in models.rewards:
-        prompts = max(1, min(rows // shape.samples, shape.prompts))
-        scores.append(("a reward model's pass", model, model.score, Shape(prompts, *vars_of(shape)[1:])))
-    for name, model, score, batch in scores:
-        found.append({name: passes.scoring(batch, score).most, **gathering(model, setting)})
-    return max(found, key=lambda parts: sum(parts.values()))
-
-
 def vars_of(shape: Shape) -> tuple[int, int, int, int]:
     """Return the numbers of a shape."""
     return shape.prompts, shape.samples, shape.prompt_tokens, shape.completion_tokens
@@ -186,38 +224,3 @@ def in_step(model: nn.Module, setting: Setting) -> int:
 def width(setting: Setting) -> int:
     """Return to how many bytes fsdp2 gathers four bytes of weights."""
     return 2 if setting.mixed and setting.half is not None else 4
-
-
-def training_shape(algorithm: Algorithm, shape: Shape) -> Shape:
-    """Return the batch of a training step."""
-    if not isinstance(algorithm, OnlineAlgorithm):
-        return shape
-    prompts = math.ceil(shape.prompts / algorithm.updates.num_minibatches)
-    samples = math.ceil(shape.samples / algorithm.updates.sample_minibatches)
-    return Shape(prompts, samples, shape.prompt_tokens, shape.completion_tokens)
-
-
-def update_phase(algorithm: Algorithm, passes: Passes, shape: Shape, setting: Setting) -> dict[str, int]:
-    """Return what the largest training step of an update adds."""
-    batch = training_shape(algorithm, shape)
-    trained = size(p for p in algorithm.parameters() if p.requires_grad)
-    if setting.strategy != "fsdp2":
-        peak = passes.training(batch, accumulated=setting.accumulate > 1)
-        gradients = min(trained, peak.most)
-        return {"activations": peak.most - gradients, "gradients": gradients}
-    peak = passes.training(batch, accumulated=False, gradients=False)
-    models = [model for model in (passes.models.trained, passes.models.critic) if model is not None]
-    whole = sum(in_step(model, setting) for model in models)
-    share = trained / max(1, sum(held(model) for model in models))  # of what is gathered, with a gradient each
-    return {
-        "activations": peak.most,
-        "gradients": math.ceil(trained / setting.devices) + math.ceil(share * whole),
-        "gathered weights": whole,
-    }
-
-
-def completions_of_a_row(algorithm: Algorithm) -> int:
-    """Return the completions of each row of the data: those sampled, both of a pair, or one."""
-    if isinstance(algorithm, OnlineAlgorithm):
-        return algorithm.num_samples
-    return 2 if algorithm.batch_type is Preferences else 1

@@ -50,49 +50,64 @@ class Models:
         return [t for module in modules if module is not None for t in (*module.parameters(), *module.buffers())]
 
 
-def build_models(algorithm: Algorithm, dtype: torch.dtype | None) -> Models:
-    """Build the models of an algorithm that was made with its options.
+@dataclass(frozen=True)
+class Builder:
+    """Builds the models of an algorithm that was made with its options.
 
-    Args:
+    Attributes:
         algorithm: The algorithm, whose models are not loaded.
         dtype: What the precision casts all weights to; None: they stay as they are loaded.
     """
-    algorithm._tokenizer = blank_tokenizer()
-    with config_only():
-        if not isinstance(algorithm, RewardModeling):
-            algorithm.policy = Policy(build_causal_lm(algorithm), algorithm._tokenizer, algorithm.lora)
-        algorithm.configure_model()
-        specs = getattr(getattr(algorithm, "scorer", None), "_specs", [])
-        found = [spec.reward for spec in specs if isinstance(spec.reward, RewardModel)]
-        rewards = [
-            (ScalarModel.from_pretrained(r.pretrained, name="reward model", trained=False, **r.load_options), r.batch_size)
-            for r in found
-        ]
-    reference = vars(algorithm).get("reference")
-    copy = reference._policy if isinstance(reference, Reference) and not reference._adapter_off else None
-    if dtype is not None:
-        algorithm.to(dtype)
-    if copy is not None:
-        copy.to(dtype)
-    critic: Any = algorithm._modules.get("critic")
-    models = Models(
-        fake=FakeTensorMode(allow_non_fake_inputs=True),
-        trained=cast(Policy | ScalarModel, algorithm._modules.get("reward_model") or algorithm.policy),
-        critic=critic if isinstance(critic, Critic) else None,
-        head=critic if isinstance(critic, nn.Linear) else None,
-        reference=copy,
-        rewards=rewards,
-    )
-    others = [model for model, _ in rewards] + ([copy] if copy is not None else [])
-    without_storage([algorithm, *others], models.fake)
-    for model in [models.trained, *([critic] if models.critic else []), *others]:
-        decide(model.model_forward, models)
-    return models
+
+    algorithm: Algorithm
+    dtype: torch.dtype | None = None
+
+    def build(self) -> Models:
+        """Build them, the algorithm's own included."""
+        self.algorithm._tokenizer = blank_tokenizer()
+        with config_only():
+            if not isinstance(self.algorithm, RewardModeling):
+                self.algorithm.policy = Policy(
+                    build_causal_lm(self.algorithm.pretrained, self.algorithm.load_options),
+                    self.algorithm._tokenizer,
+                    self.algorithm.lora,
+                )
+            self.algorithm.configure_model()
+            specs = getattr(getattr(self.algorithm, "scorer", None), "_specs", [])
+            found = [spec.reward for spec in specs if isinstance(spec.reward, RewardModel)]
+            rewards = [
+                (
+                    ScalarModel.from_pretrained(
+                        str(r.pretrained), name="reward model", trained=False, **r.load_options
+                    ),
+                    r.batch_size,
+                )
+                for r in found
+            ]
+        reference = vars(self.algorithm).get("reference")
+        copy = reference._policy if isinstance(reference, Reference) and not reference._adapter_off else None
+        if self.dtype is not None:
+            self.algorithm.to(self.dtype)
+        if copy is not None:
+            copy.to(self.dtype)
+        critic: Any = self.algorithm._modules.get("critic")
+        models = Models(
+            fake=FakeTensorMode(allow_non_fake_inputs=True),
+            trained=cast(Policy | ScalarModel, self.algorithm._modules.get("reward_model") or self.algorithm.policy),
+            critic=critic if isinstance(critic, Critic) else None,
+            head=critic if isinstance(critic, nn.Linear) else None,
+            reference=copy,
+            rewards=rewards,
+        )
+        others = [model for model, _ in rewards] + ([copy] if copy is not None else [])
+        without_storage([self.algorithm, *others], models.fake)
+        for model in [models.trained, *([critic] if models.critic else []), *others]:
+            decide(model.model_forward, models)
+        return models
 
 
-def build_causal_lm(algorithm: Algorithm) -> Any:
-    """Build the causal language model that an algorithm starts from, or an adapter's base model with the adapter."""
-    source, options = algorithm.pretrained, algorithm.load_options
+def build_causal_lm(source: str, options: dict[str, Any]) -> Any:
+    """Build the causal language model of a hub id or folder, or an adapter's base model with the adapter."""
     check_causal_lm(source, **options)
     name, what = resolve(source), f"the policy {source!r}"
     if not is_adapter(name, **options):
@@ -106,7 +121,8 @@ def build_causal_lm(algorithm: Algorithm) -> Any:
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of one token: sizes need none, and a folder may have only a configuration."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words)  # type: ignore[no-untyped-call]
 
 
 def decide(forward: ModelForward, models: Models) -> None:

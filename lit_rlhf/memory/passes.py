@@ -21,7 +21,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling, decode
 from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.models.shared_prompt import fill_padding
-from lit_rlhf.types import Completions, Preferences, Prompts, Rollout
+from lit_rlhf.types import Completions, Preferences, Prompts
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,10 @@ class Passes:
 
     def sampling(self, shape: Shape, sampling: Sampling) -> Peak:
         """Rehearse the first tokens and, with the cache at its largest, the last."""
-        policy, steps = self.models.trained, replace(sampling, max_new_tokens=2, min_new_tokens=min(sampling.min_new_tokens, 2))
+        policy, steps = (
+            self.models.trained,
+            replace(sampling, max_new_tokens=2, min_new_tokens=min(sampling.min_new_tokens, 2)),
+        )
         assert isinstance(policy, Policy)
         prompts, k = fill_padding(shape.batch()), shape.samples
         grid = (shape.prompts, k)
@@ -111,7 +114,7 @@ class Passes:
         for layer in layers:
             weight = layer.weight.detach()
             same = compute_dtype(weight) == weight.dtype
-            layer.forward = cast_once(weight.clone() if same else weight, layer.bias)  # type: ignore[method-assign]
+            layer.forward = cast_once(weight.clone() if same else weight, layer.bias)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
@@ -140,7 +143,7 @@ class Passes:
                 for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
             if not gradients:
-                hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in trained]
+                hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in trained]  # type: ignore[no-untyped-call]
             before = rehearsal.held
             loss = sum(output.sum() for output in self.outputs(shape))
             kept = rehearsal.held - before
@@ -159,7 +162,19 @@ class Passes:
             return [trained.score(prompts, Preferences(prompts, completions.tokens, completions.mask))]
         if not isinstance(self.algorithm, OnlineAlgorithm):
             return [trained.logprobs(prompts, completions)]
-        part = self.algorithm.evaluate(rollout(self.algorithm, prompts, completions))
+        zeros = torch.zeros(completions.tokens.shape[:2])
+        part = self.algorithm.evaluate(
+            self.algorithm.rollout_type(
+                prompts=prompts,
+                completions=completions,
+                reference_logprobs=torch.zeros(completions.tokens.shape),
+                rewards=zeros,
+                component_rewards={},
+                valid=completions.finished,
+                returns=zeros,
+                advantages=zeros,
+            )
+        )
         return [x for x in (part.logprobs, getattr(part, "values", None)) if x is not None]
 
     def optimizer_step(self, fused: bool) -> Peak:
@@ -233,18 +248,3 @@ def lengthen(layer: Any, length: int) -> None:
 def drop_gradient(parameter: Tensor) -> None:
     """Free the gradient of a parameter."""
     parameter.grad = None
-
-
-def rollout(algorithm: OnlineAlgorithm, prompts: Prompts, completions: Completions) -> Rollout:
-    """Return a rollout whose numbers are 0."""
-    zeros, of_tokens = torch.zeros(completions.tokens.shape[:2]), torch.zeros(completions.tokens.shape)
-    return algorithm.rollout_type(
-        prompts=prompts,
-        completions=completions,
-        reference_logprobs=of_tokens,
-        rewards=zeros,
-        component_rewards={},
-        valid=completions.finished,
-        returns=zeros,
-        advantages=zeros,
-    )

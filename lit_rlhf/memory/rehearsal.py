@@ -21,7 +21,7 @@ LARGE = 2**22
 """Elements above which what is broadcast from small tensors, such as a mask of attention, is fake, too."""
 
 
-class Rehearsal(TorchDispatchMode):
+class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of all tensors that are made within this context and still held.
 
     Args:
@@ -34,7 +34,7 @@ class Rehearsal(TorchDispatchMode):
     """
 
     def __init__(self, fake: FakeTensorMode, weights: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.held, self.peak = fake, 0, 0
         self._known: Any = WeakIdKeyDictionary()
         for weight in weights:
@@ -94,8 +94,8 @@ def without_storage(modules: Iterable[nn.Module], fake: FakeTensorMode) -> None:
         return replaced[id(tensor)]
 
     kept: list[Tensor] = []  # so that no id is used twice
-    for module in [part for module in modules for part in module.modules()]:
-        for tensors in (module._parameters, module._buffers):
+    for part in [part for module in modules for part in module.modules()]:
+        for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     kept.append(tensor)

@@ -216,7 +216,7 @@ def load_model(
 
 def from_config(loader: Any, source: str | Path, what: str, **options: Any) -> PreTrainedModel:
     """Build a model from its configuration, on the meta device."""
-    config = load_config(source, what, **options)
+    config: Any = load_config(source, what, **options)
     config.num_labels = options.get("num_labels", config.num_labels)
     trusted = {"trust_remote_code": options["trust_remote_code"]}
     dtype = getattr(config, "dtype", None) if options["dtype"] == "auto" else options["dtype"]

@@ -136,12 +136,14 @@ def calculate(case: dict[str, Any]) -> dict[str, int]:
     """Return what the calculator says."""
     import torch
 
-    from lit_rlhf.memory.estimate import Setting, completions_of_a_row, estimate
+    from lit_rlhf.memory.estimate import Calculator, Setting
     from lit_rlhf.memory.passes import Shape
 
     algorithm = make(case, case["model"])
-    shape = Shape(case["prompts"], completions_of_a_row(algorithm), case["prompt_tokens"], case["completion_tokens"])
-    found = estimate(algorithm, shape, Setting(case["precision"], on_cpu=not torch.cuda.is_available()))
+    of_a_row = {"SFT": 1, "DPO": 2, "RewardModeling": 2}.get(case["method"], case["samples"])
+    shape = Shape(case["prompts"], of_a_row, case["prompt_tokens"], case["completion_tokens"])
+    setting = Setting(case["precision"], on_cpu=not torch.cuda.is_available())
+    found = Calculator(algorithm, shape, setting).estimate()
     return {"sampling": found.sampling_peak, "update": found.update_peak}
 
 
@@ -173,7 +175,7 @@ def main() -> None:
     names = ("model", "precision", "prompts", "samples", "prompt_tokens", "completion_tokens")
     shared = {name: getattr(args, name) for name in names}
     off = []
-    print("| method | option | phase | measured, MiB | calculated, MiB | calculated / measured |\n|---|---|---|---|---|---|")
+    print("| method | option | phase | measured, MiB | calculated, MiB | ratio |\n|---|---|---|---|---|---|")
     for method, option in product(args.methods, args.options):
         case = {"method": method, "option": option, **shared}
         measured, calculated = child("measure", case), child("calculate", case)
