@@ -17,7 +17,7 @@ from lit_rlhf.cli.config_files import DATA_SUFFIXES, PROGRAM, UsageError, shippe
 from lit_rlhf.cli.messages import OTHER_NAMES, REWORDED, Rejection, read_message
 from lit_rlhf.data import TextData
 
-COMMANDS = ("fit", "validate", "test", "predict", "export", "compare")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "compare", "memory")
 BASES: dict[str, type] = {"model": Algorithm, "data": TextData}
 """Base classes of the options that take a class."""
 HOMES = {

@@ -1,4 +1,4 @@
-"""The command line: Lightning's `lit-rlhf fit | validate | test | predict`, and `lit-rlhf export | compare`."""
+"""The command line: Lightning's `lit-rlhf fit | validate | test | predict`, and `export | compare | memory`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,6 +25,7 @@ from lit_rlhf.cli.checkpoints import export, resolve_checkpoint
 from lit_rlhf.cli.config_files import PROGRAM, UsageError, expand_configs
 from lit_rlhf.cli.errors import COMMANDS
 from lit_rlhf.cli.failures import ending_signal, failure, unwrapped
+from lit_rlhf.cli.memory import MemoryReport
 from lit_rlhf.cli.parser import CommandLineParser, call_function
 from lit_rlhf.cli.run_files import give_folder, place_loggers
 from lit_rlhf.comparison.compare import RunsFailed, compare
@@ -42,8 +44,9 @@ CALLBACKS: dict[str, type[Callback]] = {
 }
 DEFAULT_ROOT = "runs"
 DESCRIPTION = (
-    "Align language models with human feedback. Two more commands have a --help of their own: `lit-rlhf export` writes "
-    "the model of a checkpoint to a folder, `lit-rlhf compare` runs several methods side by side."
+    "Align language models with human feedback. Three more commands have a --help of their own: `lit-rlhf export` "
+    "writes the model of a checkpoint to a folder, `lit-rlhf compare` runs several methods side by side, and `lit-rlhf "
+    "memory` takes the options of `fit` and says what the run will hold in memory."
 )
 
 
@@ -111,6 +114,25 @@ class RLHFCommandLine(LightningCLI):
         )
 
 
+class MemoryCommandLine(RLHFCommandLine):
+    """Command line of `fit` that prints what the run will hold in memory, and runs nothing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of this command."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--device_memory", type=PositiveFloat | None, help="Memory of a device in GiB.")
+        for name in ("prompt", "completion"):
+            parser.add_argument(
+                f"--{name}_tokens", type=PositiveInt | None, help=f"Longest {name}; by default that of the options."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Create none: its devices may be on another machine."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        MemoryReport(self.model, self.datamodule, self.config_init[subcommand]).print()  # type: ignore[arg-type]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -159,14 +181,16 @@ def run_command(args: list[str]) -> None:
         call_function(compare, "compare", args[1:], parse_error=parse_error)
     elif args[0] == "export":
         print(f"wrote {call_function(export, 'export', args[1:])}")
+    elif args[0] == "memory":
+        command_line(MemoryCommandLine, ["fit", *args[1:]], "memory")
     elif args[0].startswith("-") and (command := next((arg for arg in args if arg in COMMANDS), None)):
         raise UsageError(f"the command comes first: {PROGRAM} {command} {args[0]} ...")
     else:
         run_lightning(args)
 
 
-def run_lightning(args: list[str]) -> None:
-    """Run one of Lightning's commands."""
+def command_line(kind: type[RLHFCommandLine], args: list[str], name: str) -> RLHFCommandLine:
+    """Parse the arguments of one of Lightning's commands, which is called `name`, and run it."""
     sys.argv[1:] = args  # read by LightningCLI and by the processes that DDP starts
     defaults = {
         "default_root_dir": DEFAULT_ROOT,
@@ -176,8 +200,9 @@ def run_lightning(args: list[str]) -> None:
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
-    usage = {name: {"usage": f"{PROGRAM} {name} {options}"} for name in ("fit", "validate", "test", "predict")}
-    line = RLHFCommandLine(
+    names = {**dict.fromkeys(("fit", "validate", "test", "predict")), args[0]: name}
+    usage = {command: {"usage": f"{PROGRAM} {called or command} {options}"} for command, called in names.items()}
+    return kind(
         Algorithm,
         TextData,
         subclass_mode_model=True,
@@ -189,6 +214,11 @@ def run_lightning(args: list[str]) -> None:
         parser_class=CommandLineParser,
         parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, **usage},
     )
+
+
+def run_lightning(args: list[str]) -> None:
+    """Run one of Lightning's commands."""
+    line = command_line(RLHFCommandLine, args, args[0])
     for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.SaveOnSignal) and callback.stopped is not None:
             sys.exit(128 + callback.stopped)  # the shell's convention: the run isn't finished

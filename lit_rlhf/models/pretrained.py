@@ -50,6 +50,20 @@ def without_weights(active: bool) -> Iterator[None]:
         NO_WEIGHTS.reset(before)
 
 
+CONFIG_ONLY: ContextVar[bool] = ContextVar("CONFIG_ONLY", default=False)
+"""Whether models are built from their configurations alone, on the meta device."""
+
+
+@contextlib.contextmanager
+def config_only() -> Iterator[None]:
+    """Build models from their configurations alone, on the meta device, within this context: no weights are read."""
+    CONFIG_ONLY.set(True)
+    try:
+        yield
+    finally:
+        CONFIG_ONLY.set(False)
+
+
 def resolve(source: str | Path) -> str:
     """Resolve `source` to a folder or hub id; `testbed` is the policy that comes with the package.
 
@@ -173,6 +187,8 @@ def load_model(
     options = {**options, "trust_remote_code": options.get("trust_remote_code", False)}
     options["use_safetensors"] = True if options.get("use_safetensors", True) else None  # None: pickled ones, too
     options["dtype"] = checked_dtype(options.pop("torch_dtype", None) or options.get("dtype") or torch.float32)
+    if CONFIG_ONLY.get():
+        return from_config(loader, source, what, **options), []
     if NO_WEIGHTS.get():
         options["device_map"] = "meta"
     with explained(what):
@@ -198,6 +214,17 @@ def load_model(
             "of another model, or the weights are quantized and config.json lacks quantization_config"
         )
     return model, new
+
+
+def from_config(loader: Any, source: str | Path, what: str, **options: Any) -> PreTrainedModel:
+    """Build a model from its configuration, on the meta device."""
+    config: Any = load_config(source, what, **options)
+    config.num_labels = options.get("num_labels", config.num_labels)
+    trusted = {"trust_remote_code": options["trust_remote_code"]}
+    dtype = getattr(config, "dtype", None) if options["dtype"] == "auto" else options["dtype"]
+    with explained(what), torch.device("meta"):
+        model: PreTrainedModel = loader.from_config(config, dtype=dtype or torch.float32, **trusted)
+    return model
 
 
 def listed(names: list[str], model: Any) -> str:

@@ -1,0 +1,192 @@
+"""Compare what `lit-rlhf memory` calculates with what runs hold, each in a separate process; exit 1 if one is off.
+
+    python tests/benchmarks/memory.py --model FOLDER
+
+On a CPU the measure is the peak of the resident memory minus that after a small run, with every large tensor returned
+to the system when it is freed (`MALLOC_MMAP_THRESHOLD_`): the allocator's own default keeps freed memory, which is not
+held. On a GPU it is the peak of the memory that PyTorch has allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+METHODS = ("RLOO", "Reinforce", "RAFT", "VanillaPG", "PPO", "DPO", "SFT", "RewardModeling")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}},
+}
+LIMIT = 0.15
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def status(name: str) -> int:
+    """Return a number of bytes from this process's status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def peak(reset: bool = True) -> int:
+    """Return the peak since the last reset, and reset it."""
+    import torch
+
+    if torch.cuda.is_available():
+        held = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return held
+    held = status("VmHWM")
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return held
+
+
+def make(case: dict[str, Any], model: str) -> Any:
+    """Return the algorithm of a case."""
+    import torch
+
+    import lit_rlhf
+
+    options: dict[str, Any] = dict(OPTIONS[case["option"]])
+    options["optimizer"] = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+    if case["method"] not in ("DPO", "SFT", "RewardModeling"):
+        tokens = case["completion_tokens"]
+        options["sampling"] = lit_rlhf.Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
+        options |= {"rewards": [lit_rlhf.rewards.Length(maximum=9)], "num_samples": case["samples"]}
+    return getattr(lit_rlhf, case["method"])(model, **options)
+
+
+def fit(case: dict[str, Any], model: str) -> dict[str, int]:
+    """Run two updates; return the peaks of the second one's phases."""
+    import lightning
+    from contenders import make_prompts
+
+    import lit_rlhf
+
+    algorithm, peaks = make(case, model), {}
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, *rest: Any) -> None:
+            peak()
+
+        def on_train_batch_end(self, *rest: Any) -> None:
+            peaks["update"] = peak()
+
+    if hasattr(algorithm, "new_rollout"):
+        collect = algorithm.new_rollout
+
+        def watched(prompts: Any) -> Any:
+            peak()
+            rollout = collect(prompts)
+            peaks["sampling"] = peak()
+            return rollout
+
+        algorithm.new_rollout = watched
+    rows, length = case["prompts"], case["completion_tokens"]
+    texts = make_prompts(algorithm.tokenizer, 2 * rows, case["prompt_tokens"])
+    texts = [text.rpartition(" ")[0] if i % rows == 0 else text for i, text in enumerate(texts)]  # one is padded
+    ends = make_prompts(algorithm.tokenizer, 4 * rows, length - 1)
+    if case["method"] == "SFT":
+        data: Any = lit_rlhf.DemonstrationData(
+            [{"prompt": p, "completion": c} for p, c in zip(texts, ends, strict=False)], batch_size=rows
+        )
+    elif case["method"] in ("DPO", "RewardModeling"):
+        pairs = zip(texts, ends, ends[2 * rows :], strict=False)
+        data = lit_rlhf.PreferenceData(
+            [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs], batch_size=rows
+        )
+    else:
+        data = lit_rlhf.PromptData([{"prompt": text} for text in texts], batch_size=rows)
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision=case["precision"],
+        max_steps=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+    )
+    trainer.fit(algorithm, data)
+    return peaks
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes beyond those after a small run of the same kind."""
+    import torch
+
+    small = {"prompts": 1, "samples": 2, "prompt_tokens": 4, "completion_tokens": 4}
+    fit({**case, **small}, "testbed")
+    gc.collect()
+    base = 0 if torch.cuda.is_available() else status("VmRSS")
+    return {name: held - base for name, held in fit(case, case["model"]).items()}
+
+
+def calculate(case: dict[str, Any]) -> dict[str, int]:
+    """Return what the calculator says."""
+    import torch
+
+    from lit_rlhf.memory.estimate import Calculator, Setting
+    from lit_rlhf.memory.passes import Shape
+
+    algorithm = make(case, case["model"])
+    of_a_row = {"SFT": 1, "DPO": 2, "RewardModeling": 2}.get(case["method"], case["samples"])
+    shape = Shape(case["prompts"], of_a_row, case["prompt_tokens"], case["completion_tokens"])
+    setting = Setting(case["precision"], on_cpu=not torch.cuda.is_available())
+    found = Calculator(algorithm, shape, setting).estimate()
+    return {"sampling": found.sampling_peak, "update": found.update_peak}
+
+
+def child(what: str, case: dict[str, Any]) -> dict[str, int]:
+    """Run `measure` or `calculate` in a separate process."""
+    command = [sys.executable, __file__, "--child", what, json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    if done.returncode:
+        sys.exit(f"{what} {case} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--precision", default="32-true")
+    for name, default in {"prompts": 4, "samples": 4, "prompt-tokens": 64, "completion-tokens": 48}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        what, case = args.child[0], json.loads(args.child[1])
+        print(json.dumps((measure if what == "measure" else calculate)(case)))
+        return
+    names = ("model", "precision", "prompts", "samples", "prompt_tokens", "completion_tokens")
+    shared = {name: getattr(args, name) for name in names}
+    off = []
+    print("| method | option | phase | measured, MiB | calculated, MiB | ratio |\n|---|---|---|---|---|---|")
+    for method, option in product(args.methods, args.options):
+        case = {"method": method, "option": option, **shared}
+        measured, calculated = child("measure", case), child("calculate", case)
+        for phase, held in measured.items():
+            ratio = calculated[phase] / held
+            numbers = f"{held / 2**20:.0f} | {calculated[phase] / 2**20:.0f} | {ratio:.2f}"
+            print(f"| {method} | {option} | {phase} | {numbers} |", flush=True)
+            off += [f"{method} {option} {phase}"] if abs(ratio - 1) > LIMIT else []
+    if off:
+        sys.exit(f"more than {LIMIT:.0%} off: {', '.join(off)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The calculator against bytes that are really held, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakIdKeyDictionary
+
+import lit_rlhf
+from lit_rlhf.cli import main
+from lit_rlhf.memory.estimate import Calculator, Setting
+from lit_rlhf.memory.models import Builder
+from lit_rlhf.memory.passes import Lengthened, Passes, Shape
+from lit_rlhf.memory.rehearsal import size
+from lit_rlhf.models.decoders import CachedDecoder
+from lit_rlhf.models.forward import eval_mode
+from lit_rlhf.models.policy import Policy
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+SHAPE = Shape(3, 2, 9, 12)
+
+
+def make(lora, method=lit_rlhf.RLOO):
+    sampling = lit_rlhf.Sampling(max_new_tokens=SHAPE.completion_tokens)
+    return method(
+        "testbed", [lit_rlhf.rewards.Length(maximum=9)], num_samples=SHAPE.samples, lora=lora, sampling=sampling
+    )
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_weights_gradients_and_optimizer_state_are_exact(lora):
+    policy = Policy.from_pretrained("testbed", lora)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [value for of_one in optimizer.state.values() for value in of_one.values()]
+    held = size((*policy.parameters(), *policy.buffers()))
+    copied = 0 if lora else held
+    found = Calculator(make(lora), SHAPE, Setting(accumulate=2)).estimate()
+    assert found.always["policy's weights"] == held
+    assert found.always.get("reference", 0) == copied
+    assert found.always["optimizer state"] == size(state)
+    assert found.update["gradients"] == size(trained)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_activations_are_the_saved_tensors(lora):
+    algorithm = make(lora)
+    kept = Passes(algorithm, Builder(algorithm).build(), None, True).training(SHAPE, accumulated=False).kept
+    real, saved = make(lora), WeakIdKeyDictionary()
+    real.policy = Policy.from_pretrained("testbed", lora)
+    real.policy.probe()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*real.policy.parameters(), *real.policy.buffers())}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs = real.policy.logprobs(SHAPE.batch(), SHAPE.completions())
+    assert kept == pytest.approx(sum(saved.values()), rel=0.15)
+    assert logprobs.requires_grad
+
+
+def test_cache_is_that_of_the_last_token():
+    policy, shape = Policy.from_pretrained("testbed"), Shape(2, 2, 5, 70)
+    policy.probe()
+    with torch.no_grad(), eval_mode(policy.model):
+        grown, jumped = (CachedDecoder(policy.model_forward, shape.batch(), shape.samples) for _ in range(2))
+        grown.start(), jumped.start()
+        for _ in range(shape.completion_tokens - 1):
+            grown.step(torch.zeros(4, dtype=torch.long))
+        Lengthened(jumped, shape.prompt_tokens, shape.completion_tokens).start()
+    sizes = [size(t for layer in decoder.cache.layers for t in layer.store) for decoder in (grown, jumped)]
+    assert sizes[0] == sizes[1]
+
+
+def test_shards_are_a_part_and_buckets_are_added():
+    one, ddp, sharded = (
+        Calculator(make(None), SHAPE, Setting(devices=n, strategy=name)).estimate()
+        for n, name in ((1, "single"), (2, "ddp"), (2, "fsdp2"))
+    )
+    assert sharded.always["policy's weights"] == one.always["policy's weights"] / 2
+    assert ddp.always["DDP's buckets of gradients"] == one.update["gradients"]
+    assert sharded.sampling["gathered weights"] == one.always["policy's weights"]
+
+
+def test_command_needs_only_a_configuration(tmp_path, capsys):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 99, "hidden_size": 32}
+    config |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = ["memory", "--config", "dpo", "--model.policy", str(tmp_path), "--trainer.strategy", "fsdp2"]
+    main([*args, "--trainer.devices", "8", "--trainer.accelerator", "gpu", "--device_memory", "80"])
+    printed = capsys.readouterr().out
+    assert "each of 8 devices" in printed and "fits 80 GiB" in printed
+    main([*args, "--device_memory", "0.001"])
+    assert "does not fit 0.001 GiB" in capsys.readouterr().out
+
+
+def test_unknown_length_and_strategy_are_one_sentence(capsys):
+    args = ["memory", "--config", "sft", "--model.policy", "testbed", "--data.max_prompt_tokens", "null"]
+    for more, message in (
+        ([], "the longest prompt is not known: give --prompt_tokens N, or --data.max_prompt_tokens N"),
+        (["--prompt_tokens", "9", "--trainer.strategy", "fsdp"], "--trainer.strategy 'fsdp': the memory of"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*args, *more])
+        assert message in f"{exit_info.value}{capsys.readouterr().err}"
+
+
+def test_no_reference_and_another_one(tmp_path):
+    without, own, other = (
+        Calculator(
+            lit_rlhf.RLOO("testbed", [lit_rlhf.rewards.Length(maximum=9)], lora=LORA, kl_coef=0, reference=reference),
+            SHAPE,
+            Setting(),
+        ).estimate()
+        for reference in (None, "policy", "testbed")
+    )
+    assert without.always == own.always
+    assert other.always["reference"] == Calculator(make(None), SHAPE, Setting()).estimate().always["policy's weights"]
+
+
+def test_gradient_checkpointing_leaves_fewer_activations():
+    shape = Shape(8, 4, 9, 40)
+    plain, checkpointed = (
+        Calculator(lit_rlhf.SFT("testbed", gradient_checkpointing=checkpointing), shape, Setting()).passes.training(
+            shape, accumulated=False
+        )
+        for checkpointing in (False, True)
+    )
+    assert checkpointed.kept < 0.5 * plain.kept
+    assert checkpointed.most < plain.most
+
+
+def test_only_layers_are_gathered_in_16_bits():
+    setting = Setting(devices=2, strategy="fsdp2", precision="bf16-mixed")
+    found = Calculator(make(None), SHAPE, setting).estimate()
+    policy = Policy.from_pretrained("testbed")
+    layers = sum(size(layer.parameters()) for layer in policy.causal_lm.model.layers)
+    whole = size((*policy.parameters(), *policy.buffers()))
+    assert found.sampling["gathered weights"] == whole - layers // 2
