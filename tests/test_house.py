@@ -164,7 +164,7 @@ def test_exceptions_are_used():
 # Imports
 
 ORDER = [
-    "cli", "comparison", "lit_rlhf", "testbed", "callbacks", "algorithms", "training", "evaluation", "rewards", "data",
+    "cli", "comparison", "lit_rlhf", "testbed", "callbacks", "algorithms", "training", "engines", "evaluation", "rewards", "data",
     "models", "tokenization", "functional", "types", "local_warnings",
     "errors",
 ]  # fmt: skip

@@ -20,15 +20,15 @@ from lit_rlhf.models.policy import Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis
-from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.engines import EngineHooks
 from lit_rlhf.training.resume import InFlight
 from lit_rlhf.training.timing import PhaseTimer
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Prompts, Rollout
 
 
-class OnlineHooks(CheckpointHooks):
+class OnlineHooks(EngineHooks):
     """Mixin of `lit_rlhf.OnlineAlgorithm` with the hooks around its training loop.
 
     Attributes:
@@ -98,6 +98,7 @@ class OnlineHooks(CheckpointHooks):
     def setup_models(self) -> None:
         """Move models outside the module tree to the device, and check what needs the loaded models."""
         self.policy.probe()
+        self.setup_engine()
         self.reference.to(self.device, next(self.policy.parameters()).dtype)
         sharding = getattr(self.trainer.strategy, "sharding", None)
         self.scorer.setup(self.device, sharding)
@@ -147,7 +148,10 @@ class OnlineHooks(CheckpointHooks):
         if self._evaluator is None:
             models = self.policy, self.reference, self.tokenizer, self.scorer, self.judge
             together = functools.partial(raise_on_all_ranks, self.trainer)
-            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed, together)
+            self._evaluator = Evaluator(
+                *models, self.evaluation, self.sampling, self.seed, self.sampler, together
+            )
+        self.renew_engine()
         self._evaluator.start(self.updates_done)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
@@ -182,7 +186,7 @@ class OnlineHooks(CheckpointHooks):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Sample `num_samples` completions of each prompt (one if greedy) and return them with their rewards."""
         k = 1 if self.sampling.greedy else self.num_samples
-        completions = self.policy.sample(batch, k, self.sampling, self.seed)
+        completions = self.sampler.sample(batch, k, self.sampling, self.seed)
         texts = completion_texts(self.tokenizer, batch, completions)
         scores = score(self.scorer, self.tokenizer, batch, completions, texts, self.trainer_state())
         return prediction_rows(batch, completions, texts, scores)
