@@ -215,7 +215,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
         checks.check_advantages(type(self).__name__, advantages, rollout)
-        rollout = rollout.replace(advantages=advantages)
+        rollout = rollout.replace(advantages=self.corrected_advantages(rollout, advantages))
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
         metrics = reduce_rollout_metrics(collected, rollout, self.sum_over_ranks)

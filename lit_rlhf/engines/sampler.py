@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ class ServerSampler:
         if options.folder:
             Path(options.folder).mkdir(parents=True, exist_ok=True)
         self._parent = parent
-        self._weights: tempfile.TemporaryDirectory[str] | None = None
         self.folder, self.version = "", ""
+        self.close: Callable[[], Any] = lambda: None  # removes the weights, at the end of the process at the latest
 
     def renew(self, save: Callable[[Path], None]) -> None:
         """Give the server the policy's weights.
@@ -55,23 +57,16 @@ class ServerSampler:
         """
         workers = self.server.describe()
         self._check_model(workers)
-        old, self._weights = self._weights, tempfile.TemporaryDirectory(prefix="lit_rlhf_", dir=self._parent)
-        self.folder, self.version = self._weights.name, uuid.uuid4().hex
+        self.close()
+        self.folder, self.version = tempfile.mkdtemp(prefix="lit_rlhf_", dir=self._parent), uuid.uuid4().hex
+        self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         Path(self.folder).chmod(0o755)  # the server may be another user's
         save(Path(self.folder))
-        if old is not None:
-            old.cleanup()
         self.server.renew(self.folder, self.version)
 
     def use(self, folder: str, version: str) -> None:
         """Expect weights that another rank has given to the server."""
         self.folder, self.version = folder, version
-
-    def close(self) -> None:
-        """Remove the weights."""
-        if self._weights is not None:
-            self._weights.cleanup()
-            self._weights = None
 
     @torch.no_grad()
     def sample(

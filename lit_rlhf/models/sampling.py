@@ -66,6 +66,7 @@ class Sampling:
         return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0)
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What samples completions of a policy: the policy itself, or an engine that has its weights."""
 

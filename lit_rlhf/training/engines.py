@@ -9,16 +9,21 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.engines import Engine, ServerSampler
+from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
-from lit_rlhf.models.sampling import Sampler
+from lit_rlhf.models.sampling import Sampler, Sampling
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.sharded import ShardingHooks
+from lit_rlhf.training.updates import Updates
+from lit_rlhf.types import Rollout
 
 
 class EngineHooks(ShardingHooks):
     """Mixin of `lit_rlhf.OnlineAlgorithm` for an engine that samples."""
 
     engine: Engine
+    sampling: Sampling
+    updates: Updates
     _server: ServerSampler | None = None
     _renewed_at = -1
     """Updates at the last renewal."""
@@ -27,6 +32,16 @@ class EngineHooks(ShardingHooks):
     def sampler(self) -> Sampler:
         """What samples from the policy."""
         return self._server or self.policy
+
+    def setup(self, stage: str) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If a correction is asked for where tokens are excluded, whose probabilities are not known.
+        """
+        super().setup(stage)
+        if self.engine.importance_cap is not None and self.sampling.truncates:
+            raise InputError("engine.importance_cap needs sampling without top_p, top_k and min_new_tokens")
 
     def setup_engine(self) -> None:
         """Make the engine's client; its weights are renewed before they are used."""
@@ -54,6 +69,30 @@ class EngineHooks(ShardingHooks):
         first = gather_over_ranks(trainer, {"folder": server.folder, "version": server.version})[0]
         server.use(**first)
         self._renewed_at = trainer.global_step
+
+    def corrected_advantages(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+        """Return the advantages times truncated importance weights, which the options may ask for.
+
+        The loss is linear in the advantages, so this weighs its gradient. Advantages per completion are weighed by the
+        ratio of the completions' probabilities, those per token by that of the tokens'.
+        """
+        cap = self.engine.importance_cap
+        if cap is None:
+            return advantages
+        prompts, completions, parts = rollout.prompts, rollout.completions, self.updates.prompt_slices(len(advantages))
+        with self.policy.model_forward.without_gradient():
+            rows = [(prompts.rows(i).trim(), completions.rows(i)) for i in parts]
+            own = torch.cat([self.policy.logprobs(*row, self.sampling.temperature) for row in rows])
+        logprobs, mask = completions.logprobs, rollout.loss_mask
+        if advantages.ndim == 2:
+            own, logprobs, mask = own.sum(-1), logprobs.sum(-1), rollout.valid
+        ratio = F.importance_ratio(own, logprobs)
+        weights = ratio.clamp(max=cap)
+        sums = torch.stack([values.masked_fill(~mask, 0.0).sum() for values in (weights, (ratio > cap).float())])
+        *means, count = self.sum_over_ranks(torch.cat([sums, mask.sum().to(sums).view(1)])).tolist()
+        for name, total in zip(("importance_weight", "importance_capped"), means, strict=True):
+            self.log(f"train/{name}", total / max(count, 1.0), batch_size=1)
+        return advantages * weights
 
     def teardown(self, stage: str) -> None:
         """Remove the weights that were handed over."""
