@@ -66,6 +66,8 @@ class FakeVLLM:
         if path == "/collective_rpc":
             return self.call(body["method"], **body["kwargs"]) if self.extension else (404, {})
         self.requests.append(body)
+        if body["temperature"] == 0 and body["n"] > 1:
+            return 400, {"error": "n must be 1 when using greedy sampling"}
         self.before_completion(len(self.requests))
         return 200, {"choices": self.complete(body)}
 

@@ -83,7 +83,7 @@ class ServerSampler:
         answers = self._complete(requests + self._requests(probed, 1, plain, seed, epoch))
         rows, probes = answers[: len(requests)], answers[len(requests) :]
         self._check_logprobs(probed, self._assemble(probed, probes, plain), plain.temperature)
-        completions = self._assemble(prompts, rows, sampling)
+        completions = self._assemble(prompts, [row * num_samples if sampling.greedy else row for row in rows], sampling)
         if not (sampling.truncates or (sampling.greedy and (sampling.temperature != 1 or sampling.min_new_tokens))):
             return completions
         # the server's are relative to the tokens that it may sample
@@ -111,7 +111,7 @@ class ServerSampler:
     ) -> list[dict[str, Any]]:
         """Return one request per prompt. All options are given, as the server has its own defaults for each model."""
         options = {
-            "n": num_samples,
+            "n": 1 if sampling.greedy else num_samples,  # vLLM refuses to repeat a greedy completion
             "max_tokens": sampling.max_new_tokens,
             "min_tokens": sampling.min_new_tokens,
             "temperature": 0.0 if sampling.greedy else sampling.temperature,

@@ -108,7 +108,12 @@ class OnlineHooks(EngineHooks):
         """Set up the models."""
         self.setup_models()
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_validation_start = on_test_start = on_fit_start
+
+    def on_predict_start(self) -> None:
+        """Set up the models, and give an engine the weights."""
+        self.setup_models()
+        self.renew_engine()
 
     def on_train_start(self) -> None:
         """Check the loader, and validate the initial policy, so that every curve starts there."""
