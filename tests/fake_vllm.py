@@ -82,7 +82,9 @@ class FakeVLLM:
             self.version = version
         config = self.policy.causal_lm.config
         model = {name: getattr(config, name) for name in SHAPE}
-        return 200, {"results": [{"instance": self.instance, "version": self.version, "dtype": "float32", "model": model}]}
+        return 200, {
+            "results": [{"instance": self.instance, "version": self.version, "dtype": "float32", "model": model}]
+        }
 
     def complete(self, body):
         sampling = Sampling(

@@ -168,8 +168,8 @@ class ServerSampler:
         if not difference <= tolerance:
             raise InputError(
                 f"engine.url: {self.server.shown} samples from another policy: its log-probabilities differ from this "
-                f"run's by {difference:.2g} nats per token (engine.tolerance {tolerance:g}); start it with the policy's "
-                "folder, --logprobs-mode processed_logprobs and the dtype of this run"
+                f"run's by {difference:.2g} nats per token (engine.tolerance {tolerance:g}); start it with the "
+                "policy's folder, --logprobs-mode processed_logprobs and the dtype of this run"
             )
 
     def _computes_in_16_bits(self) -> bool:

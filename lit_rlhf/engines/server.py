@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import deque
@@ -86,7 +87,8 @@ class VLLMServer:
         Raises:
             ValueError: If the server does not complete one of them.
         """
-        pending, answers, stop = deque(range(len(requests))), [[] for _ in requests], threading.Event()
+        pending, stop = deque(range(len(requests))), threading.Event()
+        answers: list[list[Answer]] = [[] for _ in requests]
         self._model = self._model or self._try(self._served)
 
         def work() -> None:
@@ -96,7 +98,7 @@ class VLLMServer:
                 except IndexError:  # another worker was faster
                     return
                 try:
-                    answers[i] = self._try(lambda: self._completions(requests[i]), stop)
+                    answers[i] = self._try(functools.partial(self._completions, requests[i]), stop)
                 except BaseException:
                     stop.set()
                     raise
@@ -124,13 +126,9 @@ class VLLMServer:
         ]
 
     def _call_workers(self, method: str, **kwargs: str) -> list[dict[str, Any]]:
-        def call() -> list[dict[str, Any]]:
-            results: list[dict[str, Any]] = self._json(
-                "POST", "/collective_rpc", {"method": method, "kwargs": kwargs}
-            )["results"]
-            return results
-
-        return self._try(call)
+        body = {"method": method, "kwargs": kwargs}
+        results: list[dict[str, Any]] = self._try(lambda: self._json("POST", "/collective_rpc", body)["results"])
+        return results
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()

@@ -56,9 +56,7 @@ def check_url(url: str, example: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}"  # a query may hold a secret
 
 
-def send(
-    method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = ""
-) -> tuple[int, str]:
+def send(method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = "") -> tuple[int, str]:
     """Send one request, and return status and text of the answer.
 
     Args:

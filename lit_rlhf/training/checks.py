@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.data.sampler import ResumableLoader
-from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.engines import Engine
+from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.evaluation.completions import check_completion_column
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions

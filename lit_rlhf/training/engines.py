@@ -12,7 +12,7 @@ from lit_rlhf.engines import Engine, ServerSampler
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
 from lit_rlhf.models.sampling import Sampler, Sampling
-from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.sharded import ShardingHooks
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Rollout
@@ -89,7 +89,7 @@ class EngineHooks(ShardingHooks):
         ratio = F.importance_ratio(own, logprobs)
         weights = ratio.clamp(max=cap)
         sums = torch.stack([values.masked_fill(~mask, 0.0).sum() for values in (weights, (ratio > cap).float())])
-        *means, count = self.sum_over_ranks(torch.cat([sums, mask.sum().to(sums).view(1)])).tolist()
+        *means, count = sum_over_ranks(self.trainer, torch.cat([sums, mask.sum().to(sums).view(1)])).tolist()
         for name, total in zip(("importance_weight", "importance_capped"), means, strict=True):
             self.log(f"train/{name}", total / max(count, 1.0), batch_size=1)
         return advantages * weights

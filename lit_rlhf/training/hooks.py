@@ -153,9 +153,7 @@ class OnlineHooks(EngineHooks):
         if self._evaluator is None:
             models = self.policy, self.reference, self.tokenizer, self.scorer, self.judge
             together = functools.partial(raise_on_all_ranks, self.trainer)
-            self._evaluator = Evaluator(
-                *models, self.evaluation, self.sampling, self.seed, self.sampler, together
-            )
+            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed, self.sampler, together)
         self.renew_engine()
         self._evaluator.start(self.updates_done)
 

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from fake_vllm import FakeVLLM
 from lit_rlhf import Engine, Policy, Prompts, Sampling
 from lit_rlhf.engines import ServerSampler
 from lit_rlhf.errors import InputError
-from fake_vllm import FakeVLLM
 from tiny import make_llama, make_tokenizer
 
 
@@ -124,13 +124,15 @@ def test_failures_are_retried_within_a_bound(folder, policy, prompts):
 
 def test_a_wrong_policy_is_refused(folder, policy, prompts, tmp_path):
     stale = renewed(policy, FakeVLLM(folder, ignores_renewals=True))
-    with pytest.raises(InputError, match=r"samples from another policy: its log-probabilities differ .* by 0\.\d+ nats"):
+    with pytest.raises(
+        InputError, match=r"samples from another policy: its log-probabilities differ .* by 0\.\d+ nats"
+    ):
         stale.sample(prompts, 1, Sampling(max_new_tokens=2))
     with pytest.raises(InputError, match="has no /collective_rpc: start it with VLLM_SERVER_DEV_MODE=1"):
         renewed(policy, FakeVLLM(folder, extension=False))
     make_llama(len(policy.tokenizer), hidden=64).save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="serves another model .hidden_size 64, and the policy's is 32"):
+    with pytest.raises(InputError, match=r"serves another model .hidden_size 64, and the policy's is 32"):
         renewed(policy, FakeVLLM(tmp_path))
 
 

@@ -164,7 +164,7 @@ def test_training_survives_a_restart_of_the_server(folder, server, tmp_path):
                 server.start()  # the next rollout waits for it
 
     started = time.monotonic()
-    module, rows = train(folder, tmp_path, server, [Restart()])
+    _, rows = train(folder, tmp_path, server, [Restart()])
     mismatches = [row["train/logprob_mismatch"] for row in rows]
     print(f"\n6 updates and a restart in {time.monotonic() - started:.0f} s, mismatch at most {max(mismatches):.1e}")
     assert len(rows) == 6 and max(mismatches) < 1e-4
@@ -181,7 +181,7 @@ def test_another_model_is_refused(server, tmp_path):
     make_llama(len(tokenizer), hidden=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     other = Policy.from_pretrained(str(tmp_path))
-    with pytest.raises(InputError, match="serves another model .hidden_size 128, and the policy's is 64"):
+    with pytest.raises(InputError, match=r"serves another model .hidden_size 128, and the policy's is 64"):
         ServerSampler(other, Engine(url=server.url)).renew(other.save_whole)
 
 
