@@ -1,4 +1,4 @@
-"""A small server that answers as vLLM does, by a policy of its own copy of the weights, with failures on demand."""
+"""A small server that answers as vLLM does, from a copy of the weights, with failures on demand."""
 
 import json
 import threading
