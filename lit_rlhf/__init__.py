@@ -17,6 +17,7 @@ from lit_rlhf.algorithms import (
     VanillaPG,
 )
 from lit_rlhf.data import DemonstrationData, PreferenceData, PromptData
+from lit_rlhf.engines import Engine
 from lit_rlhf.evaluation import EvaluationOptions
 from lit_rlhf.models import Policy, Sampling
 from lit_rlhf.rewards import RewardModel, RewardShaping, Weighted
@@ -38,6 +39,7 @@ __all__ = [
     "DemonstrationData",
     "Demonstrations",
     "DrGRPO",
+    "Engine",
     "EvaluationOptions",
     "OnlineAlgorithm",
     "Policy",

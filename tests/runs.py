@@ -22,6 +22,7 @@ GROUPS = {
     "updates": lit_rlhf.Updates,
     "shaping": lit_rlhf.RewardShaping,
     "evaluation": lit_rlhf.EvaluationOptions,
+    "engine": lit_rlhf.Engine,
 }
 
 

@@ -164,8 +164,8 @@ def test_exceptions_are_used():
 # Imports
 
 ORDER = [
-    "cli", "comparison", "memory", "lit_rlhf", "testbed", "callbacks", "algorithms", "training", "evaluation",
-    "rewards", "data", "models", "tokenization", "functional", "types", "local_warnings",
+    "cli", "comparison", "memory", "lit_rlhf", "testbed", "callbacks", "algorithms", "training", "engines",
+    "evaluation", "rewards", "data", "models", "tokenization", "functional", "types", "local_warnings",
     "errors",
 ]  # fmt: skip
 """Packages from top to bottom: each imports only from itself and from those below.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.engines import Engine
 from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.evaluation.evaluator import check_opponent, make_judge
 from lit_rlhf.evaluation.options import EvaluationOptions
@@ -62,6 +63,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         updates: How a rollout is split into minibatches, and how often it is reused.
         shaping: Reward shaping.
         evaluation: What validation and test measure.
+        engine: Where completions are sampled.
         **options: See `Algorithm`.
 
     Raises:
@@ -89,10 +91,11 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         updates: Updates = Updates(),
         shaping: RewardShaping = RewardShaping(),
         evaluation: EvaluationOptions = EvaluationOptions(),
+        engine: Engine = Engine(),
         **options: Any,
     ) -> None:
-        groups = {"sampling": sampling, "updates": updates, "shaping": shaping, "evaluation": evaluation}
-        checks.check_groups(groups, options)
+        groups = {"sampling": sampling, "updates": updates, "shaping": shaping}
+        checks.check_groups({**groups, "evaluation": evaluation, "engine": engine}, options)
         super().__init__(policy, **options)
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
@@ -100,6 +103,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         self.initial_kl_coef = kl_coef  # a controller changes the other
         self.reference_source = reference
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
+        self.engine = engine
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
@@ -151,10 +155,12 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
 
     def sample(self, prompts: Prompts) -> Completions:
         """Sample `num_samples` completions of each prompt."""
-        return self.policy.sample(prompts, self.num_samples, self.sampling, self.seed, self.current_epoch)
+        return self.sampler.sample(prompts, self.num_samples, self.sampling, self.seed, self.current_epoch)
 
     def collect(self, prompts: Prompts) -> Rollout:
         """Sample completions, score them, and subtract the KL to the reference from their rewards."""
+        with self.timer("sample"):
+            self.renew_engine()
         with self.timer("sample"), raise_on_all_ranks(self.trainer):
             completions = self.sample(prompts)
         with self.timer("score"), raise_on_all_ranks(self.trainer):
@@ -213,7 +219,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
         checks.check_advantages(type(self).__name__, advantages, rollout)
-        rollout = rollout.replace(advantages=advantages)
+        rollout = rollout.replace(advantages=self.corrected_advantages(rollout, advantages))
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
         metrics = reduce_rollout_metrics(collected, rollout, self.sum_over_ranks)

@@ -22,7 +22,7 @@ from lit_rlhf.evaluation.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy, Reference
-from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.models.sampling import Sampler, Sampling
 from lit_rlhf.rewards import Guarded, Scorer, Scores, Weighted
 from lit_rlhf.types import Completions, Prompts, Text
 
@@ -72,6 +72,7 @@ class Evaluator:
         options: What else to measure.
         sampling: Options of sampling.
         seed: The run's seed, for the KL's samples.
+        sampler: Samples from the policy; the policy itself by default.
         together: Makes a context in which an error of one rank is raised on all. Rewards, judges and columns run in it,
             since the other ranks would wait in the next pass of a sharded model.
     """
@@ -86,9 +87,10 @@ class Evaluator:
         options: EvaluationOptions,
         sampling: Sampling,
         seed: int,
+        sampler: Sampler | None = None,
         together: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self.together = together
+        self.together, self.sampler = together, sampler or policy
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
         self.scorer, self.judge, self.options, self.seed = scorer, judge, options, seed
         self.greedy = dataclasses.replace(sampling, greedy=True)
@@ -151,8 +153,8 @@ class Evaluator:
     def complete(self, prompts: Prompts, state: TrainerState) -> Completions:
         """Return the completions to evaluate, one per prompt: greedy, or the best of n samples."""
         if self.options.best_of == 1:
-            return self.policy.sample(prompts, 1, self.greedy)
-        sampled = self.policy.sample(prompts, self.options.best_of, self.sampled, self.seed, VALIDATION_EPOCH)
+            return self.sampler.sample(prompts, 1, self.greedy)
+        sampled = self.sampler.sample(prompts, self.options.best_of, self.sampled, self.seed, VALIDATION_EPOCH)
         texts = completion_texts(self.tokenizer, prompts, sampled)
         totals = self._score(self.scorer, prompts, sampled, texts, state).total()
         best = totals.nan_to_num(-torch.inf).argmax(1)
@@ -160,7 +162,7 @@ class Evaluator:
 
     def kl(self, reference: Reference, prompts: Prompts) -> Float[Tensor, " prompts"]:
         """Estimate KL(policy || reference) of each prompt by one sample, in nats per completion."""
-        sampled = self.policy.sample(prompts, 1, self.sampled, self.seed, VALIDATION_EPOCH)
+        sampled = self.sampler.sample(prompts, 1, self.sampled, self.seed, VALIDATION_EPOCH)
         theirs = reference.logprobs(prompts, sampled, self.sampled.temperature)
         k1 = F.masked_sum(F.kl_k1(sampled.logprobs, theirs), sampled.mask)[:, 0]
         return k1 + F.best_of_kl(self.options.best_of)

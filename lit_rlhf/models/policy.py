@@ -130,6 +130,11 @@ class Policy(nn.Module):
         for name, content in self.processor_files.items():
             Path(folder, name).write_bytes(content)
 
+    def save_whole(self, folder: str | Path) -> None:
+        """Write a folder of the whole model, an adapter merged into it."""
+        model = merged(self.model) if isinstance(self.model, PeftModel) else self.model
+        model.save_pretrained(str(folder))
+
     def reference(self) -> Reference:
         """Return the policy as it is now, frozen: a new adapter switched off, or else a copy of the trained weights."""
         if self.new_adapter:

@@ -94,7 +94,8 @@ def select_cache_rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> Dynami
     chosen: DynamicCache = _as_it_is(cache)
     layers: list[Any] = chosen.layers
     for layer in layers:
-        layer.__class__, layer.rows = _selecting(type(layer)), rows
+        kind: Any = type(layer)
+        layer.__class__, layer.rows = _selecting(kind), rows
     return chosen
 
 

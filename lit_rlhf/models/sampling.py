@@ -14,7 +14,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
-from lit_rlhf.types import Completions
+from lit_rlhf.types import Completions, Prompts
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Sampling:
     def truncates(self) -> bool:
         """Whether sampling excludes tokens, which biases a policy gradient."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_new_tokens > 0)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What samples completions of a policy: the policy itself, or an engine that has its weights."""
+
+    def sample(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+    ) -> Completions:
+        """Sample completions of each prompt; see `Policy.sample`."""
+        ...
 
 
 def counter_based_uniform(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.models.sharding import Sharding
-from lit_rlhf.rewards.guard import Guarded, ServiceError
+from lit_rlhf.rewards.guard import Guarded
+from lit_rlhf.rewards.http_client import ServiceError
 from lit_rlhf.rewards.outputs import read_numbers, read_token_rows
 from lit_rlhf.types import Text
 

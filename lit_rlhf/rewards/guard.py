@@ -12,23 +12,8 @@ import torch
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.local_warnings import warn_locally
+from lit_rlhf.rewards.http_client import attempt
 from lit_rlhf.rewards.threads import call_within, in_thread
-
-MAX_WAIT = 60.0
-"""Longest pause before a retry, in seconds."""
-
-
-class ServiceError(RuntimeError):
-    """A service that computes rewards failed. The message is one sentence that names the service.
-
-    Attributes:
-        retry: Whether another attempt may succeed.
-        wait: Seconds that the service asked to wait.
-    """
-
-    def __init__(self, message: str, retry: bool = True, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry, self.wait = retry, wait
 
 
 class Guarded:
@@ -143,17 +128,14 @@ class Guarded:
         arguments: dict[str, Any],
         stop: threading.Event,
     ) -> list[Any]:
-        for i in range(self.retries + 1):
-            try:
-                return read(call_within(self.timeout, call, arguments), arguments)
-            except Exception as error:
-                final = i == self.retries or isinstance(error, torch.OutOfMemoryError)
-                if final or not (self._answered or getattr(error, "retry", True)):
-                    raise
-                wait = max(self.backoff * 2**i, getattr(error, "wait", 0.0))
-            if stop.wait(min(wait, MAX_WAIT)):
-                break
-        raise TimeoutError("the call was given up")
+        def may_retry(error: Exception) -> bool:
+            retry = self._answered or getattr(error, "retry", True)
+            return retry and not isinstance(error, torch.OutOfMemoryError)
+
+        def once() -> list[Any]:
+            return read(call_within(self.timeout, call, arguments), arguments)
+
+        return attempt(once, self.retries, self.backoff, may_retry, stop)
 
     def _count_failure(self, errors: list[BaseException], failed: int, count: int, title: str) -> None:
         if failed < count or not count:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.rewards.guard import Guarded, ServiceError
+from lit_rlhf.rewards.guard import Guarded
+from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, send, short
 from lit_rlhf.types import Text
-
-MAX_ANSWER_BYTES = 2**24
 
 
 class HTTPReward:
@@ -55,15 +52,8 @@ class HTTPReward:
         max_failures: int = 3,
         api_key_env: str | None = None,
     ) -> None:
-        try:
-            import httpx2  # noqa: F401
-        except ImportError as error:
-            raise ImportError("HTTPReward needs the package httpx2: pip install 'lit_rlhf[http]'") from error
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{url!r} is not the address of a server: give a url such as http://localhost:8000/score")
-        if parts.password:
-            raise InputError("the url of HTTPReward holds a password: give it in an environment variable, api_key_env")
+        check_client("HTTPReward")
+        self._shown = check_url(url, "http://localhost:8000/score")
         if isinstance(columns, str):
             raise InputError(f"columns={columns!r} must be a list of columns: put it in brackets")
         self.guard = Guarded(self, None, retries, backoff, max_failures, batch_size, concurrency)
@@ -71,7 +61,6 @@ class HTTPReward:
             raise InputError(f"timeout={timeout} of HTTPReward must be above 0 seconds")
         self.url, self.timeout, self.api_key_env = url, timeout, api_key_env
         self.required_columns = tuple(columns)
-        self._shown = f"{parts.scheme}://{parts.netloc}{parts.path}"  # a query may hold a secret
         self._api_key()
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
@@ -87,7 +76,7 @@ class HTTPReward:
             content = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise ServiceError(f"{self._shown}: the request is not JSON: {error}; see columns", retry=False) from error
-        status, answer = self._post(content)
+        status, answer = send("POST", self.url, content, self.timeout, self._shown, self._api_key())
         return self._read(status, answer, len(completions))
 
     def _api_key(self) -> str:
@@ -97,42 +86,9 @@ class HTTPReward:
             raise InputError(f"the environment variable {self.api_key_env} of HTTPReward's api_key_env is not set")
         return key
 
-    def _post(self, content: bytes) -> tuple[int, str]:
-        """Return status and text of the answer to one request."""
-        import httpx2
-
-        key, end = self._api_key(), time.monotonic() + self.timeout
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        answer = bytearray()
-        try:
-            with (
-                httpx2.Client(timeout=self.timeout) as client,
-                client.stream("POST", self.url, content=content, headers=headers) as response,
-            ):
-                for chunk in response.iter_bytes():
-                    answer += chunk
-                    if time.monotonic() > end:  # the client's own time-out starts again with each chunk
-                        raise httpx2.ReadTimeout("")
-                    if len(answer) > MAX_ANSWER_BYTES:
-                        raise ServiceError(f"{self._shown} sent more than {MAX_ANSWER_BYTES} bytes", retry=False)
-        except httpx2.TimeoutException as error:
-            raise ServiceError(f"{self._shown} did not answer within {self.timeout:g} s") from error
-        except httpx2.RequestError as error:
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise ServiceError(f"{self._shown} can't be reached or broke off ({reason})") from error
-        text = answer.decode("utf-8", errors="replace")
-        text = text.replace(key, "***") if key else text
-        if response.status_code == 429 or response.status_code >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise ServiceError(
-                f"{self._shown} answered with status {response.status_code}: {_short(text)}",
-                wait=float(wait) if wait.isdecimal() else 0.0,
-            )
-        return response.status_code, text
-
     def _read(self, status: int, text: str, count: int) -> list[float | None]:
         if status != 200:
-            raise ServiceError(f"{self._shown} answered with status {status}: {_short(text)}", retry=False)
+            raise ServiceError(f"{self._shown} answered with status {status}: {short(text)}", retry=False)
         try:
             scores = json.loads(text)["scores"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -142,17 +98,12 @@ class HTTPReward:
         elif len(scores) != count:
             problem = f"which has {len(scores)} scores for {count} completions"
         elif wrong := [score for score in scores if not _is_score(score)]:
-            problem = f"where {_short(repr(wrong[0]))} is neither a finite number nor null"
+            problem = f"where {short(repr(wrong[0]))} is neither a finite number nor null"
         else:
             return scores
-        raise ServiceError(f"{self._shown} answered {_short(text)}, {problem}", retry=False)
+        raise ServiceError(f"{self._shown} answered {short(text)}, {problem}", retry=False)
 
 
 def _is_score(score: Any) -> bool:
     number = isinstance(score, int | float) and not isinstance(score, bool)
     return score is None or (number and abs(score) < 3e38)  # NaN is refused too
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 120 else f"{line[:120]}..."

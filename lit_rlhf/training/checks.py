@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.data.sampler import ResumableLoader
+from lit_rlhf.engines import Engine
 from lit_rlhf.errors import InputError, InputTypeError
 from lit_rlhf.evaluation.completions import check_completion_column
 from lit_rlhf.evaluation.judges import SymmetricJudge
@@ -39,6 +40,7 @@ OPTION_GROUPS: dict[str, type] = {
     "updates": Updates,
     "shaping": RewardShaping,
     "evaluation": EvaluationOptions,
+    "engine": Engine,
 }
 """Groups of options of algorithms that sample, by argument."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.models.export import snapshot, write_folder
 from lit_rlhf.models.policy import Policy
@@ -36,6 +38,7 @@ class ExportHooks(ShardingHooks):
         model, policy = self._trained_model, self._modules.get("policy")
         own = self.pretrained and model.config.name_or_path == resolve(self.pretrained)
         options = self.load_options if own else shared_options(self.load_options)  # the base model of an adapter
+        tokenizer = cast("PreTrainedTokenizerBase", self.tokenizer)
         if not isinstance(policy, Policy):
-            return snapshot(model, self.tokenizer, {}, **options)
-        return snapshot(model, self.tokenizer, policy.processor_files, not policy.loaded, **options)
+            return snapshot(model, tokenizer, {}, **options)
+        return snapshot(model, tokenizer, policy.processor_files, not policy.loaded, **options)

@@ -21,8 +21,8 @@ from lit_rlhf.models.reference import load_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis
-from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.engines import EngineHooks
 from lit_rlhf.training.logging import add_loss_metrics, mean_metrics
 from lit_rlhf.training.resume import InFlight
 from lit_rlhf.training.timing import PhaseTimer
@@ -30,7 +30,7 @@ from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Metrics, Prompts, Rollout
 
 
-class OnlineHooks(CheckpointHooks):
+class OnlineHooks(EngineHooks):
     """Mixin of `lit_rlhf.OnlineAlgorithm` with the hooks around its training loop.
 
     Attributes:
@@ -102,6 +102,7 @@ class OnlineHooks(CheckpointHooks):
     def setup_models(self) -> None:
         """Move models outside the module tree to the device, and check what needs the loaded models."""
         self.policy.probe()
+        self.setup_engine()
         if self.reference is not None:
             self.reference.to(self.device, next(self.policy.parameters()).dtype)
         sharding = getattr(self.trainer.strategy, "sharding", None)
@@ -112,7 +113,12 @@ class OnlineHooks(CheckpointHooks):
         """Set up the models."""
         self.setup_models()
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_validation_start = on_test_start = on_fit_start
+
+    def on_predict_start(self) -> None:
+        """Set up the models, and give an engine the weights."""
+        self.setup_models()
+        self.renew_engine()
 
     def on_train_start(self) -> None:
         """Check the loader, and validate the initial policy, so that every curve starts there."""
@@ -153,7 +159,8 @@ class OnlineHooks(CheckpointHooks):
         if self._evaluator is None:
             models = self.policy, self.reference, self.tokenizer, self.scorer, self.judge
             together = functools.partial(raise_on_all_ranks, self.trainer)
-            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed, together)
+            self._evaluator = Evaluator(*models, self.evaluation, self.sampling, self.seed, self.sampler, together)
+        self.renew_engine()
         self._evaluator.start(self.updates_done)
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
@@ -188,7 +195,7 @@ class OnlineHooks(CheckpointHooks):
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """Sample `num_samples` completions of each prompt (one if greedy) and return them with their rewards."""
         k = 1 if self.sampling.greedy else self.num_samples
-        completions = self.policy.sample(batch, k, self.sampling, self.seed)
+        completions = self.sampler.sample(batch, k, self.sampling, self.seed)
         texts = completion_texts(self.tokenizer, batch, completions)
         scores = score(self.scorer, self.tokenizer, batch, completions, texts, self.trainer_state())
         return prediction_rows(batch, completions, texts, scores)

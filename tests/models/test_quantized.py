@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import quantizer_bnb_4bit
 
 from lit_rlhf.cli.checkpoints import export
 from lit_rlhf.errors import InputError
@@ -101,8 +102,8 @@ def test_sharding_is_refused():
         check_unsharded({"quantization_config": BITS["4bit"]}, sharded=True)
 
 
-@pytest.mark.skipif(INSTALLED, reason="bitsandbytes is installed")
-def test_a_missing_package_is_named(wide):
+def test_a_missing_package_is_named(wide, monkeypatch):
+    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(InputError, match=r"bitsandbytes, which is not installed: pip install 'lit_rlhf\[quantized\]'"):
         Policy.from_pretrained(wide, quantization_config=BITS["4bit"])
 

@@ -1,0 +1,102 @@
+"""What an algorithm does where an engine samples for it: give it the weights, and correct for what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.engines import Engine, ServerSampler
+from lit_rlhf.errors import InputError
+from lit_rlhf.models.export import rebuild
+from lit_rlhf.models.sampling import Sampler, Sampling
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.sharded import ShardingHooks
+from lit_rlhf.training.updates import Updates
+from lit_rlhf.types import Rollout
+
+
+class EngineHooks(ShardingHooks):
+    """Mixin of `lit_rlhf.OnlineAlgorithm` for an engine that samples."""
+
+    engine: Engine
+    sampling: Sampling
+    updates: Updates
+    _server: ServerSampler | None = None
+    _renewed_at = -1
+    """Updates at the last renewal."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """What samples from the policy."""
+        return self._server or self.policy
+
+    def setup(self, stage: str) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If a correction is asked for where tokens are excluded, whose probabilities are not known.
+        """
+        super().setup(stage)
+        if self.engine.importance_cap is not None and self.sampling.truncates:
+            raise InputError("engine.importance_cap needs sampling without top_p, top_k and min_new_tokens")
+
+    def setup_engine(self) -> None:
+        """Make the engine's client; its weights are renewed before they are used."""
+        self._renewed_at = -1
+        if self.engine.url is not None and self._server is None:
+            self._server = ServerSampler(self.policy, self.engine)
+
+    def renew_engine(self) -> None:
+        """Give the engine the policy's weights, unless it has them. Call it on all ranks."""
+        server, trainer = self._server, self.trainer
+        if server is None or self._renewed_at == trainer.global_step:
+            return
+        weights = self.gathered_weights()
+
+        def save(folder: Path) -> None:
+            if weights is None:
+                self.policy.save_whole(folder)
+            else:
+                assert self._snapshot is not None
+                rebuild(self._snapshot, weights, folder, merging=True)
+
+        with raise_on_all_ranks(trainer):
+            if trainer.is_global_zero:
+                server.renew(save)
+        first = gather_over_ranks(trainer, {"folder": server.folder, "version": server.version})[0]
+        server.use(**first)
+        self._renewed_at = trainer.global_step
+
+    def corrected_advantages(self, rollout: Rollout, advantages: Tensor) -> Tensor:
+        """Return the advantages times truncated importance weights, which the options may ask for.
+
+        The loss is linear in the advantages, so this weighs its gradient. Advantages per completion are weighed by the
+        ratio of the completions' probabilities, those per token by that of the tokens'.
+        """
+        cap = self.engine.importance_cap
+        if cap is None:
+            return advantages
+        prompts, completions, parts = rollout.prompts, rollout.completions, self.updates.prompt_slices(len(advantages))
+        with self.policy.model_forward.without_gradient():
+            rows = [(prompts.rows(i).trim(), completions.rows(i)) for i in parts]
+            own = torch.cat([self.policy.logprobs(*row, self.sampling.temperature) for row in rows])
+        logprobs, mask = completions.logprobs, rollout.loss_mask
+        if advantages.ndim == 2:
+            own, logprobs, mask = own.sum(-1), logprobs.sum(-1), rollout.valid
+        ratio = F.importance_ratio(own, logprobs)
+        weights = ratio.clamp(max=cap)
+        sums = torch.stack([values.masked_fill(~mask, 0.0).sum() for values in (weights, (ratio > cap).float())])
+        *means, count = sum_over_ranks(self.trainer, torch.cat([sums, mask.sum().to(sums).view(1)])).tolist()
+        for name, total in zip(("importance_weight", "importance_capped"), means, strict=True):
+            self.log(f"train/{name}", total / max(count, 1.0), batch_size=1)
+        return advantages * weights
+
+    def teardown(self, stage: str) -> None:
+        """Remove the weights that were handed over."""
+        super().teardown(stage)
+        if self._server is not None:
+            self._server.close()
+            self._server = None

@@ -1,0 +1,111 @@
+"""A small server that answers as vLLM does, from a copy of the weights, with failures on demand."""
+
+import json
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+
+from lit_rlhf import Policy, Prompts, Sampling
+
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+
+
+class FakeVLLM:
+    """Serves `folder`. `failures` are statuses to answer with first; `ignores_renewals` keeps the weights of the start.
+
+    Attributes:
+        requests: Bodies of all requests for completions.
+        renewals: Number of renewals.
+        before_completion: Called with the number of each request for completions, before it is answered.
+    """
+
+    def __init__(self, folder, ignores_renewals=False, failures=(), extension=True):
+        self.source, self.ignores_renewals, self.failures = Path(folder), ignores_renewals, list(failures)
+        self.extension, self.requests, self.renewals = extension, [], 0
+        self.before_completion = lambda number: None
+        self.lock = threading.RLock()
+        self.restart()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(200, {"data": [{"id": "policy"}]})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+                with server.lock:
+                    self.answer(*server.post(self.path.partition("?")[0], body))
+
+            def answer(self, status, body):
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def restart(self):
+        self.instance, self.version = uuid.uuid4().hex, ""
+        self.policy = Policy.from_pretrained(str(self.source))
+
+    def post(self, path, body):
+        if self.failures:
+            return self.failures.pop(0), {"error": "planted"}
+        if path in ("/pause", "/resume"):
+            return 200, {}
+        if path == "/collective_rpc":
+            return self.call(body["method"], **body["kwargs"]) if self.extension else (404, {})
+        self.requests.append(body)
+        if body["temperature"] == 0 and body["n"] > 1:
+            return 400, {"error": "n must be 1 when using greedy sampling"}
+        self.before_completion(len(self.requests))
+        return 200, {"choices": self.complete(body)}
+
+    def call(self, method, folder=None, version=None):
+        if method == "lit_rlhf_renew":
+            self.renewals += 1
+            if not self.ignores_renewals:
+                from transformers import AutoModelForCausalLM
+
+                weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+                self.policy.causal_lm.load_state_dict(weights)
+            self.version = version
+        config = self.policy.causal_lm.config
+        model = {name: getattr(config, name) for name in SHAPE}
+        return 200, {
+            "results": [{"instance": self.instance, "version": self.version, "dtype": "float32", "model": model}]
+        }
+
+    def complete(self, body):
+        sampling = Sampling(
+            max_new_tokens=body["max_tokens"],
+            min_new_tokens=body["min_tokens"],
+            temperature=body["temperature"] or 1.0,
+            greedy=body["temperature"] == 0,
+            top_p=body["top_p"],
+            top_k=body["top_k"],
+        )
+        tokens = torch.tensor([body["prompt"]])
+        prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([0]), [""])
+        self.policy.eos_ids = body["stop_token_ids"]
+        out = self.policy.sample(prompts, body["n"], sampling, body["seed"])
+        mass = torch.zeros_like(out.logprobs) if out.sampled_mass is None else out.sampled_mass.log()
+        return [
+            {
+                "index": i,
+                "token_ids": ids,
+                "logprobs": {"token_logprobs": (out.logprobs - mass)[0, i, : len(ids)].tolist()},
+                "finish_reason": "stop" if out.finished[0, i] else "length",
+            }
+            for i, ids in enumerate(out.ids())
+        ]
