@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import lit_rlhf
 from lit_rlhf.cli import main
-from lit_rlhf.memory.estimate import Calculator, Setting
+from lit_rlhf.memory.estimate import Calculator, Setting, model_sizes
 from lit_rlhf.memory.models import Builder
 from lit_rlhf.memory.passes import Lengthened, Passes, Shape
 from lit_rlhf.memory.rehearsal import size
@@ -21,11 +21,10 @@ LORA = {"r": 4, "target_modules": "all-linear"}
 SHAPE = Shape(3, 2, 9, 12)
 
 
-def make(lora, method=lit_rlhf.RLOO):
+def make(lora, **options):
     sampling = lit_rlhf.Sampling(max_new_tokens=SHAPE.completion_tokens)
-    return method(
-        "testbed", [lit_rlhf.rewards.Length(maximum=9)], num_samples=SHAPE.samples, lora=lora, sampling=sampling
-    )
+    rewards = [lit_rlhf.rewards.Length(maximum=9)]
+    return lit_rlhf.RLOO("testbed", rewards, num_samples=SHAPE.samples, lora=lora, sampling=sampling, **options)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -112,17 +111,19 @@ def test_unknown_length_and_strategy_are_one_sentence(capsys):
         assert message in f"{exit_info.value}{capsys.readouterr().err}"
 
 
-def test_no_reference_and_another_one(tmp_path):
-    without, own, other = (
-        Calculator(
-            lit_rlhf.RLOO("testbed", [lit_rlhf.rewards.Length(maximum=9)], lora=LORA, kl_coef=0, reference=reference),
-            SHAPE,
-            Setting(),
-        ).estimate()
-        for reference in (None, "policy", "testbed")
+def test_no_reference_and_another_one():
+    without, own, other, copied = (
+        model_sizes(Calculator(algorithm, SHAPE, Setting()).passes.models)
+        for algorithm in (
+            make(LORA, kl_coef=0, reference=None),
+            make(LORA),
+            make(LORA, reference="testbed"),
+            make(None),
+        )
     )
-    assert without.always == own.always
-    assert other.always["reference"] == Calculator(make(None), SHAPE, Setting()).estimate().always["policy's weights"]
+    assert without == own
+    assert "reference" not in own
+    assert other["reference"] == copied["reference"] == copied["policy's weights"]
 
 
 def test_gradient_checkpointing_leaves_fewer_activations():

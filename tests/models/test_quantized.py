@@ -35,9 +35,14 @@ def fit(module, name, root, steps, **options):
     return trainer
 
 
+PAIRS = [(name, bits) for name in ("RLOO", "PPO", "DPO", "SFT", "RewardModeling") for bits in BITS]
+QUICK = [("RLOO", "4bit"), ("RewardModeling", "8bit")]
+
+
 @needs_bitsandbytes
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["RLOO", "PPO", "DPO", "SFT", "RewardModeling"])
+@pytest.mark.parametrize(
+    ("name", "bits"), [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
+)
 def test_an_adapter_is_trained_and_a_run_resumes(name, bits, wide, tmp_path):
     options = {"gradient_checkpointing": True}
     whole = fit(quantized(name, wide, bits, **options), name, tmp_path, 3)

@@ -52,7 +52,9 @@ def assert_equal(a, b):
 
 
 @pytest.mark.filterwarnings("ignore:Qwen3NextForCausalLM computes each prompt once per completion")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "qwen3_next" else []) for name in FAMILIES]
+)
 def test_values_and_gradients_are_the_same_in_every_family(family):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
