@@ -37,7 +37,8 @@ class SaveOnSignal(Callback):
     batch in progress is dropped, `PolicyCheckpoint` saves the state before it, and `fit` raises `RewardInterrupted`.
     Other ranks of the machine, which may hang in a reward, then get a SIGTERM.
 
-    A second Ctrl-C interrupts immediately. A handler that Slurm's automatic requeueing set on SIGUSR1 is kept. List
+    A second Ctrl-C interrupts immediately. Lightning's automatic requeueing under Slurm is replaced: its handler saves
+    at once, wherever the run is, inside an update too. Requeue in the batch script, on the exit code of SIGUSR1. List
     this callback after the callbacks that keep state.
 
     Attributes:
@@ -106,7 +107,9 @@ class SaveOnSignal(Callback):
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
-            if number == signal.SIGTERM or signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            handler = signal.getsignal(number)
+            replaced = number == signal.SIGTERM or type(handler).__module__.startswith("lightning.")
+            if replaced or handler in (signal.SIG_DFL, signal.default_int_handler):
                 self._previous[number] = signal.signal(number, self._receive)
 
     def _restore_alarm(self) -> None:

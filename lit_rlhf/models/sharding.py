@@ -8,6 +8,7 @@ need; by choice these passes, too, are made in step, for models that no rank can
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -76,6 +77,8 @@ class ShardedWeights:
         fully_shard(module, mesh=mesh, reshard_after_forward=False)  # the head is used after the forward pass
         for method in methods:
             register_fsdp_forward_method(module, method)
+        # an operation in place would lose FSDP2's hook on a view; there is none
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         if empty:
             scatter(module, first_ranks, sharding)
         self.root: Any = module

@@ -66,7 +66,8 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stderr.count("THREADS AT EXIT") == 2
+    assert finished.stderr.count("THREADS AT EXIT") >= 2
+    assert "FSDP2-wrapped" not in finished.stderr
     assert "gloo_" not in finished.stderr, "threads of a process group can abort Python while it ends"
     return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
 

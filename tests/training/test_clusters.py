@@ -1,0 +1,106 @@
+"""Runs on two machines, and under Slurm, each played by processes with the variables of its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from commands import write_workspace
+
+REWARD = """
+import os, pathlib, time
+def slow(completions, trainer_state, **kwargs):
+    if trainer_state.global_step == 2 and (here := pathlib.Path("wait")).exists():
+        pathlib.Path("waiting" + os.environ["SLURM_PROCID"]).touch()
+        while here.exists():
+            time.sleep(0.05)
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+"""
+FIT = [
+    "fit", "--config=rloo", "--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=4",
+    "--model.rewards=[slow.slow]", "--model.sampling.max_new_tokens=4", "--data.batch_size=2", "--model.lora=null",
+    "--model.optimizer.lr=0.01", "--model.updates.num_minibatches=2", "--trainer.accelerator=cpu",
+    "--trainer.max_steps=4", "--ckpt_path=last",
+]  # fmt: skip
+TWO_DEVICES = ["--trainer.devices=2"]
+TWO_NODES = ["--trainer.devices=1", "--trainer.num_nodes=2"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_workspace(tmp_path)
+    (tmp_path / "slow.py").write_text(REWARD)
+    return tmp_path
+
+
+def start(folder: Path, root: str, strategy: str, launcher: list[str], options: list[str], **variables: str):
+    path = os.pathsep.join([str(folder), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, "-m", *launcher, "lit_rlhf", *FIT, *options]
+    command += [f"--trainer.strategy={strategy}", f"--trainer.default_root_dir={root}"]
+    with (folder / f"{root}.{len(list(folder.iterdir()))}.txt").open("w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(*processes: subprocess.Popen) -> list[int]:
+    return [process.wait(timeout=200) for process in processes]
+
+
+def weights(folder: Path, root: str) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_machines_started_by_torchrun_train_as_one_with_two_devices(strategy, folder):
+    assert finish(start(folder, "one", strategy, [], TWO_DEVICES)) == [0]
+    port = str(29600 + os.getpid() % 300)
+    nodes = [
+        start(
+            folder, "two", strategy,
+            ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", "-m"],
+            TWO_NODES,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert finish(*nodes) == [0, 0]
+    assert differing(weights(folder, "one"), weights(folder, "two")) == []
+
+
+def slurm(folder: Path, root: str, strategy: str) -> list[subprocess.Popen]:
+    """Start two tasks as `srun` does, on one machine."""
+    port = str(29900 + os.getpid() % 90)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": port} for rank in range(2)]
+    return [start(folder, root, strategy, [], TWO_DEVICES, **job, **rank) for rank in ranks]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_job_that_slurm_signals_saves_ends_with_its_code_and_resumes_bitwise(strategy, folder):
+    """`#SBATCH --signal=SIGUSR1@...` signals every task, and the batch script requeues on the exit code."""
+    assert finish(*slurm(folder, "whole", strategy)) == [0, 0]
+    (folder / "wait").touch()
+    tasks = slurm(folder, "parts", strategy)
+    while len(list(folder.glob("waiting*"))) < 2:
+        assert [task.poll() for task in tasks] == [None, None]
+        time.sleep(0.1)
+    for task in tasks:
+        task.send_signal(signal.SIGUSR1)
+    (folder / "wait").unlink()
+    assert finish(*tasks) == [128 + signal.SIGUSR1] * 2
+    assert not list(folder.rglob("hpc_ckpt*"))
+    assert finish(*slurm(folder, "parts", strategy)) == [0, 0]
+    assert differing(weights(folder, "whole"), weights(folder, "parts")) == []
