@@ -26,7 +26,7 @@ from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.training.checkpointing import CheckpointHooks
 from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
-from lit_rlhf.training.distributed import gather_over_ranks, sum_over_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.exporting import ExportHooks
 from lit_rlhf.training.finite import (
     SkippedUpdates,
@@ -181,7 +181,8 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         check_optimized(self.named_parameters(), groups)
         optimizer = self.make_optimizer(groups)
         check_updates_shards(optimizer, sharded=isinstance(self.trainer.strategy, FSDP2Strategy))
-        check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
+        with raise_on_all_ranks(self.trainer):  # which may have different shards
+            check_step_size(optimizer, has_adapter=isinstance(self._trained_model, PeftModel))
         enable_fused_adam(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         if self.make_lr_scheduler is None:

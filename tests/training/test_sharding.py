@@ -1,5 +1,7 @@
 """Sharded models: what is refused, and runs of the command line with two processes."""
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +57,14 @@ def test_fsdp2_is_allowed():
 
 def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
     """Train in the workspace with two processes and sharded models, and return the exported weights."""
+    finished = call(folder, "fit", root, *options)
+    assert finished.stderr.count("THREADS AT EXIT") >= 2
+    assert "gloo_" not in finished.stderr, "threads of a process group can abort Python while it ends"
+    return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
+
+
+def call(folder, command: str, root: str, *options: str) -> subprocess.CompletedProcess:
+    """Run a command in the workspace."""
     common = [
         "--model.policy=tiny", "--data.train=prompts.jsonl", "--data.val=4", "--model.rewards=[mine.words]",
         "--model.sampling.max_new_tokens=4", "--data.batch_size=2", "--model.optimizer.lr=0.01",
@@ -62,14 +72,12 @@ def run(folder, root: str, *options: str) -> dict[str, torch.Tensor]:
         "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={root}", "--ckpt_path=last",
     ]  # fmt: skip
     path = os.pathsep.join([str(folder), *sys.path])
-    command = [sys.executable, "-m", "lit_rlhf", "fit", "--config=rloo", *common, *options]
+    called = [sys.executable, "-m", "lit_rlhf", command, "--config=rloo", *common, *options]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+    finished = subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stderr.count("THREADS AT EXIT") >= 2
     assert "FSDP2-wrapped" not in finished.stderr
-    assert "gloo_" not in finished.stderr, "threads of a process group can abort Python while it ends"
-    return load_file(next((folder / root / "policy" / "last").glob("*.safetensors")))
+    return finished
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,33 @@ def test_a_run_resumes_bitwise_and_exports(options, tmp_path):
     exported = load_file(next((tmp_path / "exported").glob("*.safetensors")))
     assert exported.keys() == whole.keys()
     assert [name for name, value in whole.items() if not torch.equal(value, exported[name])] == []
+
+
+@pytest.mark.slow
+def test_a_folder_of_shards_is_evaluated_by_any_number_of_processes(tmp_path):
+    write_workspace(tmp_path)
+    call(tmp_path, "fit", "run", "--model.lora=null", SHARDED, "--trainer.max_steps=2")
+    assert list(tmp_path.rglob("last.ckpt.shards-*"))
+    tested, predicted = [], []
+    for options in (["--trainer.devices=1", "--trainer.strategy=auto"], ["--trainer.strategy=ddp"], [], [SHARDED]):
+        call(tmp_path, "test", "run", "--model.lora=null", *options)
+        call(tmp_path, "predict", "run", "--model.lora=null", *options)
+        tested.append(
+            metrics(max((tmp_path / "run").glob("test_*/metrics.csv"), key=lambda path: path.stat().st_mtime))
+        )
+        rows = map(json.loads, (tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+        predicted.append(sorted((row["index"], row["sample"], row["completion"]) for row in rows))
+    for other in tested[1:]:
+        assert other == pytest.approx(tested[0], abs=1e-5)
+    assert predicted == [predicted[0]] * 4
+
+
+def metrics(path) -> dict[str, float]:
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    found = {name: float(value) for row in rows for name, value in row.items() if value}
+    assert "test/kl" in found and found["test/kl"] != 0
+    return {name: value for name, value in found.items() if name.startswith("test/")}
 
 
 def test_overriding_save_model_alone_is_refused(tiny):
