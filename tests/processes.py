@@ -125,7 +125,9 @@ CASES = {
 }
 """Algorithm and options by case. In each, a rollout is one update, for any number of minibatches."""
 
-IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "gradient checkpointing", "bf16-mixed"]
+SLOW = ["dr_grpo", "ipo", "scored by a reward model", "gradient checkpointing"]
+QUICK = [case for case in CASES if case not in SLOW]
+IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
 """Cases that are run with passes in step, too."""
 
 REWARD_MODEL = "reward_model"
@@ -363,7 +365,7 @@ def run_raising(folder: Path, root: Path) -> None:
 
 
 def main(folder: Path, root: Path, ranks: int, cases: list[str]) -> None:
-    every = cases or CASES
+    every = cases or QUICK
     save_results({case: functools.partial(run_case, case, folder, root, ranks, ranks) for case in every}, root)
     if cases:
         return

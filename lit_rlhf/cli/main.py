@@ -189,8 +189,8 @@ def run_command(args: list[str]) -> None:
         run_lightning(args)
 
 
-def command_line(kind: type[RLHFCommandLine], args: list[str], name: str) -> RLHFCommandLine:
-    """Parse the arguments of one of Lightning's commands, which is called `name`, and run it."""
+def command_line(kind: type[RLHFCommandLine], args: list[str], called: str = "") -> RLHFCommandLine:
+    """Parse the arguments of one of Lightning's commands, which may be called by another name, and run it."""
     sys.argv[1:] = args  # read by LightningCLI and by the processes that DDP starts
     defaults = {
         "default_root_dir": DEFAULT_ROOT,
@@ -200,8 +200,8 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], name: str) -> RLH
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
-    names = {**dict.fromkeys(("fit", "validate", "test", "predict")), args[0]: name}
-    usage = {command: {"usage": f"{PROGRAM} {called or command} {options}"} for command, called in names.items()}
+    names = ("fit", "validate", "test", "predict")
+    usage = {name: {"usage": f"{PROGRAM} {called or name} {options}"} for name in names}
     return kind(
         Algorithm,
         TextData,
@@ -218,7 +218,7 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], name: str) -> RLH
 
 def run_lightning(args: list[str]) -> None:
     """Run one of Lightning's commands."""
-    line = command_line(RLHFCommandLine, args, args[0])
+    line = command_line(RLHFCommandLine, args)
     for callback in line.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.SaveOnSignal) and callback.stopped is not None:
             sys.exit(128 + callback.stopped)  # the shell's convention: the run isn't finished

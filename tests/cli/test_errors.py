@@ -191,9 +191,9 @@ INVALID = {
         ["--model.policy=nowhere"],
         "'nowhere' can't be loaded: there is no such folder",
     ),
-    "a quantization whose package is absent": (
-        ["--model.load.quantization_config={load_in_4bit: true}"],
-        "requires bitsandbytes",
+    "a quantization without an adapter": (
+        ["--model.load.quantization_config={load_in_4bit: true}", "--model.lora=null"],
+        "the policy's weights are quantized, so they can't be trained: give `lora`",
     ),
     "a layer for LoRA that does not exist": (
         ["--model.lora.target_modules=[query]"],

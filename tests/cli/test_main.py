@@ -256,6 +256,6 @@ def test_help_and_version(capsys):
         main([])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("fit", "validate", "test", "predict", "export", "compare"))
+    assert all(command in text for command in ("fit", "validate", "test", "predict", "export", "compare", "memory"))
     main(["--version"])
     assert capsys.readouterr().out == f"lit-rlhf {lit_rlhf.__version__}\n"

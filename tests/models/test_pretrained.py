@@ -266,7 +266,6 @@ def test_an_adapter_in_a_subfolder_loads_with_its_base_model(tmp_path):
         ({"flash": True}, "`load` has no option 'flash'"),
         ({"attn_implementation": "quick"}, 'attn_implementation="quick"` is not supported'),
         ({"subfolder": "nowhere"}, "no config.json with a known model_type"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantized by bitsandbytes, which is not installed"),
     ],
     ids=str,
 )

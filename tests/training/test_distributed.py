@@ -63,7 +63,7 @@ def result(name: str, root: Path, completed_process: subprocess.CompletedProcess
 
 
 @pytest.mark.filterwarnings("ignore:a prompt without a reward")
-@pytest.mark.parametrize("case", processes.CASES)
+@pytest.mark.parametrize("case", processes.QUICK)
 def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_process, root, expected):
     check_case(case, expected(case), result(case, root, completed_process))
 
@@ -71,6 +71,14 @@ def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_proce
 def test_two_processes_that_compute_in_step_equal_one(models, expected, tmp_path):
     completed_process = run_script(models, tmp_path, "FSDP2 in step", cases=processes.IN_STEP)
     for case in processes.IN_STEP:
+        check_case(case, expected(case), result(case, tmp_path, completed_process))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["FSDP2", "FSDP2 in step", "DDP"])
+def test_two_processes_equal_one_in_slow_cases(strategy, models, expected, tmp_path):
+    completed_process = run_script(models, tmp_path, strategy, cases=processes.SLOW)
+    for case in processes.SLOW:
         check_case(case, expected(case), result(case, tmp_path, completed_process))
 
 
