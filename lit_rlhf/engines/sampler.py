@@ -20,6 +20,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.models.stop_strings import StopStrings
+from lit_rlhf.rewards.calls import interruptible
 from lit_rlhf.types import Completions, Prompts
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,14 +56,16 @@ class ServerSampler:
         Args:
             save: Writes the model into a folder.
         """
-        workers = self.server.describe()
+        with interruptible(f"the vLLM server {self.server.shown}"):
+            workers = self.server.describe()
         self._check_model(workers)
         self.close()
         self.folder, self.version = tempfile.mkdtemp(prefix="lit_rlhf_", dir=self._parent), uuid.uuid4().hex
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         Path(self.folder).chmod(0o755)  # the server may be another user's
         save(Path(self.folder))
-        self.server.renew(self.folder, self.version)
+        with interruptible(f"the vLLM server {self.server.shown}"):
+            self.server.renew(self.folder, self.version)
 
     def use(self, folder: str, version: str) -> None:
         """Expect weights that another rank has given to the server."""
@@ -80,7 +83,8 @@ class ServerSampler:
         probed = prompts.rows(slice(PROBE_PROMPTS)).trim()
         plain = Sampling(max_new_tokens=PROBE_TOKENS, temperature=sampling.temperature)
         requests = self._requests(prompts, num_samples, sampling, seed, epoch)
-        answers = self._complete(requests + self._requests(probed, 1, plain, seed, epoch))
+        with interruptible(f"the vLLM server {self.server.shown}"):
+            answers = self._complete(requests + self._requests(probed, 1, plain, seed, epoch))
         rows, probes = answers[: len(requests)], answers[len(requests) :]
         self._check_logprobs(probed, self._assemble(probed, probes, plain), plain.temperature)
         completions = self._assemble(prompts, [row * num_samples if sampling.greedy else row for row in rows], sampling)

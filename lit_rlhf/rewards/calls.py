@@ -15,7 +15,7 @@ from lit_rlhf.rewards.base import RewardInterrupted, RewardSpec
 from lit_rlhf.rewards.threads import in_event_loop, in_thread
 
 _calls: list[tuple[float, str]] = []
-"""When the main thread began to wait for rewards, and for which; at most one entry."""
+"""When the main thread began to wait for rewards or an engine, and for which; at most one entry."""
 
 
 def call_all(specs: Sequence[RewardSpec], arguments: Sequence[dict[str, Any]]) -> list[Any]:
@@ -26,7 +26,7 @@ def call_all(specs: Sequence[RewardSpec], arguments: Sequence[dict[str, Any]]) -
     """
     pairs = list(zip(specs, arguments, strict=True))
     outputs: list[Any] = []
-    with _interruptible(specs):
+    with interruptible(" or ".join(spec.title for spec in specs)):
         try:
             running = {i: in_thread(spec.call, given) for i, (spec, given) in enumerate(pairs) if spec.guard}
             outputs.extend(running.get(i) or spec.call(given) for i, (spec, given) in enumerate(pairs))
@@ -44,11 +44,16 @@ def call_all(specs: Sequence[RewardSpec], arguments: Sequence[dict[str, Any]]) -
 
 
 @contextlib.contextmanager
-def _interruptible(specs: Sequence[RewardSpec]) -> Iterator[None]:
+def interruptible(title: str) -> Iterator[None]:
+    """Let a signal interrupt what the main thread waits for within this context, once it has taken too long.
+
+    Args:
+        title: What it waits for, in the message.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _calls.append((time.monotonic(), " or ".join(spec.title for spec in specs)))
+    _calls.append((time.monotonic(), title))
     try:
         yield
     finally:
@@ -56,11 +61,11 @@ def _interruptible(specs: Sequence[RewardSpec]) -> Iterator[None]:
 
 
 def interrupt_rewards(number: int, seconds: float) -> None:
-    """Raise `RewardInterrupted` if the main thread has waited for rewards for some time. For signal handlers.
+    """Raise `RewardInterrupted` if the main thread has waited for some time. For signal handlers.
 
     Args:
         number: The signal that ends the run.
-        seconds: How long rewards may take.
+        seconds: How long what it waits for may take.
     """
     if _calls and time.monotonic() - _calls[-1][0] >= seconds:
         raise RewardInterrupted(

@@ -1,12 +1,19 @@
 """Runs whose completions a vLLM server samples."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from fake_vllm import FakeVLLM
 from lit_rlhf import Engine, Policy
+from lit_rlhf.callbacks import PolicyCheckpoint, SaveOnSignal, signals
 from lit_rlhf.errors import InputError
+from lit_rlhf.rewards.base import RewardInterrupted
 from runs import differing_tensors, make_data, make_module, make_trainer, training_state
 from tiny import make_llama, make_tokenizer
 
@@ -32,7 +39,13 @@ def fit(name, folder, root, server, ckpt_path=None, max_steps=3, engine=None, ca
     metrics = Metrics()
     engine = Engine(url=server.url, retries=1, backoff=0.01, **(engine or {}))
     module = make_module(name, folder, engine=engine, **options)
-    trainer = make_trainer(root, max_steps=max_steps, callbacks=[metrics, *callbacks], num_sanity_val_steps=0)
+    trainer = make_trainer(
+        root,
+        max_steps=max_steps,
+        callbacks=[metrics, *callbacks],
+        num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(callback, PolicyCheckpoint) for callback in callbacks),
+    )
     trainer.fit(module, make_data(name, val=None), ckpt_path=ckpt_path)
     return trainer, metrics.rows
 
@@ -77,6 +90,27 @@ def test_a_run_whose_server_fails_resumes_exactly(folder, tmp_path):
         again, _ = fit("RLOO", folder, tmp_path, again_server, path, max_steps=4, num_minibatches=2)
         assert not differing_tensors(training_state(whole), training_state(again))
         assert again_server.renewals == renewals
+
+
+def test_a_signal_ends_a_run_that_waits_for_the_server(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "REWARD_SECONDS", 0.3)
+    server, waits = FakeVLLM(folder), threading.Event()
+
+    def hang(number):
+        if server.renewals == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            waits.wait(60)
+
+    server.before_completion = hang
+    keeper = PolicyCheckpoint()
+    start = time.monotonic()
+    with pytest.raises(
+        RewardInterrupted, match=r"SIGTERM ended the run while it waited for the vLLM server http://127"
+    ):
+        fit("RLOO", folder, tmp_path, server, callbacks=[keeper, SaveOnSignal()], max_steps=5)
+    waits.set()
+    assert time.monotonic() - start < 60
+    assert torch.load(keeper.last_path, weights_only=True)["global_step"] == 2
 
 
 def test_importance_weights_are_one_where_the_server_has_the_policy(folder, tmp_path):
