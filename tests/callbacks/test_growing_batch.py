@@ -365,6 +365,7 @@ def test_unsuitable_data_or_algorithms_raise(callback, name, data, sentence, tin
         trainer.fit(module, make_data(name, **data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda: BatchSchedule(7, 9), lambda: AdaptiveBatch(9, 1, 2)], ids=["schedule", "noise"]
 )

@@ -144,7 +144,9 @@ def test_a_policy_of_a_folder(case, tmp_path):
     assert (tmp_path / "policy" / "adapter_config.json").exists() == (adapter is not None)
 
 
-@pytest.mark.parametrize("case", IN_MEMORY)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "compiled layers" else []) for case in IN_MEMORY]
+)
 def test_a_policy_in_memory(case, tmp_path):
     check_exports(IN_MEMORY[case](tied(), make_tokenizer()), tmp_path)
 

@@ -80,6 +80,7 @@ def test_review_prompts_have_the_requested_sizes():
     assert set(next(iter(data.val_dataloader())).text) == {row["prompt"] for row in prompts(8, held_out=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_build_writes_loadable_models(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # restored after the test
