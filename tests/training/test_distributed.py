@@ -75,6 +75,7 @@ def test_two_processes_that_compute_in_step_equal_one(models, expected, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a prompt without a reward")
 @pytest.mark.parametrize("strategy", ["FSDP2", "FSDP2 in step", "DDP"])
 def test_two_processes_equal_one_in_slow_cases(strategy, models, expected, tmp_path):
     completed_process = run_script(models, tmp_path, strategy, cases=processes.SLOW)
