@@ -94,10 +94,14 @@ def test_a_run_whose_server_fails_resumes_exactly(folder, tmp_path):
 
 def test_a_signal_ends_a_run_that_waits_for_the_server(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "REWARD_SECONDS", 0.3)
-    server, waits = FakeVLLM(folder), threading.Event()
+    server, waits, done = FakeVLLM(folder), threading.Event(), []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *args):
+            done.append(1)
 
     def hang(number):
-        if server.renewals == 3 and not waits.is_set():  # later requests come after the run, which handles signals
+        if len(done) == 2 and not waits.is_set():  # later requests come after the run, which handles signals
             os.kill(os.getpid(), signal.SIGTERM)
             waits.wait(60)
 
@@ -107,7 +111,7 @@ def test_a_signal_ends_a_run_that_waits_for_the_server(folder, tmp_path, monkeyp
     with pytest.raises(
         RewardInterrupted, match=r"SIGTERM ended the run while it waited for the vLLM server http://127"
     ):
-        fit("RLOO", folder, tmp_path, server, callbacks=[keeper, SaveOnSignal()], max_steps=5)
+        fit("RLOO", folder, tmp_path, server, callbacks=[Count(), keeper, SaveOnSignal()], max_steps=5)
     waits.set()
     assert time.monotonic() - start < 60
     assert torch.load(keeper.last_path, weights_only=True)["global_step"] == 2
