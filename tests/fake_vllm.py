@@ -3,12 +3,12 @@
 import json
 import threading
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
 from lit_rlhf import Policy, Prompts, Sampling
+from local_server import serve
 
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -28,31 +28,19 @@ class FakeVLLM:
         self.before_completion = lambda number: None
         self.lock = threading.RLock()
         self.restart()
-        server = self
+        self.http, self.url = serve(self.answer)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.answer(200, {"data": [{"id": "policy"}]})
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-                with server.lock:
-                    self.answer(*server.post(self.path.partition("?")[0], body))
-
-            def answer(self, status, body):
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+    def answer(self, handler, body):
+        if body is None:
+            status, answer = 200, {"data": [{"id": "policy"}]}
+        else:
+            with self.lock:
+                status, answer = self.post(handler.path.partition("?")[0], body)
+        content = json.dumps(answer).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
 
     def restart(self):
         self.instance, self.version = uuid.uuid4().hex, ""

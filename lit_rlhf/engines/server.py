@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import threading
-from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from lit_rlhf.engines.options import Engine
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.http_client import ServiceError, attempt, check_url, send, short
-from lit_rlhf.rewards.threads import in_thread
+from lit_rlhf.rewards.threads import map_in_threads
 
 START = (
     "start it with VLLM_SERVER_DEV_MODE=1, the folder lit_rlhf/engines/worker in PYTHONPATH, and "
@@ -87,30 +84,14 @@ class VLLMServer:
         Raises:
             ValueError: If the server does not complete one of them.
         """
-        pending, stop = deque(range(len(requests))), threading.Event()
-        answers: list[list[Answer]] = [[] for _ in requests]
+        stop = threading.Event()
         self._model = self._model or self._try(self._served)
 
-        def work() -> None:
-            while pending and not stop.is_set():
-                try:
-                    i = pending.popleft()
-                except IndexError:  # another worker was faster
-                    return
-                try:
-                    answers[i] = self._try(functools.partial(self._completions, requests[i]), stop)
-                except BaseException:
-                    stop.set()
-                    raise
+        def complete(request: dict[str, Any]) -> list[Answer]:
+            answers: list[Answer] = self._try(lambda: self._completions(request), stop)
+            return answers
 
-        workers: list[Future[Any]] = [in_thread(work) for _ in range(min(self.options.concurrency, len(requests)))]
-        try:
-            errors = [error for worker in workers if (error := worker.exception()) is not None]
-        finally:
-            stop.set()
-        if errors:
-            raise next((error for error in errors if isinstance(error, InputError)), errors[0])
-        return answers
+        return map_in_threads(complete, requests, self.options.concurrency, stop)
 
     def _served(self) -> str:
         models = [model["id"] for model in self._json("GET", "/v1/models")["data"]]

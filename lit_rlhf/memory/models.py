@@ -85,7 +85,7 @@ class Builder:
                 for r in found
             ]
         reference = vars(self.algorithm).get("reference")
-        copy = reference._policy if isinstance(reference, Reference) and not reference._adapter_off else None
+        copy = reference.copy if isinstance(reference, Reference) else None
         if self.dtype is not None:
             self.algorithm.to(self.dtype)
         if copy is not None:

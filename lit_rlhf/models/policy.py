@@ -249,11 +249,15 @@ class Policy(nn.Module):
 
 
 class Reference:
-    """The frozen policy that the KL is measured against; not a module, so it is never trained, wrapped or saved."""
+    """The frozen policy that the KL is measured against; not a module, so it is never trained, wrapped or saved.
+
+    Attributes:
+        copy: The policy that it holds; None if it is the trained one, with its adapter switched off.
+    """
 
     def __init__(self, policy: Policy, adapter_off: bool) -> None:
         self._policy = policy
-        self._adapter_off = adapter_off
+        self.copy = None if adapter_off else policy
 
     @property
     def start(self) -> str:
@@ -263,7 +267,7 @@ class Reference:
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
         with torch.no_grad():
-            if not self._adapter_off:
+            if self.copy is not None:
                 yield
                 return
             with cast(PeftModel, self._policy.model).disable_adapter():
@@ -271,9 +275,8 @@ class Reference:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Reference:
         """Move a copy to the policy's device and dtype; with the adapter switched off there is no copy."""
-        if not self._adapter_off:
-            own = next(self._policy.parameters()).dtype
-            self._policy.to(device, None if own == dtype else dtype)
+        if self.copy is not None:
+            self.copy.to(device, None if next(self.copy.parameters()).dtype == dtype else dtype)
         return self
 
     def shard(self, sharding: Sharding) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from lit_rlhf.errors import InputError
 from lit_rlhf.local_warnings import warn_locally
 from lit_rlhf.rewards.http_client import attempt
-from lit_rlhf.rewards.threads import call_within, in_thread
+from lit_rlhf.rewards.threads import call_within, map_in_threads
 
 
 class Guarded:
@@ -87,39 +87,28 @@ class Guarded:
         """
         count = len(arguments["completions"])
         size = self.batch_size or max(count, 1)
-        pending = deque(range(0, count, size))
-        outputs: list[Any] = [None] * count
         errors: dict[int, BaseException] = {}
         extras: dict[str, list[Any]] = {}
         stop = threading.Event()
 
-        def work() -> None:
-            while pending and not stop.is_set():
-                try:
-                    start = pending.popleft()
-                except IndexError:  # another worker was faster
-                    return
-                part = _part(arguments, slice(start, start + size), extras)
-                try:
-                    outputs[start : start + size] = self._attempt(call, read, part, stop)
-                except torch.OutOfMemoryError:
-                    raise
-                except BaseException as error:  # also the SystemExit of a reward that calls sys.exit
-                    errors[start] = error
+        def run_batch(start: int) -> list[Any]:
+            part = _part(arguments, slice(start, start + size), extras)
+            try:
+                return self._attempt(call, read, part, stop)
+            except torch.OutOfMemoryError:
+                raise
+            except BaseException as error:  # also the SystemExit of a reward that calls sys.exit
+                errors[start] = error
+                return [None] * len(part["completions"])
 
-        workers = [in_thread(work) for _ in range(min(self.concurrency, len(pending)))]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            stop.set()
+        batches = map_in_threads(run_batch, range(0, count, size), self.concurrency, stop)
         for column, values in extras.items():
             arguments["log_extra"](column, values)
         failed = sum(min(size, count - start) for start in errors)
         if "log_metric" in arguments:
             arguments["log_metric"](f"reward_failures/{name}", failed)
         self._count_failure(list(errors.values()), failed, count, title)
-        return outputs
+        return list(chain.from_iterable(batches))
 
     def _attempt(
         self,

@@ -9,11 +9,15 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Output = TypeVar("Output")
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -30,6 +34,43 @@ def in_thread(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
     threading.Thread(target=work, name="reward", daemon=True).start()
     return future
+
+
+def map_in_threads(
+    function: Callable[[Item], Output], items: Sequence[Item], limit: int, stop: threading.Event
+) -> list[Output]:
+    """Call a function with each item, and return the results in order.
+
+    Args:
+        function: Called in threads.
+        items: Its arguments.
+        limit: Calls at the same time.
+        stop: Set by the first call that raises, and at the end: no further call begins.
+
+    Raises:
+        Exception: That of the first thread whose call raised.
+    """
+    pending, outputs = deque(enumerate(items)), dict[int, Output]()
+
+    def work() -> None:
+        while pending and not stop.is_set():
+            try:
+                i, item = pending.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                outputs[i] = function(item)
+            except BaseException:
+                stop.set()
+                raise
+
+    threads = [in_thread(work) for _ in range(min(limit, len(items)))]
+    try:
+        for thread in threads:
+            thread.result()
+    finally:
+        stop.set()
+    return [outputs[i] for i in range(len(items))]
 
 
 def in_event_loop(waiting: Awaitable[Any]) -> Future[Any]:

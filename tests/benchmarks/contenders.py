@@ -84,6 +84,24 @@ def worth(completions: list[Any], **kwargs: Any) -> list[float]:
     return [len(str(completion)) % 17 / 17 for completion in completions]
 
 
+def make_trainer(accelerator: str, precision: str, updates: int, callback: Any) -> Any:
+    """Return a trainer on one device that writes nothing."""
+    import lightning
+
+    return lightning.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=updates,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+
+
 class Laps:
     """Records when the first update begins and when each ends."""
 
@@ -136,18 +154,7 @@ def run_lit_rlhf(settings: Settings, method: str) -> Result:
         ),
         optimizer=lambda params: torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=0.0),
     )
-    trainer = lightning.Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
-        precision=settings.precision,  # type: ignore[arg-type]
-        max_steps=settings.updates,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Watch()],
-    )
+    trainer = make_trainer(settings.accelerator, settings.precision, settings.updates, Watch())
     trainer.fit(module, lit_rlhf.PromptData([{"prompt": text} for text in texts], batch_size=settings.prompts))
     return {"seconds": laps.seconds(), "phases": [*phases[1:], phases_of(trainer)], "lengths": lengths}
 

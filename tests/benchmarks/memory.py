@@ -67,7 +67,7 @@ def make(case: dict[str, Any], model: str) -> Any:
 def fit(case: dict[str, Any], model: str) -> dict[str, int]:
     """Run two updates; return the peaks of the second one's phases."""
     import lightning
-    from contenders import make_prompts
+    from contenders import make_prompts, make_trainer
 
     import lit_rlhf
 
@@ -105,18 +105,7 @@ def fit(case: dict[str, Any], model: str) -> dict[str, int]:
         )
     else:
         data = lit_rlhf.PromptData([{"prompt": text} for text in texts], batch_size=rows)
-    trainer = lightning.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=case["precision"],
-        max_steps=2,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Watch()],
-    )
+    trainer = make_trainer("auto", case["precision"], 2, Watch())
     trainer.fit(algorithm, data)
     return peaks
 

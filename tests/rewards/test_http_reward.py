@@ -3,12 +3,11 @@
 import json
 import socket
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import local_server
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import HTTPReward, Scorer
 from scoring import component, flat, score
@@ -19,23 +18,14 @@ class Server:
 
     def __init__(self, *answers):
         self.requests, self.headers, self.answers = [], [], list(answers)
-        server = self
+        self.http, address = local_server.serve(self.answer)
+        self.url = f"{address}/score"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append(body)
-                server.headers.append(self.headers)
-                answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-                answer(self, body)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/score"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+    def answer(self, handler, body):
+        self.requests.append(body)
+        self.headers.append(handler.headers)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        answer(handler, body)
 
 
 def reply(content, status=200, **headers):
