@@ -19,8 +19,8 @@ from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.data import TextData
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
-from lit_rlhf.models.policy import Policy, Reference
-from lit_rlhf.models.reference import load_reference
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference, load_reference
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.held_out import HeldOutMetrics
 from lit_rlhf.types import Metrics, Preferences

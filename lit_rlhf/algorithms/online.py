@@ -31,8 +31,8 @@ from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.evaluation.evaluator import check_opponent, make_judge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
-from lit_rlhf.models.policy import Policy, Reference
-from lit_rlhf.models.reference import check_reference
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference, check_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards

@@ -21,7 +21,8 @@ from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.metrics import DistinctN, Moments, Perplexity, WinRate
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import score
-from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.sampling import Sampler, Sampling
 from lit_rlhf.rewards import Guarded, Scorer, Scores, Weighted
 from lit_rlhf.types import Completions, Prompts, Text

@@ -17,8 +17,9 @@ from lit_rlhf.algorithms import Algorithm, RewardModeling
 from lit_rlhf.memory.rehearsal import Rehearsal, without_storage
 from lit_rlhf.models.forward import ModelForward
 from lit_rlhf.models.loading import check_causal_lm
-from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import config_only, download_options, is_adapter, load_model, resolve, shared_options
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.scalar import Critic, ScalarModel
 from lit_rlhf.rewards import RewardModel
 

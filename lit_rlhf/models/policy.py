@@ -8,9 +8,6 @@ so that the logits of all positions are never held at once. A probe on first use
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,15 +132,6 @@ class Policy(nn.Module):
         model = merged(self.model) if isinstance(self.model, PeftModel) else self.model
         model.save_pretrained(str(folder))
 
-    def reference(self) -> Reference:
-        """Return the policy as it is now, frozen: a new adapter switched off, or else a copy of the trained weights."""
-        if self.new_adapter:
-            return Reference(self, adapter_off=True)
-        shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
-        shared[id(self.tokenizer)] = self.tokenizer
-        frozen = copy.deepcopy(self, shared).requires_grad_(False).eval()
-        return Reference(frozen, adapter_off=False)
-
     # Sampling
 
     @torch.no_grad()
@@ -246,55 +234,3 @@ class Policy(nn.Module):
     def shares_prompt(self) -> bool:
         """Whether each prompt is computed once for all its completions; False before `probe`."""
         return bool(self.model_forward.shares_prompt)
-
-
-class Reference:
-    """The frozen policy that the KL is measured against; not a module, so it is never trained, wrapped or saved.
-
-    Attributes:
-        copy: The policy that it holds; None if it is the trained one, with its adapter switched off.
-    """
-
-    def __init__(self, policy: Policy, adapter_off: bool) -> None:
-        self._policy = policy
-        self.copy = None if adapter_off else policy
-
-    @property
-    def start(self) -> str:
-        """Fingerprint of its weights."""
-        return self._policy.start
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        with torch.no_grad():
-            if self.copy is not None:
-                yield
-                return
-            with cast(PeftModel, self._policy.model).disable_adapter():
-                yield
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Reference:
-        """Move a copy to the policy's device and dtype; with the adapter switched off there is no copy."""
-        if self.copy is not None:
-            self.copy.to(device, None if next(self.copy.parameters()).dtype == dtype else dtype)
-        return self
-
-    def shard(self, sharding: Sharding) -> None:
-        """Shard the weights of a copy over ranks."""
-        self._policy.shard(sharding)
-
-    def without_gradient(self) -> contextlib.AbstractContextManager[None]:
-        """See `ModelForward.without_gradient`."""
-        return self._policy.model_forward.without_gradient()
-
-    def logprobs(self, prompts: Prompts, completions: TokenSequences, temperature: float = 1.0) -> Tensor:
-        """See `Policy.logprobs`; without gradient."""
-        with self._frozen():
-            return self._policy.logprobs(prompts, completions, temperature)
-
-    def sample(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
-    ) -> Completions:
-        """See `Policy.sample`."""
-        with self._frozen():
-            return self._policy.sample(prompts, num_samples, sampling, seed, epoch)

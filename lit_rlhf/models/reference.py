@@ -2,12 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_same_tokens, embedding_rows
-from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import shared_options
+from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.models.sharding import Sharding
+from lit_rlhf.models.shared_prompt import TokenSequences
+from lit_rlhf.types import Completions, Prompts
+
+
+class Reference:
+    """The frozen policy that the KL is measured against; not a module, so it is never trained, wrapped or saved.
+
+    Attributes:
+        copy: The policy that it holds; None if it is the trained one, with its adapter switched off.
+    """
+
+    def __init__(self, policy: Policy, adapter_off: bool) -> None:
+        self._policy = policy
+        self.copy = None if adapter_off else policy
+
+    @classmethod
+    def of(cls, policy: Policy) -> Reference:
+        """Return a policy as it is now, frozen: a new adapter switched off, or else a copy of the trained weights."""
+        if policy.new_adapter:
+            return cls(policy, adapter_off=True)
+        shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        shared[id(policy.tokenizer)] = policy.tokenizer
+        return cls(copy.deepcopy(policy, shared).requires_grad_(False).eval(), adapter_off=False)
+
+    @property
+    def start(self) -> str:
+        """Fingerprint of its weights."""
+        return self._policy.start
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with torch.no_grad():
+            if self.copy is not None:
+                yield
+                return
+            with cast(PeftModel, self._policy.model).disable_adapter():
+                yield
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Reference:
+        """Move a copy to the policy's device and dtype; with the adapter switched off there is no copy."""
+        if self.copy is not None:
+            self.copy.to(device, None if next(self.copy.parameters()).dtype == dtype else dtype)
+        return self
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard the weights of a copy over ranks."""
+        self._policy.shard(sharding)
+
+    def without_gradient(self) -> contextlib.AbstractContextManager[None]:
+        """See `ModelForward.without_gradient`."""
+        return self._policy.model_forward.without_gradient()
+
+    def logprobs(self, prompts: Prompts, completions: TokenSequences, temperature: float = 1.0) -> Tensor:
+        """See `Policy.logprobs`; without gradient."""
+        with self._frozen():
+            return self._policy.logprobs(prompts, completions, temperature)
+
+    def sample(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+    ) -> Completions:
+        """See `Policy.sample`."""
+        with self._frozen():
+            return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
 
 
 def check_reference(source: str | None, kl_coef: float) -> None:
@@ -37,7 +109,7 @@ def load_reference(policy: Policy, source: str | None, **options: Any) -> Refere
     if source is None:
         return None
     if source == "policy":
-        return policy.reference()
+        return Reference.of(policy)
     options = shared_options(options)
     check_same_tokens("reference", source, policy.tokenizer, complete=True, **options)
     reference = Policy.from_pretrained(source, **options)

@@ -16,8 +16,7 @@ from lit_rlhf.evaluation.evaluator import Evaluator
 from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.evaluation.scoring import prediction_rows, score
-from lit_rlhf.models.policy import Reference
-from lit_rlhf.models.reference import load_reference
+from lit_rlhf.models.reference import Reference, load_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis

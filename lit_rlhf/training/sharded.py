@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
-from lit_rlhf.models.policy import Policy, Reference
+from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.training.checkpointing import CheckpointHooks

@@ -9,6 +9,7 @@ import lit_rlhf
 from enumerable import make_prompts
 from lit_rlhf.models import logprobs as logprobs_module
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.types import Completions, Prompts
 from runs import make_data, make_trainer
@@ -287,7 +288,7 @@ POLICIES = {
 @pytest.mark.parametrize("kind", POLICIES)
 def test_at_step_0_the_policy_equals_its_reference_exactly(kind, mode):
     policy, (prompts, completions) = POLICIES[kind](), make_input()
-    reference = policy.reference()
+    reference = Reference.of(policy)
     getattr(policy, mode)()
     logprobs = policy.logprobs(prompts, completions, 0.7)
     assert logprobs.requires_grad
@@ -299,7 +300,7 @@ def test_at_step_0_the_policy_equals_its_reference_exactly(kind, mode):
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_reference_does_not_change_with_the_policy(kind):
     policy, (prompts, completions) = POLICIES[kind](), make_input()
-    reference = policy.reference()
+    reference = Reference.of(policy)
     before = reference.logprobs(prompts, completions)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):  # the first step changes only one factor of a new adapter
@@ -314,7 +315,7 @@ def test_the_reference_does_not_change_with_the_policy(kind):
 def test_under_a_new_adapter_the_reference_is_the_base_model_and_needs_no_copy():
     base, (prompts, completions) = make_policy(), make_input()
     policy = Policy(make_llama(SIZE), make_tokenizer(), {**LORA, "init_lora_weights": False})
-    reference = policy.reference()
+    reference = Reference.of(policy)
     expected = base.logprobs(prompts, completions).detach()
     assert torch.equal(reference.logprobs(prompts, completions), expected)
     assert (policy.logprobs(prompts, completions) - expected).abs().max() > 0.1
@@ -325,14 +326,14 @@ def test_the_reference_of_the_next_run_includes_the_adapter_of_the_last(tmp_path
     policy, (prompts, completions) = Policy(make_llama(SIZE), make_tokenizer(), LORA), make_input()
     trained = lit_rlhf.SFT(policy, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     make_trainer(tmp_path, max_steps=2).fit(trained, make_data("SFT"))
-    reference = policy.reference().logprobs(prompts, completions)
+    reference = Reference.of(policy).logprobs(prompts, completions)
     assert torch.equal(reference, policy.logprobs(prompts, completions))
     assert (reference - make_policy().logprobs(prompts, completions)).abs().max() > 1e-3
 
 
 def test_frozen_weights_are_shared_with_the_reference_and_not_copied():
     policy = Policy(trained_adapter(), make_tokenizer())
-    copied = dict(policy.reference()._policy.named_parameters())
+    copied = dict(Reference.of(policy)._policy.named_parameters())
     for name, parameter in policy.named_parameters():
         assert (copied[name] is parameter) != parameter.requires_grad
         assert not copied[name].requires_grad

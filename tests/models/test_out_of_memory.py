@@ -10,6 +10,7 @@ from transformers import LlamaForSequenceClassification
 from enumerable import make_prompts
 from lit_rlhf.models.out_of_memory import FittingRows, is_out_of_memory
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.models.scalar import Critic
 from lit_rlhf.rewards import RewardModel
@@ -99,7 +100,7 @@ def test_scoring_without_gradient_continues_in_halves(scorer):
     config.num_labels = 1
     critic = Critic(LlamaForSequenceClassification(config))
     critic.probe()
-    reference = policy.reference()
+    reference = Reference.of(policy)
     compute, model = {
         "policy": (policy.logprobs, policy.causal_lm),
         "reference": (reference.logprobs, reference._policy.causal_lm),

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.scalar import Critic
 from lit_rlhf.types import Completions, Prompts
 from tiny import make_llama, make_tokenizer
@@ -115,7 +116,7 @@ def test_a_prompt_is_computed_once_and_little_is_kept():
 def test_passes_without_gradient_are_not_changed(monkeypatch):
     policy, (prompts, completions) = Policy(make_llama(SIZE), TOKENIZER), make_input()
     policy.model_forward.checkpoint(True)
-    reference = policy.reference()
+    reference = Reference.of(policy)
     monkeypatch.setattr("lit_rlhf.models.forward.recomputed", lambda *args: pytest.fail("layers are checkpointed"))
     with torch.no_grad():
         policy.logprobs(prompts, completions)

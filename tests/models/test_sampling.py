@@ -7,6 +7,7 @@ import torch
 
 from enumerable import EOS, every_completion, make_completions, make_policy, make_prompts
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.sampling import Sampling, counter_based_uniform, inverse_cdf
 from lit_rlhf.types import Prompts
 from tiny import make_llama, make_tokenizer
@@ -311,7 +312,7 @@ def test_padding_that_all_rows_share_is_not_computed(ending_policy, embedded):
 def test_scoring_computes_the_prompt_once(ending_policy, embedded, scorer):
     prompts, k = prompts_of(3, 9, 6), 4
     drawn = ending_policy.sample(prompts, k, SAMPLING)
-    reference = ending_policy.reference()
+    reference = Reference.of(ending_policy)
     shapes = embedded
     if scorer == "reference":
         copied = reference._policy.causal_lm.get_input_embeddings()

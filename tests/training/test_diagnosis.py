@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 import lit_rlhf
 from lit_rlhf.data import FirstWords
+from lit_rlhf.models.reference import Reference
 from lit_rlhf.training.diagnosis import MovementCheck, RolloutDiagnosis
 from runs import make_data, make_module, make_trainer, vowels
 from tiny import make_tokenizer
@@ -103,7 +104,7 @@ class OwnReference(Callback):
     """Let the reference follow the policy."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        module.reference = module.policy.reference()
+        module.reference = Reference.of(module.policy)
 
 
 def test_a_reference_that_follows_the_policy(ending, tmp_path):

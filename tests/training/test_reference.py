@@ -9,7 +9,7 @@ import torch
 import lit_rlhf
 from lit_rlhf.callbacks import KLMonitor, RLHFProgressBar, SampleLogger, Summary
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.policy import Reference
+from lit_rlhf.models.reference import Reference
 from runs import ONLINE, make_data, make_module, make_trainer, training_state
 from tiny import make_llama, make_tokenizer
 
