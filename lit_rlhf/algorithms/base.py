@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_causal_lm, unwrapped
+from lit_rlhf.models.offload import OPTIONS, check_offload
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import load_tokenizer
 from lit_rlhf.models.quantized import check_can_train, check_unsharded
@@ -67,7 +68,7 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
             LoRA.
         lr_scheduler: Factory of the learning-rate schedule, stepped at every update; constant by default.
         gradient_checkpointing: Whether layers of trained models keep only their input and are computed again in the
-            backward pass: less memory, for about a third more computation, with the same result.
+            backward pass: less memory for one more forward pass, with the same result.
         max_skipped_updates: Number of updates in a row without a finite loss and gradient, after which the run stops.
             Each of them is skipped.
 
@@ -141,7 +142,9 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
-        check_unsharded(self.load_options, sharded=isinstance(trainer.strategy, FSDP2Strategy))
+        sharded, device = isinstance(trainer.strategy, FSDP2Strategy), trainer.strategy.root_device
+        check_unsharded(self.load_options, sharded)
+        check_offload([name for name in OPTIONS if getattr(self, name, False)], device, sharded)
         if stage == "fit":
             check_callbacks(trainer)
         self._resumed = None

@@ -36,6 +36,7 @@ class DPO(HeldOutMetrics, Algorithm):
         policy: Hub id or folder of a model or a PEFT adapter, `testbed`, or a `lit_rlhf.Policy` in memory.
         beta: Strength of the KL constraint, typically 0.05 to 0.5.
         reference: `policy`, its initial state, or a hub id or folder of a model with the same tokenizer.
+        offload_reference: Whether the reference stays in main memory between uses.
         **options: See `Algorithm`.
 
     Raises:
@@ -46,7 +47,12 @@ class DPO(HeldOutMetrics, Algorithm):
     reference: Reference
 
     def __init__(
-        self, policy: str | Policy, beta: float = 0.1, reference: str | None = "policy", **options: Any
+        self,
+        policy: str | Policy,
+        beta: float = 0.1,
+        reference: str | None = "policy",
+        offload_reference: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(policy, **options)
         if not (beta > 0 and math.isfinite(beta)):
@@ -56,7 +62,7 @@ class DPO(HeldOutMetrics, Algorithm):
                 f"{type(self).__name__} compares the policy with a reference, so reference can't be null: leave it out "
                 "for the policy's initial state, or give a model"
             )
-        self.beta, self.reference_source = beta, reference
+        self.beta, self.reference_source, self.offload_reference = beta, reference, offload_reference
         self.reference_logprobs: dict[int, Tensor] = {}  # by the pair's index
         self.held_out_reference_logprobs: dict[int, Tensor] = {}
 
@@ -109,7 +115,7 @@ class DPO(HeldOutMetrics, Algorithm):
     def on_validation_start(self) -> None:
         """Move the reference to the device."""
         self.policy.probe()
-        self.reference.to(self.device, next(self.policy.parameters()).dtype)
+        self.reference.to(self.policy, self.offload_reference)
 
     on_test_start = on_predict_start = on_validation_start
 

@@ -56,6 +56,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         kl_coef: Coefficient of the KL to the reference (beta); typically 0.01 to 0.5.
         reference: What the KL is measured against: `policy`, its initial state; a hub id or folder of a model with the
             same tokenizer; or null, with `kl_coef=0`, for none: nothing is held, and no KL is measured.
+        offload_reference: Whether the reference stays in main memory between uses.
         kl_penalty: Estimator of the KL, and whether it is subtracted from the reward or added to the loss:
             `k1_reward` and `k2_loss` have the exact gradient of the KL in the first update of a rollout, `k3_loss` has
             a different gradient. `train/kl` is always k1.
@@ -86,6 +87,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         num_samples: int = 4,
         kl_coef: float = 0.05,
         reference: str | None = "policy",
+        offload_reference: bool = False,
         kl_penalty: str = "k1_reward",
         sampling: Sampling = Sampling(),
         updates: Updates = Updates(),
@@ -101,14 +103,14 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.initial_kl_coef = kl_coef  # a controller changes the other
-        self.reference_source = reference
+        self.reference_source, self.offload_reference = reference, offload_reference
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
         self.engine = engine
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
-        check_reference(reference, kl_coef)
+        check_reference(reference, kl_coef, offload_reference)
         check_opponent(self.judge, evaluation, reference is not None)
         self.running_statistics["rewards"] = RewardStatistics()
 

@@ -5,6 +5,7 @@ Back to Basics, section 2.2: PPO at lambda = 1 without ratio, clipping and white
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_same_tokens
+from lit_rlhf.models.offload import in_main_memory
 from lit_rlhf.models.pretrained import shared_options
 from lit_rlhf.models.scalar import Critic, value_head
-from lit_rlhf.types import Metrics, Rollout
+from lit_rlhf.types import Metrics, Prompts, Rollout
 
 
 @dataclass
@@ -49,6 +51,8 @@ class VanillaPG(OnlineAlgorithm):
             model that starts from a reward model (with its head) or a policy; `head`: a value head on the policy's own
             trunk. With `lora`, a second model also gets an adapter with these options.
         critic_lr: The critic's learning rate; the policy's if null.
+        offload_critic: Whether a second model and its optimizer's state are in main memory while completions are
+            sampled and scored.
         vf_coef: Coefficient of the value loss (c); of little effect for a second model.
         **kwargs: See `OnlineAlgorithm`.
 
@@ -65,6 +69,7 @@ class VanillaPG(OnlineAlgorithm):
         *args: Any,
         critic: str = "policy",
         critic_lr: float | None = None,
+        offload_critic: bool = False,
         vf_coef: float = 0.5,
         **kwargs: Any,
     ) -> None:
@@ -78,7 +83,32 @@ class VanillaPG(OnlineAlgorithm):
                 "critic='policy' copies the model that the policy is loaded from, and this policy is in memory: give "
                 "the critic a folder or a hub id, or 'head'"
             )
+        if critic == "head" and offload_critic:
+            raise InputError("offload_critic=True needs a second model, and critic='head' is a head on the policy")
         self.critic_pretrained, self.critic_lr, self.vf_coef = critic, critic_lr, vf_coef
+        self.offload_critic = offload_critic
+        self._evaluation_context = contextlib.ExitStack()
+
+    def collect(self, prompts: Prompts) -> Rollout:
+        """Collect a rollout."""
+        with self.without_critic():
+            return super().collect(prompts)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation."""
+        super().on_validation_epoch_start()
+        self._evaluation_context.enter_context(self.without_critic())
+
+    def _log_evaluation(self, prefix: str) -> None:
+        self._evaluation_context.close()
+        super()._log_evaluation(prefix)
+
+    def without_critic(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the critic is in main memory, if that is chosen."""
+        optimizers = self.trainer.optimizers
+        if not self.offload_critic:
+            return contextlib.nullcontext()
+        return in_main_memory(self.critic, optimizers[0] if optimizers else None)
 
     def prepare(self, rollout: Rollout) -> Rollout:
         """Add values and value targets."""

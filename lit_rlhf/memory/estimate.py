@@ -19,6 +19,9 @@ from lit_rlhf.memory.rehearsal import size
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.sharding import decoder_layers
 
+CRITIC = "critic's weights", "optimizer state"
+"""What is offloaded with a critic, by the names of an estimate."""
+BACK = "offloaded before"
 HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -111,19 +114,37 @@ class Calculator:
         found.always = {name: math.ceil(held / shards) for name, held in model_sizes(self.passes.models).items()}
         step = self.passes.optimizer_step(fused=shards == 1)
         found.always["optimizer state"] = math.ceil(step.kept / shards)
-        trained = size(p for p in self.algorithm.parameters() if p.requires_grad)
+        away = self.offloaded(found.always)
+        found.always = {
+            name: held - away.get(name, 0) for name, held in found.always.items() if held > away.get(name, 0)
+        }
+        trained = trained_size(self.algorithm)
         if self.setting.strategy == "ddp":
             found.always["DDP's buckets of gradients"] = trained
         if isinstance(self.algorithm, OnlineAlgorithm):
             found.always["rollout"] = self.rollout_size()
-            found.sampling = self.sampling_phase()
+            found.sampling = self.sampling_phase(away)
             if self.setting.accumulate > self.algorithm.steps_per_rollout:
                 found.sampling["gradients so far"] = math.ceil(trained / shards)
         found.update = self.update_phase()
         at_the_step = math.ceil((trained + step.most - step.kept) / shards)
         if at_the_step > sum(found.update.values()):
             found.update = {"gradients, and the optimizer's step": at_the_step}
+        found.update |= {f"{name} ({BACK})": away[name] for name in CRITIC if name in away}
         return found
+
+    def offloaded(self, always: dict[str, int]) -> dict[str, int]:
+        """Return what is in main memory between uses, by name."""
+        models, algorithm = self.passes.models, self.algorithm
+        if self.setting.on_cpu:
+            return {}
+        found = {"reward models": sum(held(scorer.model) for scorer in models.rewards if scorer.offloaded)}
+        if getattr(algorithm, "offload_reference", False):
+            found["reference"] = always.get("reference", 0)
+        if getattr(algorithm, "offload_critic", False) and models.critic is not None:
+            share = trained_size(models.critic) / trained_size(algorithm)
+            found |= dict(zip(CRITIC, (held(models.critic), int(share * always["optimizer state"])), strict=True))
+        return {name: bytes_ for name, bytes_ in found.items() if bytes_}
 
     def rollout_size(self) -> int:
         """Return the bytes of a rollout: ids, mask, and float32 numbers of each token."""
@@ -131,8 +152,12 @@ class Calculator:
         numbers = 3 + self.algorithm.uses_importance_ratio + 3 * isinstance(self.algorithm, VanillaPG)
         return self.shape.prompts * self.shape.samples * self.shape.completion_tokens * (8 + 1 + 4 * numbers)
 
-    def sampling_phase(self) -> dict[str, int]:
-        """Return what the largest pass without gradient adds: of sampling, reference, critic, reward models."""
+    def sampling_phase(self, away: dict[str, int]) -> dict[str, int]:
+        """Return what the largest pass without gradient adds: of sampling, reference, critic, reward models.
+
+        Args:
+            away: What is offloaded, by name.
+        """
         assert isinstance(self.algorithm, OnlineAlgorithm)
         sampling, updates, models = self.algorithm.sampling, self.algorithm.updates, self.passes.models
         part = Shape(min(self.shape.prompts, sampling.batch_size or self.shape.prompts), *vars_of(self.shape)[1:])
@@ -141,26 +166,29 @@ class Calculator:
         found[0] |= gathering(models.trained, self.setting)
         minibatch = Shape(math.ceil(self.shape.prompts / updates.num_minibatches), *vars_of(self.shape)[1:])
         logprobs = functools.partial(self.algorithm.policy.logprobs, temperature=sampling.temperature)
-        scores: list[tuple[str, nn.Module, Any, Shape]] = []
+        scores: list[tuple[str, nn.Module, Any, Shape, int]] = []
         if self.algorithm.reference_source is not None:
-            scores.append(("the reference's pass", models.reference or models.trained, logprobs, minibatch))
+            reference, back = models.reference or models.trained, away.get("reference", 0)
+            scores.append(("the reference's pass", reference, logprobs, minibatch, back))
         if models.critic is not None:
             samples = math.ceil(self.shape.samples / updates.sample_minibatches)
             smaller = Shape(minibatch.prompts, samples, self.shape.prompt_tokens, self.shape.completion_tokens)
-            scores.append(("the critic's pass", models.critic, models.critic.values, smaller))
-        for judge, rows in models.rewards:
-            prompts = max(1, min(rows // self.shape.samples, self.shape.prompts))
-            scores.append(("a reward model's pass", judge, judge.score, Shape(prompts, *vars_of(self.shape)[1:])))
-        for name, model, score, batch in scores:
-            judges = [judge for judge, _ in models.rewards]
+            back = sum(away.get(name, 0) for name in CRITIC)
+            scores.append(("the critic's pass", models.critic, models.critic.values, smaller, back))
+        for judge, rows, offloaded in models.rewards:
+            batch = Shape(max(1, min(rows // self.shape.samples, self.shape.prompts)), *vars_of(self.shape)[1:])
+            back = held(judge) if offloaded and away else 0
+            scores.append(("a reward model's pass", judge, judge.score, batch, back))
+        judges = [scorer.model for scorer in models.rewards]
+        for name, model, score, batch, back in scores:
             gathered = gathering(model, self.setting, as_saved=model in judges)
-            found.append({name: self.passes.scoring(batch, score).most, **gathered})
+            returned = {f"its weights ({BACK})": back} if back else {}
+            found.append({name: self.passes.scoring(batch, score).most, **gathered, **returned})
         return max(found, key=lambda parts: sum(parts.values()))
 
     def update_phase(self) -> dict[str, int]:
         """Return what the largest training step of an update adds."""
-        batch = self.training_shape()
-        trained = size(p for p in self.algorithm.parameters() if p.requires_grad)
+        batch, trained = self.training_shape(), trained_size(self.algorithm)
         if self.setting.strategy != "fsdp2":
             peak = self.passes.training(batch, accumulated=self.setting.accumulate > 1)
             gradients = min(trained, peak.most)
@@ -196,8 +224,13 @@ def model_sizes(models: Models) -> dict[str, int]:
     if (critic := models.critic or models.head) is not None:
         sizes["critic's weights"] = held(critic)
     if models.rewards:
-        sizes["reward models"] = sum(held(model) for model, _ in models.rewards)
+        sizes["reward models"] = sum(held(scorer.model) for scorer in models.rewards)
     return sizes
+
+
+def trained_size(module: nn.Module) -> int:
+    """Return the bytes of a module's weights that are trained."""
+    return size(p for p in module.parameters() if p.requires_grad)
 
 
 def held(module: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
@@ -24,6 +24,14 @@ from lit_rlhf.models.scalar import Critic, ScalarModel
 from lit_rlhf.rewards import RewardModel
 
 
+class Scorer(NamedTuple):
+    """A reward model, the number of completions that it scores at a time, and whether it is offloaded between uses."""
+
+    model: ScalarModel
+    rows: int
+    offloaded: bool
+
+
 @dataclass
 class Models:
     """The models of a run, without storage.
@@ -34,7 +42,7 @@ class Models:
         critic: The critic, if it is a model.
         head: A value head on the policy's trunk.
         reference: The copy of the policy that the reference is; None with an adapter, which is switched off.
-        rewards: Reward models with the number of completions that each scores at a time.
+        rewards: Reward models.
     """
 
     fake: FakeTensorMode
@@ -42,12 +50,12 @@ class Models:
     critic: Critic | None
     head: nn.Linear | None
     reference: Policy | None
-    rewards: list[tuple[ScalarModel, int]]
+    rewards: list[Scorer]
 
     @property
     def weights(self) -> list[Tensor]:
         """Weights and buffers of all models."""
-        modules = [self.trained, self.critic, self.head, self.reference, *(model for model, _ in self.rewards)]
+        modules = [self.trained, self.critic, self.head, self.reference, *(scorer.model for scorer in self.rewards)]
         return [t for module in modules if module is not None for t in (*module.parameters(), *module.buffers())]
 
 
@@ -77,11 +85,12 @@ class Builder:
             specs = getattr(getattr(self.algorithm, "scorer", None), "_specs", [])
             found = [spec.reward for spec in specs if isinstance(spec.reward, RewardModel)]
             rewards = [
-                (
+                Scorer(
                     ScalarModel.from_pretrained(
                         str(r.pretrained), name="reward model", trained=False, **r.load_options
                     ),
                     r.batch_size,
+                    r.offload,
                 )
                 for r in found
             ]
@@ -100,7 +109,7 @@ class Builder:
             reference=copy,
             rewards=rewards,
         )
-        others = [model for model, _ in rewards] + ([copy] if copy is not None else [])
+        others: list[nn.Module] = [scorer.model for scorer in rewards] + ([copy] if copy is not None else [])
         without_storage([self.algorithm, *others], models.fake)
         for model in [models.trained, *([critic] if models.critic else []), *others]:
             decide(model.model_forward, models)

@@ -75,7 +75,7 @@ class Passes:
     def rehearse(self) -> Iterator[Rehearsal]:
         """Count what is held within this context, in the run's precision."""
         models = self.models
-        scored = [model for model, _ in models.rewards]
+        scored = [scorer.model for scorer in models.rewards]
         with contextlib.ExitStack() as stack:
             if not self.on_cpu:
                 for model in (models.trained, models.critic, models.reference, *scored):

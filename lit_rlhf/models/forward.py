@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_rlhf.models.cpu import cpu_attention
+from lit_rlhf.models.offload import OffloadedWeights
 from lit_rlhf.models.recompute import checkpointed_layers, recomputed
 from lit_rlhf.models.sharding import ShardedWeights
 
@@ -36,6 +37,7 @@ class ModelForward:
         head_apart: Whether features are hidden states; None until it is known.
         shares_prompt: Whether a prompt is computed once for all its completions; None until it is known.
         sharded: The weights, if they are sharded over ranks.
+        offloaded: The weights, if they are in main memory between uses.
         recomputed: Layers that a backward pass computes again, instead of keeping their activations.
     """
 
@@ -45,6 +47,7 @@ class ModelForward:
         self.head_apart: bool | None = None
         self.shares_prompt: bool | None = None
         self.sharded: ShardedWeights | None = None
+        self.offloaded: OffloadedWeights | None = None
         self.recomputed: list[GradientCheckpointingLayer] = []
 
     @property
@@ -53,12 +56,14 @@ class ModelForward:
         return self.sharded is not None and not self.sharded.is_gathered
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Return a context in which this rank holds all weights. Enter it on all ranks."""
+        """Return a context in which this rank holds all weights on its device. Enter it on all ranks."""
+        if self.offloaded is not None:
+            return self.offloaded.in_use()
         return contextlib.nullcontext() if self.sharded is None else self.sharded.gathered()
 
     def without_gradient(self) -> AbstractContextManager[None]:
         """Return a context for passes without gradient; see `ShardedWeights`. Enter it on all ranks."""
-        return contextlib.nullcontext() if self.sharded is None else self.sharded.without_gradient()
+        return self.gathered() if self.sharded is None else self.sharded.without_gradient()
 
     def own_precision(self) -> AbstractContextManager[None]:
         """Return a context without autocast, except for layers whose weights are gathered in 16 bits: they need it."""

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.loading import check_same_tokens, embedding_rows
+from lit_rlhf.models.offload import OffloadedWeights
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import shared_options
 from lit_rlhf.models.sampling import Sampling
@@ -55,10 +57,24 @@ class Reference:
             with cast(PeftModel, self._policy.model).disable_adapter():
                 yield
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Reference:
-        """Move a copy to the policy's device and dtype; with the adapter switched off there is no copy."""
-        if self.copy is not None:
-            self.copy.to(device, None if next(self.copy.parameters()).dtype == dtype else dtype)
+    def to(self, policy: Policy, offload: bool = False) -> Reference:
+        """Move a copy to a policy's device and dtype; with the adapter switched off there is no copy.
+
+        Args:
+            policy: The policy, with which it may share frozen weights.
+            offload: Whether it stays in main memory between uses.
+        """
+        device, dtype = policy.model_forward.device, next(policy.parameters()).dtype
+        if self.copy is None:
+            if offload:
+                rank_zero_warn("offload_reference has no effect: the reference is the policy with its adapter off")
+            return self
+        forward, other = self.copy.model_forward, next(self.copy.parameters()).dtype != dtype
+        if not offload:
+            self.copy.to(device, dtype if other else None)
+        elif forward.offloaded is None:
+            self.copy.to(dtype=dtype if other else None)
+            forward.offloaded = OffloadedWeights(self.copy, device, shared=(*policy.parameters(), *policy.buffers()))
         return self
 
     def shard(self, sharding: Sharding) -> None:
@@ -82,8 +98,8 @@ class Reference:
             return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
 
 
-def check_reference(source: str | None, kl_coef: float) -> None:
-    """Check that a KL is measured if it counts.
+def check_reference(source: str | None, kl_coef: float, offload: bool) -> None:
+    """Check that a KL is measured if it counts, and that what is to be offloaded exists.
 
     Raises:
         ValueError: If there is no reference for it.
@@ -93,6 +109,8 @@ def check_reference(source: str | None, kl_coef: float) -> None:
             f"kl_coef={kl_coef} needs a reference, and reference is null: set kl_coef to 0, or leave reference out for "
             "the policy's initial state"
         )
+    if source is None and offload:
+        raise InputError("offload_reference=True needs a reference, and reference is null: leave one of them out")
 
 
 def load_reference(policy: Policy, source: str | None, **options: Any) -> Reference | None:

@@ -17,6 +17,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.classifiers import check_one_label, read_config
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
+from lit_rlhf.models.offload import OffloadedWeights, check_offload
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options, without_weights
 from lit_rlhf.models.scalar import ScalarModel
@@ -48,6 +49,7 @@ class RewardModel:
         parse_special_tokens: Whether special tokens in prompts that are plain strings are encoded as such, as in the
             data modules. Those that a policy has spelled out in its completions are always text.
         load: Other options of `from_pretrained`, such as `{"revision": "v2"}`, for the tokenizer, too.
+        offload: Whether the weights stay in main memory between uses.
 
     Raises:
         ValueError: If the model can't be read, is not a sequence-classification model or has more than one label, or if
@@ -64,6 +66,7 @@ class RewardModel:
         chat_template_kwargs: dict[str, Any] | None = None,
         parse_special_tokens: bool = True,
         load: dict[str, Any] | None = None,
+        offload: bool = False,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if batch_size < 1:
@@ -90,7 +93,7 @@ class RewardModel:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if max_length is not None and not 1 <= max_length <= (positions or max_length):
             raise InputError(f"max_length={max_length} does not fit {_called(model)}: it has {positions} positions")
-        self.max_length = max_length
+        self.max_length, self.offload = max_length, offload
         self.positions = positions
         self._scorer: ScalarModel | None = None
         self._tokenizer: Any = None
@@ -107,8 +110,10 @@ class RewardModel:
             sharding: How to shard the weights over ranks. All ranks must then score equally often.
 
         Raises:
-            ValueError: If the weights lack the head, or the tokenizer has more tokens than the model.
+            ValueError: If the weights lack the head, the tokenizer has more tokens than the model, or the weights are
+                to be both sharded and offloaded.
         """
+        check_offload(["offload of a reward model"] * self.offload, torch.device(device), sharding is not None)
         if self._scorer is None:
             own = self.tokenizer_source is self.pretrained
             options = self.load_options if own else shared_options(self.load_options)
@@ -127,7 +132,13 @@ class RewardModel:
             if sharding is not None:
                 scorer.shard(replace(sharding, precision=MixedPrecisionPolicy()))
             self._scorer = scorer
-        self._scorer.to(device).eval()
+        self._scorer.eval()
+        if not self.offload:
+            self._scorer.to(device)
+        elif (offloaded := self._scorer.model_forward.offloaded) is not None:
+            offloaded.device = torch.device(device)
+        else:
+            self._scorer.model_forward.offloaded = OffloadedWeights(self._scorer, device)
         self._scorer.probe()
 
     @torch.no_grad()
@@ -162,7 +173,7 @@ class RewardModel:
         rows = [self._encode(*row) for row in zip(prompts, starts, completions, finished, strict=True)]
         scores = torch.empty(len(rows), dtype=torch.float32)
         forward = self._scorer.model_forward
-        with torch.autocast(forward.device.type, enabled=False), forward.gathered():
+        with forward.gathered(), torch.autocast(forward.device.type, enabled=False):
             if (shared := self._shared_batches(rows, self.batch_size)) is not None:
                 for batch in shared:
                     scores[batch] = self._in_parts(self._shared_scores, [rows[i] for i in batch])

@@ -38,6 +38,7 @@ class OnlineHooks(EngineHooks):
 
     reference: Reference | None
     reference_source: str | None
+    offload_reference: bool
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
     judge: Scorer | SymmetricJudge
@@ -103,7 +104,7 @@ class OnlineHooks(EngineHooks):
         self.policy.probe()
         self.setup_engine()
         if self.reference is not None:
-            self.reference.to(self.device, next(self.policy.parameters()).dtype)
+            self.reference.to(self.policy, self.offload_reference)
         sharding = getattr(self.trainer.strategy, "sharding", None)
         self.scorer.setup(self.device, sharding)
         self.judge.setup(self.device, sharding)

@@ -16,6 +16,7 @@ from lit_rlhf.memory.rehearsal import size
 from lit_rlhf.models.decoders import CachedDecoder
 from lit_rlhf.models.forward import eval_mode
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.scalar import Critic
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 SHAPE = Shape(3, 2, 9, 12)
@@ -145,3 +146,23 @@ def test_only_layers_are_gathered_in_16_bits():
     layers = sum(size(layer.parameters()) for layer in policy.causal_lm.model.layers)
     whole = size((*policy.parameters(), *policy.buffers()))
     assert found.sampling["gathered weights"] == whole - layers // 2
+
+
+def test_offloaded_models_are_held_while_they_are_used(tmp_path):
+    def estimate(on_cpu=False, judge=False, **options):
+        folder = tmp_path / "judge"
+        Critic.from_pretrained("testbed").classifier.save_pretrained(folder)
+        rewards = [lit_rlhf.RewardModel(str(folder), tokenizer="testbed", batch_size=2, offload=judge)]
+        sampling = lit_rlhf.Sampling(max_new_tokens=SHAPE.completion_tokens)
+        algorithm = lit_rlhf.PPO("testbed", rewards, num_samples=2, sampling=sampling, **options)
+        return Calculator(algorithm, SHAPE, Setting(on_cpu=on_cpu)).estimate()
+
+    plain = estimate()
+    weights, state = plain.always["critic's weights"], plain.always["optimizer state"]
+    choices = {"offload_reference": True, "offload_critic": True, "judge": True}
+    moved = estimate(**choices)
+    assert sum(plain.always.values()) - sum(moved.always.values()) == pytest.approx(3 * weights + state / 2, rel=0.01)
+    assert "reference" not in moved.always and "reward models" not in moved.always
+    assert plain.update_peak - moved.update_peak == plain.always["reference"] + plain.always["reward models"]
+    assert moved.sampling_peak < plain.sampling_peak
+    assert estimate(on_cpu=True, **choices) == estimate(on_cpu=True)
