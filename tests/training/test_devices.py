@@ -5,10 +5,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from transformers import AutoModelForSequenceClassification
 
+import lit_rlhf
 from lit_rlhf import callbacks
 from pretended_device import DEVICE, PretendedDevice, tensors_of
 from runs import METHODS, ONLINE, make_data, make_module, make_trainer
+from tiny import make_llama, make_tokenizer
 
 
 class SaveInside(Callback):
@@ -33,9 +36,39 @@ def options_of(name: str) -> dict:
     return dict(num_minibatches=4, stop=["ab", "<eos>"], top_k=200)
 
 
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    """Folder of a reward model."""
+    folder, tokenizer = tmp_path_factory.mktemp("judge"), make_tokenizer()
+    config = make_llama(len(tokenizer)).config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", METHODS)
 def test_no_operation_mixes_devices(name, ending, tmp_path, record_property):
+    fit_and_resume(name, ending, tmp_path, record_property, options_of(name))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["RLOO", "PPO", "DPO"])
+def test_nor_with_offloaded_models(name, ending, judge, tmp_path, record_property):
+    options = {**options_of(name), "offload_reference": True}
+    if name in ONLINE:
+        options["rewards"] = [lit_rlhf.RewardModel(judge, offload=True)]
+    if name == "PPO":
+        options["offload_critic"] = True
+    module = fit_and_resume(name, ending, tmp_path, record_property, options)
+    waiting = [module.reference.copy]
+    if name in ONLINE:
+        waiting.append(module.scorer._specs[0].reward._scorer)
+    assert all(parameter.device != DEVICE for model in waiting for parameter in model.parameters())
+
+
+def fit_and_resume(name, ending, tmp_path, record_property, options):
     with PretendedDevice() as device:
         inside = tmp_path / "inside.ckpt"
         for resumed in (None, inside):
@@ -51,12 +84,13 @@ def test_no_operation_mixes_devices(name, ending, tmp_path, record_property):
                 limit_val_batches=0 if resumed else 1,
                 callbacks=[*observers, saving],
             )
-            module = make_module(name, ending, **options_of(name))
+            module = make_module(name, ending, **options)
             trainer.fit(module, make_data(name, rows=4 if name in ONLINE else 8), ckpt_path=resumed)
             assert not saving.held
-    record_property("host_syncs", device.syncs)
-    assert not device.findings, "\n".join(dict.fromkeys(device.findings))
-    assert device.syncs > 0
+        record_property("host_syncs", device.syncs)
+        assert not device.findings, "\n".join(dict.fromkeys(device.findings))
+        assert device.syncs > 0
+        return module
 
 
 def test_a_mixed_operation_is_found():
