@@ -1,8 +1,11 @@
 """A small server that answers as vLLM does, from a copy of the weights, with failures on demand."""
 
 import json
+import os
+import sys
 import threading
 import uuid
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,19 +22,20 @@ class FakeVLLM:
     Attributes:
         requests: Bodies of all requests for completions.
         renewals: Number of renewals.
+        naps: How often it fell asleep.
         before_completion: Called with the number of each request for completions, before it is answered.
     """
 
-    def __init__(self, folder, ignores_renewals=False, failures=(), extension=True):
+    def __init__(self, folder, ignores_renewals=False, failures=(), extension=True, port=0):
         self.source, self.ignores_renewals, self.failures = Path(folder), ignores_renewals, list(failures)
-        self.extension, self.requests, self.renewals = extension, [], 0
+        self.extension, self.requests, self.renewals, self.asleep, self.naps = extension, [], 0, False, 0
         self.before_completion = lambda number: None
         self.lock = threading.RLock()
         self.restart()
-        self.http, self.url = serve(self.answer)
+        self.http, self.url = serve(self.answer, port)
 
     def answer(self, handler, body):
-        if body is None:
+        if body is None:  # also for /health
             status, answer = 200, {"data": [{"id": "policy"}]}
         else:
             with self.lock:
@@ -51,6 +55,11 @@ class FakeVLLM:
             return self.failures.pop(0), {"error": "planted"}
         if path in ("/pause", "/resume"):
             return 200, {}
+        if path in ("/sleep", "/wake_up"):
+            self.asleep = path == "/sleep"
+            self.naps += self.asleep
+            return 200, {}
+        assert not self.asleep, f"{path} while it sleeps"
         if path == "/collective_rpc":
             return self.call(body["method"], **body["kwargs"]) if self.extension else (404, {})
         self.requests.append(body)
@@ -97,3 +106,19 @@ class FakeVLLM:
             }
             for i, ids in enumerate(out.ids())
         ]
+
+
+def main():
+    """Serve as the command `vllm` does, and write down what it was given."""
+    _, folder, *options = sys.argv[1:]
+    given = dict(pairwise(options))
+    record = {"arguments": sys.argv[1:], "environment": dict(os.environ), "pid": os.getpid()}
+    Path(os.environ["FAKE_VLLM_RECORD"]).write_text(json.dumps(record))
+    if "--fail" in options:
+        sys.exit("no memory for the cache")
+    FakeVLLM(folder, port=int(given["--port"]))
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

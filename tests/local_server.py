@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-def serve(answer):
+def serve(answer, port=0):
     """Start a server that calls `answer(handler, body)` for each request, body None for GET; return it and its URL."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -18,7 +18,7 @@ def serve(answer):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_address[1]}"

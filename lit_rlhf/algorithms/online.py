@@ -165,6 +165,7 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
             self.renew_engine()
         with self.timer("sample"), raise_on_all_ranks(self.trainer):
             completions = self.sample(prompts)
+        self.rest_engine()
         with self.timer("score"), raise_on_all_ranks(self.trainer):
             texts = completion_texts(self.tokenizer, prompts, completions)
             scores = score(self.scorer, self.tokenizer, prompts, completions, texts, self.trainer_state())

@@ -43,10 +43,6 @@ class ServerSampler:
 
     def __init__(self, policy: Policy, options: Engine) -> None:
         self.policy, self.options, self.server = policy, options, VLLMServer(options)
-        parent = options.folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
-        if options.folder:
-            Path(options.folder).mkdir(parents=True, exist_ok=True)
-        self._parent = parent
         self.folder, self.version = "", ""
         self.close: Callable[[], Any] = lambda: None  # removes the weights, at the end of the process at the latest
 
@@ -60,9 +56,8 @@ class ServerSampler:
             workers = self.server.describe()
         self._check_model(workers)
         self.close()
-        self.folder, self.version = tempfile.mkdtemp(prefix="lit_rlhf_", dir=self._parent), uuid.uuid4().hex
+        self.folder, self.version = str(make_folder(self.options)), uuid.uuid4().hex
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        Path(self.folder).chmod(0o755)  # the server may be another user's
         save(Path(self.folder))
         with interruptible(f"the vLLM server {self.server.shown}"):
             self.server.renew(self.folder, self.version)
@@ -190,6 +185,16 @@ class ServerSampler:
                     f"engine.url: {self.server.shown} serves another model ({name} {theirs}, and the policy's is "
                     f"{own}): {START}, and with the policy's folder"
                 )
+
+
+def make_folder(options: Engine) -> Path:
+    """Make a folder in which weights are handed over to a server."""
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
+    parent = options.folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+    folder = Path(tempfile.mkdtemp(prefix="lit_rlhf_", dir=parent))
+    folder.chmod(0o755)  # the server may be another user's
+    return folder
 
 
 def request_seed(seed: int, epoch: int, row: int) -> int:

@@ -75,6 +75,22 @@ class VLLMServer:
                 "policy's folder, and give engine.folder if it can't read this machine's /dev/shm"
             )
 
+    def sleep(self) -> None:
+        """Free the memory of the device; the weights wait in main memory.
+
+        Raises:
+            ValueError: If it can't.
+        """
+        self._try(lambda: self._json("POST", "/sleep?level=1"))
+
+    def wake(self) -> None:
+        """Be ready again.
+
+        Raises:
+            ValueError: If it can't.
+        """
+        self._try(lambda: self._json("POST", "/wake_up"))
+
     def complete(self, requests: list[dict[str, Any]]) -> list[list[Answer]]:
         """Return the completions of each request, in order of their number.
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lit_rlhf import functional as F
 from lit_rlhf.engines import Engine, ServerSampler
+from lit_rlhf.engines.launch import StartedServer
+from lit_rlhf.engines.sampler import make_folder
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
 from lit_rlhf.models.sampling import Sampler, Sampling
@@ -22,9 +29,11 @@ class EngineHooks(ShardingHooks):
     """Mixin of `lit_rlhf.OnlineAlgorithm` for an engine that samples."""
 
     engine: Engine
+    tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     updates: Updates
     _server: ServerSampler | None = None
+    _started: StartedServer | None = None
     _renewed_at = -1
     """Updates at the last renewal."""
 
@@ -37,23 +46,45 @@ class EngineHooks(ShardingHooks):
         """Check the options.
 
         Raises:
-            ValueError: If a correction is asked for where tokens are excluded, whose probabilities are not known.
+            ValueError: If a correction is asked for where tokens are excluded, whose probabilities are not known, or a
+                server is to be started for several machines.
         """
         super().setup(stage)
         if self.engine.importance_cap is not None and self.sampling.truncates:
             raise InputError("engine.importance_cap needs sampling without top_p, top_k and min_new_tokens")
+        if self.engine.start is not None and self.trainer.num_nodes > 1:
+            raise InputError("engine.start starts a server for one machine: start it yourself, and give engine.url")
 
     def setup_engine(self) -> None:
-        """Make the engine's client; its weights are renewed before they are used."""
+        """Make the engine's client, and start a server by choice; its weights are renewed before they are used."""
         self._renewed_at = -1
-        if self.engine.url is not None and self._server is None:
+        if self._server is None and self.engine.start is not None:
+            url = self._start_server()
+            found = replace(self.engine, url=url, start=None, arguments=(), environment={})
+            self._server = ServerSampler(self.policy, found)
+        if self._server is None and self.engine.url is not None:
             self._server = ServerSampler(self.policy, self.engine)
 
-    def renew_engine(self) -> None:
-        """Give the engine the policy's weights, unless it has them. Call it on all ranks."""
-        server, trainer = self._server, self.trainer
-        if server is None or self._renewed_at == trainer.global_step:
-            return
+    def _start_server(self) -> str:
+        """Let the first rank start the server with the policy; return its address on all ranks."""
+        trainer, save, found = self.trainer, self._saving(), ""
+        log = Path(trainer.log_dir or trainer.default_root_dir) / "vllm.log"
+        with raise_on_all_ranks(trainer):
+            if trainer.is_global_zero:
+                rank_zero_info(f"starting a vLLM server; its output is in {log}")
+                folder = make_folder(self.engine)
+                try:
+                    save(folder)
+                    self.tokenizer.save_pretrained(folder)
+                    self._started = StartedServer(self.engine, folder, log)
+                    self._started.wait()
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                found = self._started.url
+        return str(gather_over_ranks(trainer, {"url": found})[0]["url"])
+
+    def _saving(self) -> Callable[[Path], None]:
+        """Return what writes the policy into a folder on the first rank. Call it on all ranks."""
         weights = self.gathered_weights()
 
         def save(folder: Path) -> None:
@@ -63,12 +94,33 @@ class EngineHooks(ShardingHooks):
                 assert self._snapshot is not None
                 rebuild(self._snapshot, weights, folder, merging=True)
 
+        return save
+
+    def renew_engine(self) -> None:
+        """Wake the engine, and give it the policy's weights, unless it has them. Call it on all ranks."""
+        server, trainer = self._server, self.trainer
+        if server is None:
+            return
+        with raise_on_all_ranks(trainer):
+            if trainer.is_global_zero and self.engine.sleep:
+                server.server.wake()
+        if self._renewed_at == trainer.global_step:
+            return
+        save = self._saving()
         with raise_on_all_ranks(trainer):
             if trainer.is_global_zero:
                 server.renew(save)
         first = gather_over_ranks(trainer, {"folder": server.folder, "version": server.version})[0]
         server.use(**first)
         self._renewed_at = trainer.global_step
+
+    def rest_engine(self) -> None:
+        """Let the engine free its memory, by choice, after all ranks have sampled. Call it on all ranks."""
+        if self._server is None or not self.engine.sleep:
+            return
+        with raise_on_all_ranks(self.trainer):
+            if self.trainer.is_global_zero:
+                self._server.server.sleep()
 
     def corrected_advantages(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """Return the advantages times truncated importance weights, which the options may ask for.
@@ -95,8 +147,11 @@ class EngineHooks(ShardingHooks):
         return advantages * weights
 
     def teardown(self, stage: str) -> None:
-        """Remove the weights that were handed over."""
+        """Remove the weights that were handed over, and end a server that was started."""
         super().teardown(stage)
+        if self._started is not None:
+            self._started.stop()
+            self._started = None
         if self._server is not None:
             self._server.close()
             self._server = None

@@ -188,6 +188,7 @@ class OnlineHooks(EngineHooks):
 
     def _log_evaluation(self, prefix: str) -> None:
         assert self._evaluator is not None
+        self.rest_engine()
         metrics = {f"{prefix}/{name}": value for name, value in self._evaluator.compute(self.kl_coef).items()}
         self.log_dict(metrics, batch_size=1, sync_dist=True)
         self.examples = self._evaluator.examples

@@ -24,6 +24,13 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not ENVIRONMENT, reason="run tests/vllm.sh"),
 ]
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+ON_A_CPU = "--dtype float32 --max-model-len 256 --max-num-seqs 32 --enforce-eager".split()
 WORKER = Path(__file__).parents[2] / "lit_rlhf" / "engines" / "worker"
 
 
@@ -39,18 +46,11 @@ class Server:
         self.wait()
 
     def start(self):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_SERVER_DEV_MODE": "1",
-            "PYTHONPATH": str(WORKER),
-        }
-        options = "--dtype float32 --max-model-len 256 --max-num-seqs 32 --enforce-eager --host 127.0.0.1"
-        options += " --logprobs-mode processed_logprobs --worker-extension-cls lit_rlhf_worker.WeightRenewal"
-        command = [f"{ENVIRONMENT}/bin/vllm", "serve", str(self.folder), "--port", str(self.port), *options.split()]
+        own = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(WORKER)}
+        options = "--logprobs-mode processed_logprobs --worker-extension-cls lit_rlhf_worker.WeightRenewal"
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        command = [f"{ENVIRONMENT}/bin/vllm", "serve", str(self.folder), *address, *options.split(), *ON_A_CPU]
+        environment = {**os.environ, **VARIABLES, **own}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -174,6 +174,15 @@ def test_training_survives_a_restart_of_the_server(folder, server, tmp_path):
 def test_an_adapter_is_served(folder, server, tmp_path):
     _, rows = train(folder, tmp_path, server, lora={"r": 4, "target_modules": "all-linear"})
     assert max(row["train/logprob_mismatch"] for row in rows) < 1e-4
+
+
+def test_a_run_starts_its_server(folder, tmp_path):
+    engine = Engine(start=f"{ENVIRONMENT}/bin/vllm", arguments=ON_A_CPU, environment=VARIABLES)
+    module = make_module("RLOO", folder, engine=engine, max_new_tokens=12)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, make_data("RLOO"))
+    assert trainer.callback_metrics["train/logprob_mismatch"] < 1e-4
+    assert "Application startup complete" in (tmp_path / "vllm.log").read_text()
 
 
 def test_another_model_is_refused(server, tmp_path):
