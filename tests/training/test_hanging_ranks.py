@@ -14,6 +14,8 @@ import torch
 
 REWARDS = """
 import ctypes, os, signal, time
+from unittest.mock import Mock
+import torch
 
 def here(trainer_state):
     rank = os.environ["LOCAL_RANK"]
@@ -35,6 +37,11 @@ def holds_interpreter(completions, trainer_state, **kwargs):
 def raises(completions, trainer_state, **kwargs):
     if here(trainer_state):
         raise OSError("no judge today")
+    return [1.0 * i for i in range(len(completions))]
+
+def runs_out_of_memory(completions, trainer_state, **kwargs):
+    if here(trainer_state):  # in the update, while the other process waits for its gradients
+        torch.Tensor.backward = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     return [1.0 * i for i in range(len(completions))]
 
 def exits(completions, trainer_state, **kwargs):
@@ -149,10 +156,17 @@ def test_a_process_that_cannot_be_interrupted_is_ended(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("reward", "sentence"), [("raises", "no judge today"), ("exits", "another process of this run has ended")]
+    ("reward", "sentence"),
+    [
+        ("raises", "no judge today"),
+        ("exits", "another process of this run has ended"),
+        ("runs_out_of_memory", "CUDA out of memory: train on fewer rows at a time by"),
+    ],
 )
-def test_a_reward_that_fails_on_one_process_ends_all(run, reward, sentence):
+def test_a_failure_on_one_process_ends_all(run, reward, sentence):
     started = run(reward, hangs=1)
     errors = started.end(seconds=60)
     assert started.launcher.returncode not in (0, None)
     assert sentence in errors
+    if reward == "raises":
+        assert started.saved_step() == 2
