@@ -24,6 +24,9 @@ ONLINE = [
     "--model.sampling.max_new_tokens=6",
 ]  # fmt: skip
 LORA = "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}"
+SHARDS = [
+    "--trainer.strategy=fsdp2", "--trainer.strategy.save_distributed_checkpoint=true", "--trainer.devices=2",
+]  # fmt: skip
 RUNS = {
     "RLOO": ["--model=RLOO", *ONLINE, "--model.updates.num_minibatches=2"],
     "GRPO, two epochs a rollout": ["--model=GRPO", *ONLINE, "--model.updates.update_epochs=2"],
@@ -41,6 +44,8 @@ RUNS = {
         "--data.num_workers=2",
     ],
     "RLOO, two processes": ["--model=RLOO", *ONLINE, "--trainer.strategy=ddp", "--trainer.devices=2"],
+    "RLOO, shards": ["--model=RLOO", *ONLINE, "--model.updates.num_minibatches=2", *SHARDS],
+    "SFT, shards, accumulating": ["--model=SFT", *DEMONSTRATIONS, "--trainer.accumulate_grad_batches=2", *SHARDS],
 }
 
 
@@ -66,15 +71,18 @@ def updates_saved(root: Path) -> int:
     return max((read_checkpoint(path, mmap=True)["global_step"] for path in paths), default=0)
 
 
-def kill_after(updates: int, process: subprocess.Popen, root: Path, delay: float) -> bool:
-    """Kill a run a moment after it has saved so many updates; return False if it has ended before that."""
+def kill_after(updates: int, process: subprocess.Popen, root: Path, delay: float, number: int) -> bool:
+    """Send a signal a moment after a run has saved so many updates; return False if it has ended before that."""
     while process.poll() is None and updates_saved(root) < updates:
         time.sleep(0.02)
     time.sleep(delay)
     if process.poll() is not None:
         return False
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.wait(timeout=120)
     return True
 
 
@@ -92,10 +100,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupte
     rng = random.Random(name)
     finish(start(RUNS[name], "whole", tmp_path), tmp_path / "whole.log")
 
-    kills = 0
-    for updates in sorted(rng.sample(range(1, UPDATES - 3), KILLS)):
-        process = start(RUNS[name], "killed", tmp_path)
-        kills += kill_after(updates, process, tmp_path / "killed", delay=rng.uniform(0, 0.1))
+    kills, longest = 0, 1.0 if "shards" in name else 0.1  # sharded updates and their checkpoints take longer
+    for i, updates in enumerate(sorted(rng.sample(range(1, UPDATES - 3), KILLS))):
+        process, number = start(RUNS[name], "killed", tmp_path), signal.SIGTERM if i == 1 else signal.SIGKILL
+        kills += kill_after(updates, process, tmp_path / "killed", rng.uniform(0, longest), number)
     finish(start(RUNS[name], "killed", tmp_path), tmp_path / "killed.log")
 
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
