@@ -125,10 +125,22 @@ CASES = {
 }
 """Algorithm and options by case. In each, a rollout is one update, for any number of minibatches."""
 
-SLOW = ["dr_grpo", "ipo", "scored by a reward model", "gradient checkpointing"]
+SLOW = [
+    "dr_grpo",
+    "ipo",
+    "scored by a reward model",
+    "gradient checkpointing",
+    "mask truncated",
+    "both minibatches",
+    "raft",
+    "normalized",
+    "growing by noise",
+    "KL in the loss",
+]
 QUICK = [case for case in CASES if case not in SLOW]
 IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
 """Cases that are run with passes in step, too."""
+QUICK_IN_STEP = ["one token on rank 1", "ppo"]
 
 REWARD_MODEL = "reward_model"
 TARGET = 1.9

@@ -69,17 +69,25 @@ def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_proce
 
 
 def test_two_processes_that_compute_in_step_equal_one(models, expected, tmp_path):
-    completed_process = run_script(models, tmp_path, "FSDP2 in step", cases=processes.IN_STEP)
-    for case in processes.IN_STEP:
+    completed_process = run_script(models, tmp_path, "FSDP2 in step", cases=processes.QUICK_IN_STEP)
+    for case in processes.QUICK_IN_STEP:
         check_case(case, expected(case), result(case, tmp_path, completed_process))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a prompt without a reward")
-@pytest.mark.parametrize("strategy", ["FSDP2", "FSDP2 in step", "DDP"])
-def test_two_processes_equal_one_in_slow_cases(strategy, models, expected, tmp_path):
-    completed_process = run_script(models, tmp_path, strategy, cases=processes.SLOW)
-    for case in processes.SLOW:
+@pytest.mark.parametrize(
+    ("strategy", "cases"),
+    [
+        ("FSDP2", processes.SLOW),
+        ("FSDP2 in step", list(dict.fromkeys([*processes.SLOW, *processes.IN_STEP]))),
+        ("DDP", processes.SLOW),
+    ],
+    ids=["FSDP2", "in step", "DDP"],
+)
+def test_two_processes_equal_one_in_slow_cases(strategy, cases, models, expected, tmp_path):
+    completed_process = run_script(models, tmp_path, strategy, cases=cases)
+    for case in cases:
         check_case(case, expected(case), result(case, tmp_path, completed_process))
 
 
