@@ -84,13 +84,13 @@ def worth(completions: list[Any], **kwargs: Any) -> list[float]:
     return [len(str(completion)) % 17 / 17 for completion in completions]
 
 
-def make_trainer(accelerator: str, precision: str, updates: int, callback: Any) -> Any:
-    """Return a trainer on one device that writes nothing."""
+def make_trainer(accelerator: str, precision: str, updates: int, callback: Any, **options: Any) -> Any:
+    """Return a trainer, by default on one device, that writes nothing."""
     import lightning
 
     return lightning.Trainer(
+        **{"devices": 1, **options},
         accelerator=accelerator,
-        devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_steps=updates,
         gradient_clip_val=1.0,

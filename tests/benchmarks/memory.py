@@ -91,21 +91,24 @@ def fit(case: dict[str, Any], model: str) -> dict[str, int]:
 
         algorithm.new_rollout = watched
     rows, length = case["prompts"], case["completion_tokens"]
-    texts = make_prompts(algorithm.tokenizer, 2 * rows, case["prompt_tokens"])
+    count = 2 * rows * case["devices"] * case["accumulate"]
+    texts = make_prompts(algorithm.tokenizer, count, case["prompt_tokens"])
     texts = [text.rpartition(" ")[0] if i % rows == 0 else text for i, text in enumerate(texts)]  # one is padded
-    ends = make_prompts(algorithm.tokenizer, 4 * rows, length - 1)
+    ends = make_prompts(algorithm.tokenizer, 2 * count, length - 1)
     if case["method"] == "SFT":
         data: Any = lit_rlhf.DemonstrationData(
             [{"prompt": p, "completion": c} for p, c in zip(texts, ends, strict=False)], batch_size=rows
         )
     elif case["method"] in ("DPO", "RewardModeling"):
-        pairs = zip(texts, ends, ends[2 * rows :], strict=False)
+        pairs = zip(texts, ends, ends[count:], strict=False)
         data = lit_rlhf.PreferenceData(
             [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs], batch_size=rows
         )
     else:
         data = lit_rlhf.PromptData([{"prompt": text} for text in texts], batch_size=rows)
-    trainer = make_trainer("auto", case["precision"], 2, Watch())
+    sharing = {} if case["devices"] == 1 else {"devices": case["devices"], "strategy": case["strategy"]}
+    sharing |= {"accumulate_grad_batches": case["accumulate"]}
+    trainer = make_trainer("auto", case["precision"], 2, Watch(), **sharing)
     trainer.fit(algorithm, data)
     return peaks
 
@@ -131,7 +134,13 @@ def calculate(case: dict[str, Any]) -> dict[str, int]:
     algorithm = make(case, case["model"])
     of_a_row = {"SFT": 1, "DPO": 2, "RewardModeling": 2}.get(case["method"], case["samples"])
     shape = Shape(case["prompts"], of_a_row, case["prompt_tokens"], case["completion_tokens"])
-    setting = Setting(case["precision"], on_cpu=not torch.cuda.is_available())
+    setting = Setting(
+        case["precision"],
+        accumulate=case["accumulate"],
+        devices=case["devices"],
+        strategy=case["strategy"],
+        on_cpu=not torch.cuda.is_available(),
+    )
     found = Calculator(algorithm, shape, setting).estimate()
     return {"sampling": found.sampling_peak, "update": found.update_peak}
 
@@ -153,15 +162,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--strategy", default="single", choices=("single", "ddp", "fsdp2"), help="on two processes")
+    parser.add_argument("--accumulate", type=int, default=1, help="training steps of an update")
     for name, default in {"prompts": 4, "samples": 4, "prompt-tokens": 64, "completion-tokens": 48}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         what, case = args.child[0], json.loads(args.child[1])
-        print(json.dumps((measure if what == "measure" else calculate)(case)))
+        found = (measure if what == "measure" else calculate)(case)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(json.dumps(found))
         return
-    names = ("model", "precision", "prompts", "samples", "prompt_tokens", "completion_tokens")
+    args.devices = 1 if args.strategy == "single" else 2
+    names = ("model", "precision", "strategy", "devices", "accumulate")
+    names += ("prompts", "samples", "prompt_tokens", "completion_tokens")
     shared = {name: getattr(args, name) for name in names}
     off = []
     print("| method | option | phase | measured, MiB | calculated, MiB | ratio |\n|---|---|---|---|---|---|")
