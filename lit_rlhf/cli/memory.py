@@ -42,13 +42,10 @@ class MemoryReport:
         """Print the table and the two peaks.
 
         Raises:
-            ValueError: If a length is not known, the strategy is another one, or weights are quantized.
+            ValueError: If a length is not known, the strategy is another one, or weights are quantized by
+                another method than bitsandbytes.
         """
         algorithm, setting = self.algorithm, read_setting(self.options.trainer)
-        if algorithm.load_options.get("quantization_config"):
-            raise InputError(
-                "lit-rlhf memory can't count quantized weights: leave out quantization_config of the `load`"
-            )
         if isinstance(algorithm, OnlineAlgorithm):
             shape = read_shape(algorithm.num_samples, algorithm.max_new_tokens, self.data, self.options)
         else:

@@ -17,6 +17,7 @@ from lit_rlhf.memory.models import Builder, Models
 from lit_rlhf.memory.passes import Passes, Shape
 from lit_rlhf.memory.rehearsal import size
 from lit_rlhf.models.policy import Policy
+from lit_rlhf.models.quantized import dequantized_bytes
 from lit_rlhf.models.sharding import decoder_layers
 
 CRITIC = "critic's weights", "optimizer state"
@@ -164,6 +165,7 @@ class Calculator:
         drawn = self.passes.sampling(part, sampling)
         found = [{"copies of weights for decoding": drawn.kept, "KV cache and logits": drawn.most - drawn.kept}]
         found[0] |= gathering(models.trained, self.setting)
+        found[0] |= dequantizing(models.trained)
         minibatch = Shape(math.ceil(self.shape.prompts / updates.num_minibatches), *vars_of(self.shape)[1:])
         logprobs = functools.partial(self.algorithm.policy.logprobs, temperature=sampling.temperature)
         scores: list[tuple[str, nn.Module, Any, Shape, int]] = []
@@ -183,7 +185,8 @@ class Calculator:
         for name, model, score, batch, back in scores:
             gathered = gathering(model, self.setting, as_saved=model in judges)
             returned = {f"its weights ({BACK})": back} if back else {}
-            found.append({name: self.passes.scoring(batch, score).most, **gathered, **returned})
+            most = self.passes.scoring(batch, score).most
+            found.append({name: most, **gathered, **returned, **dequantizing(model)})
         return max(found, key=lambda parts: sum(parts.values()))
 
     def update_phase(self) -> dict[str, int]:
@@ -192,7 +195,8 @@ class Calculator:
         if self.setting.strategy != "fsdp2":
             peak = self.passes.training(batch, accumulated=self.setting.accumulate > 1)
             gradients = min(trained, peak.most)
-            return {"activations": peak.most - gradients, "gradients": gradients}
+            expanded = dequantizing(self.passes.models.trained)
+            return {"activations": peak.most - gradients, "gradients": gradients, **expanded}
         peak = self.passes.training(batch, accumulated=False, gradients=False)
         models = [model for model in (self.passes.models.trained, self.passes.models.critic) if model is not None]
         whole = sum(in_step(model, self.setting) for model in models)
@@ -234,13 +238,21 @@ def trained_size(module: nn.Module) -> int:
 
 
 def held(module: nn.Module) -> int:
-    """Return the bytes of a module's weights and buffers."""
-    return size((*module.parameters(), *module.buffers()))
+    """Return the bytes of a module's weights and buffers, of which some may be quantized."""
+    whole = size((*module.parameters(), *module.buffers()))
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "quantized_bytes")]
+    return whole - size(layer.weight for layer in layers) + sum(int(layer.quantized_bytes) for layer in layers)
 
 
 def vars_of(shape: Shape) -> tuple[int, int, int, int]:
     """Return the numbers of a shape."""
     return shape.prompts, shape.samples, shape.prompt_tokens, shape.completion_tokens
+
+
+def dequantizing(model: nn.Module) -> dict[str, int]:
+    """Return what a pass of a model with quantized weights adds: one layer at a time is expanded."""
+    largest = dequantized_bytes(model)
+    return {"a dequantized layer": largest} if largest else {}
 
 
 def gathering(model: nn.Module, setting: Setting, as_saved: bool = False) -> dict[str, int]:

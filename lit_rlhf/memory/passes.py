@@ -108,7 +108,8 @@ class Passes:
         layers = [
             layer
             for layer in model.modules()
-            if type(layer) is nn.Linear and layer.weight.numel() >= MIN_WEIGHT_SIZE
+            if type(layer) is nn.Linear and not hasattr(layer, "quantized_bytes")
+            if layer.weight.numel() >= MIN_WEIGHT_SIZE
             if self.on_cpu or compute_dtype(layer.weight) != layer.weight.dtype
         ]
         for layer in layers:
@@ -183,8 +184,10 @@ class Passes:
         Args:
             fused: Whether Adam is fused where its options leave that open.
         """
+        optimizer: Any = self.algorithm.make_optimizer(self.algorithm.parameter_groups())
+        if type(optimizer).__module__.startswith("bitsandbytes."):
+            optimizer.update_step = lambda *args: None  # a kernel that reads numbers; the state is made before
         with self.rehearse() as rehearsal:
-            optimizer = self.algorithm.make_optimizer(self.algorithm.parameter_groups())
             adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
             for group in optimizer.param_groups:
                 if fused and adam and group["fused"] is None and group["foreach"] is None:
@@ -192,6 +195,7 @@ class Passes:
                 for parameter in group["params"]:
                     parameter.grad = torch.empty_like(parameter)
             gradients = rehearsal.held
+            rehearsal.count(state for of_one in optimizer.state.values() for state in of_one.values())
             optimizer.step()
             peak = Peak(rehearsal.held - gradients, rehearsal.peak - gradients)
         optimizer.zero_grad(set_to_none=True)

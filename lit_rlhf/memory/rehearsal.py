@@ -55,19 +55,18 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs = func(*args, **kwargs)
             if isinstance(outputs, Tensor) and outputs.numel() > max(LARGE, 2 * sum(x.numel() for x in inputs)):
                 outputs = self.fake.from_tensor(outputs)
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
+        self.count(tree_leaves(outputs))
         return outputs
 
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self._known:
-            self._known[storage] = True
-            size = storage.nbytes()
-            self.held += size
-            self.peak = max(self.peak, self.held)
-            weakref.finalize(storage, self._free, size)
+    def count(self, values: Iterable[Any]) -> None:
+        """Count tensors, once each; other values are none."""
+        for tensor in values:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known[storage] = True
+                size = storage.nbytes()
+                self.held += size
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self.held -= size

@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_rlhf.errors import InputError, InputFileNotFoundError
 from lit_rlhf.models.load_errors import explained
-from lit_rlhf.models.quantized import keep_layout
+from lit_rlhf.models.quantized import keep_layout, plan_quantization
 
 SHIPPED = {"testbed": Path(__file__).parents[1] / "testbed" / "assets" / "policy"}
 """Folders of the models that come with the package, by name."""
@@ -224,6 +224,8 @@ def from_config(loader: Any, source: str | Path, what: str, **options: Any) -> P
     dtype = getattr(config, "dtype", None) if options["dtype"] == "auto" else options["dtype"]
     with explained(what), torch.device("meta"):
         model: PreTrainedModel = loader.from_config(config, dtype=dtype or torch.float32, **trusted)
+    if quantization := options.get("quantization_config") or getattr(config, "quantization_config", None):
+        plan_quantization(model, quantization)
     return model
 
 

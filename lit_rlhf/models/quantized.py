@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 
 from lit_rlhf.errors import InputError
+
+BLOCK, BLOCK_OF_SCALES, DOUBLE = 64, 256, "bnb_4bit_use_double_quant"
+"""Weights that share a scale in 4 bits; and scales that do, if they are quantized, too."""
 
 
 def is_quantized(model: Any) -> bool:
@@ -62,6 +66,38 @@ def check_unsharded(load: dict[str, Any], sharded: bool) -> None:
         raise InputError(
             "quantized weights can't be sharded: use --trainer.strategy ddp, or leave quantization_config out"
         )
+
+
+def plan_quantization(model: Any, options: Any) -> None:
+    """Note in the linear layers of a model how many bytes each would have with quantized weights (bitsandbytes).
+
+    Args:
+        model: A model without storage.
+        options: Its `quantization_config`.
+
+    Raises:
+        ValueError: If it is of another method.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = options if isinstance(options, dict) else options.to_dict()
+    four_bits = bool(config.get("load_in_4bit"))
+    if not (four_bits or config.get("load_in_8bit")):
+        raise InputError("the memory of weights quantized by bitsandbytes is known (load_in_4bit, load_in_8bit)")
+    kept = config.get("llm_int8_skip_modules") or get_keys_to_not_convert(model)
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and should_convert_module(name, kept):
+            count, rows = layer.weight.numel(), layer.weight.shape[0]
+            blocks = math.ceil(count / BLOCK)
+            scales = blocks + 4 * math.ceil(blocks / BLOCK_OF_SCALES) if config.get(DOUBLE) else 4 * blocks
+            layer.quantized_bytes = math.ceil(count / 2) + scales if four_bits else count + 4 * rows  # type: ignore[assignment]
+
+
+def dequantized_bytes(model: nn.Module) -> int:
+    """Return the bytes of the largest layer of a model whose quantized weights are expanded for its pass."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "quantized_bytes")]
+    return max((layer.weight.numel() * layer.weight.element_size() for layer in layers), default=0)
 
 
 def quantized_layers(module: nn.Module) -> tuple[str, ...]:

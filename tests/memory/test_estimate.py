@@ -1,5 +1,6 @@
 """The calculator against bytes that are really held, on a tiny model."""
 
+import importlib.util
 import json
 
 import pytest
@@ -166,3 +167,47 @@ def test_offloaded_models_are_held_while_they_are_used(tmp_path):
     assert plain.update_peak - moved.update_peak == plain.always["reference"] + plain.always["reward models"]
     assert moved.sampling_peak < plain.sampling_peak
     assert estimate(on_cpu=True, **choices) == estimate(on_cpu=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+        {"load_in_8bit": True},
+    ],
+    ids=["4 bit", "4 bit, quantized scales", "8 bit"],
+)
+def test_quantized_weights_have_the_bytes_of_bitsandbytes(options, wide):
+    load = {"quantization_config": options}
+    policy = Policy.from_pretrained(str(wide), LORA, **load)
+    real = 0
+    for parameter in policy.parameters():
+        state = getattr(parameter, "quant_state", None)
+        scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        scales += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
+        real += parameter.nbytes + sum(scale.nbytes for scale in scales)
+    real += sum(buffer.nbytes for buffer in policy.buffers())
+    algorithm = lit_rlhf.RLOO(str(wide), [lit_rlhf.rewards.Length(maximum=9)], lora=LORA, load=load)
+    found = Calculator(algorithm, SHAPE, Setting()).estimate()
+    assert found.always["policy's weights"] == real
+    plain = lit_rlhf.RLOO(str(wide), [lit_rlhf.rewards.Length(maximum=9)], lora=LORA)
+    assert real < 0.8 * Calculator(plain, SHAPE, Setting()).estimate().always["policy's weights"]
+    assert found.update["a dequantized layer"] > 0 and found.always.get("reference") is None
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "SGD", "AdamW8bit"])
+def test_the_state_of_other_optimizers_is_exact(name):
+    source = torch.optim
+    if name == "AdamW8bit":
+        source = pytest.importorskip("bitsandbytes").optim
+    policy, make_optimizer = Policy.from_pretrained("testbed"), lambda params: getattr(source, name)(params, lr=1e-3)
+    optimizer = make_optimizer(policy.parameters())
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tables = {"qmap1", "qmap2"}  # one for all weights
+    state = [v for of_one in optimizer.state.values() for n, v in of_one.items() if n not in tables]
+    found = Calculator(make(None, optimizer=make_optimizer), SHAPE, Setting()).estimate()
+    assert found.always.get("optimizer state", 0) == size(v for v in state if isinstance(v, torch.Tensor))
