@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 METHODS = ("RLOO", "Reinforce", "RAFT", "VanillaPG", "PPO", "DPO", "SFT", "RewardModeling")
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
-    "LoRA": {"lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}},
+    "LoRA": {"lora": LORA},
+    "checkpointing": {"gradient_checkpointing": True},
+    "4 bit": {"lora": LORA, "load": {"quantization_config": {"load_in_4bit": True}}},
+    "8-bit Adam": {},
 }
 LIMIT = 0.15
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -57,6 +61,10 @@ def make(case: dict[str, Any], model: str) -> Any:
 
     options: dict[str, Any] = dict(OPTIONS[case["option"]])
     options["optimizer"] = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+    if case["option"] == "8-bit Adam":
+        from bitsandbytes.optim import AdamW8bit
+
+        options["optimizer"] = lambda params: AdamW8bit(params, lr=1e-6)
     if case["method"] not in ("DPO", "SFT", "RewardModeling"):
         tokens = case["completion_tokens"]
         options["sampling"] = lit_rlhf.Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
@@ -160,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["full", "LoRA"])
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--strategy", default="single", choices=("single", "ddp", "fsdp2"), help="on two processes")
     parser.add_argument("--accumulate", type=int, default=1, help="training steps of an update")
