@@ -144,7 +144,7 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
         sharded, device = isinstance(trainer.strategy, FSDP2Strategy), trainer.strategy.root_device
         check_unsharded(self.load_options, sharded)
-        check_offload([name for name in OPTIONS if getattr(self, name, False)], device, sharded)
+        check_offload([name for name in OPTIONS if getattr(self, name, False)], device, sharded, trainer.world_size)
         if stage == "fit":
             check_callbacks(trainer)
         self._resumed = None

@@ -89,6 +89,11 @@ class VanillaPG(OnlineAlgorithm):
         self.offload_critic = offload_critic
         self._evaluation_context = contextlib.ExitStack()
 
+    def setup(self, stage: str) -> None:
+        """Check the configuration, and forget an evaluation that failed."""
+        self._evaluation_context = contextlib.ExitStack()
+        super().setup(stage)
+
     def collect(self, prompts: Prompts) -> Rollout:
         """Collect a rollout."""
         with self.without_critic():

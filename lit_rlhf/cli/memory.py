@@ -16,6 +16,8 @@ from lit_rlhf.data import TextData
 from lit_rlhf.errors import InputError
 from lit_rlhf.memory.estimate import Calculator, Estimate, Setting
 from lit_rlhf.memory.passes import Shape
+from lit_rlhf.models.offload import OPTIONS, check_offload
+from lit_rlhf.models.quantized import check_unsharded
 from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.types import Preferences
 
@@ -42,10 +44,15 @@ class MemoryReport:
         """Print the table and the two peaks.
 
         Raises:
-            ValueError: If a length is not known, the strategy is another one, or weights are quantized by
-                another method than bitsandbytes.
+            ValueError: If a length is not known, the strategy is another one, weights are quantized by
+                another method than bitsandbytes, or the run would refuse its options.
         """
         algorithm, setting = self.algorithm, read_setting(self.options.trainer)
+        sharded = setting.strategy == "fsdp2"
+        check_unsharded(algorithm.load_options, sharded)
+        device = torch.device("cpu" if setting.on_cpu else "cuda")
+        offloaded = [name for name in OPTIONS if getattr(algorithm, name, False)]
+        check_offload(offloaded, device, sharded, setting.devices)
         if isinstance(algorithm, OnlineAlgorithm):
             shape = read_shape(algorithm.num_samples, algorithm.max_new_tokens, self.data, self.options)
         else:

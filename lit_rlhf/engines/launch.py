@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -85,6 +86,18 @@ class StartedServer:
                     )
                 time.sleep(0.1)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there."""
+        return self._process.poll() is None
+
+    @property
+    def state(self) -> str:
+        """What to say of it in a message."""
+        code = self._process.poll()
+        ended = "" if code is None else f" has ended with exit code {code}, and"
+        return f"the server that the run started{ended} has its output in {self.log}"
+
     def _answers(self) -> bool:
         try:
             return send("GET", f"{self.url}/health", None, 5.0, self.url)[0] == 200
@@ -94,5 +107,10 @@ class StartedServer:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
-    process.stdin.close()
-    process.wait(2 * supervisor.PATIENCE)
+    with contextlib.suppress(BrokenPipeError):  # it has ended
+        process.stdin.write(b".")  # a fork of this process may hold the pipe open
+        process.stdin.close()
+    try:
+        process.wait(2 * supervisor.PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_rlhf.engines.launch import StartedServer
 from lit_rlhf.engines.options import Engine
 from lit_rlhf.engines.server import START, Answer, VLLMServer
 from lit_rlhf.errors import InputError
@@ -39,10 +40,11 @@ class ServerSampler:
     Args:
         policy: The policy.
         options: The server.
+        started: The server, if this process has started it.
     """
 
-    def __init__(self, policy: Policy, options: Engine) -> None:
-        self.policy, self.options, self.server = policy, options, VLLMServer(options)
+    def __init__(self, policy: Policy, options: Engine, started: StartedServer | None = None) -> None:
+        self.policy, self.options, self.server = policy, options, VLLMServer(options, started)
         self.folder, self.version = "", ""
         self.close: Callable[[], Any] = lambda: None  # removes the weights, at the end of the process at the latest
 

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from lit_rlhf.engines.launch import StartedServer
 from lit_rlhf.engines.options import Engine
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.http_client import ServiceError, attempt, check_url, send, short
@@ -38,11 +39,12 @@ class VLLMServer:
 
     Args:
         options: Its address, and how long to wait for it.
+        started: The server, if the run has started it.
     """
 
-    def __init__(self, options: Engine) -> None:
+    def __init__(self, options: Engine, started: StartedServer | None = None) -> None:
         assert options.url is not None
-        self.options, self.url = options, options.url.rstrip("/")
+        self.options, self.url, self.started = options, options.url.rstrip("/"), started
         self.shown = check_url(self.url, "http://127.0.0.1:8000")
         self._model = ""
 
@@ -139,12 +141,17 @@ class VLLMServer:
             raise ServiceError(f"{self.shown} has no {path}: {START}", retry=False)
         if status == 404:
             self._model = ""
+        if status == 200 and not text:  # vLLM 0.31 and older, to /sleep and /wake_up
+            return None
         if status != 200:
             raise ServiceError(f"{self.shown}{path} answered with status {status}: {short(text)}", retry=False)
         try:
             return json.loads(text)
         except ValueError as error:
             raise ServiceError(f"{self.shown}{path} answered {short(text)!r}, which is not JSON") from error
+
+    def _may_answer(self) -> bool:
+        return self.started is None or self.started.is_running
 
     def _try(self, call: Any, stop: threading.Event | None = None) -> Any:
         """Call with retries; the last failure becomes the run's error."""
@@ -154,10 +161,12 @@ class VLLMServer:
                 call,
                 options.retries,
                 options.backoff,
-                lambda error: isinstance(error, ServiceError) and error.retry,
+                lambda error: isinstance(error, ServiceError) and error.retry and self._may_answer(),
                 stop or threading.Event(),
             )
         except ServiceError as error:
+            if self.started is not None:
+                raise InputError(f"engine.start: {error}; {self.started.state}") from error
             resume = "; once the server runs, resume from the last checkpoint" if error.retry else ""
             raise InputError(f"engine.url: {error}{resume}") from error
         except (KeyError, TypeError, IndexError) as error:

@@ -2,11 +2,13 @@
 
     python supervisor.py COMMAND...
 
-The starting process holds the other end of the standard input, which closes with it, however it ends.
+The starting process holds the other end of the standard input. The command ends when something is written there, when
+it is closed, or when that process is gone, however it ended.
 """
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,7 +23,9 @@ def main() -> int:
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def end_with_parent() -> None:
-        os.read(sys.stdin.fileno(), 1)  # returns when the other end is closed
+        parent = os.getppid()
+        while os.getppid() == parent and not select.select([sys.stdin], [], [], 1.0)[0]:
+            pass
         signal_group(child.pid, signal.SIGTERM)
         try:
             child.wait(PATIENCE)
@@ -31,7 +35,7 @@ def main() -> int:
     threading.Thread(target=end_with_parent, daemon=True).start()
     code = child.wait()
     signal_group(child.pid, signal.SIGKILL)  # what it has left
-    return code
+    return code if code >= 0 else 128 - code  # of a signal, as a shell has it
 
 
 def signal_group(group: int, number: int) -> None:

@@ -84,7 +84,10 @@ def plan_quantization(model: Any, options: Any) -> None:
     config = options if isinstance(options, dict) else options.to_dict()
     four_bits = bool(config.get("load_in_4bit"))
     if not (four_bits or config.get("load_in_8bit")):
-        raise InputError("the memory of weights quantized by bitsandbytes is known (load_in_4bit, load_in_8bit)")
+        raise InputError(
+            "lit-rlhf memory counts weights that bitsandbytes quantizes (load_in_4bit or load_in_8bit), and these are "
+            f"quantized by {config.get('quant_method') or 'another method'}"
+        )
     kept = config.get("llm_int8_skip_modules") or get_keys_to_not_convert(model)
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear and should_convert_module(name, kept):

@@ -72,9 +72,11 @@ class Reference:
         forward, other = self.copy.model_forward, next(self.copy.parameters()).dtype != dtype
         if not offload:
             self.copy.to(device, dtype if other else None)
-        elif forward.offloaded is None:
+        elif forward.offloaded is None or other:
             self.copy.to(dtype=dtype if other else None)
             forward.offloaded = OffloadedWeights(self.copy, device, shared=(*policy.parameters(), *policy.buffers()))
+        else:
+            forward.offloaded.device = device
         return self
 
     def shard(self, sharding: Sharding) -> None:

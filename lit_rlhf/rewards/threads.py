@@ -48,9 +48,9 @@ def map_in_threads(
         stop: Set by the first call that raises, and at the end: no further call begins.
 
     Raises:
-        Exception: That of the first thread whose call raised.
+        Exception: That of the first call that raised.
     """
-    pending, outputs = deque(enumerate(items)), dict[int, Output]()
+    pending, outputs, errors = deque(enumerate(items)), dict[int, Output](), list[BaseException]()
 
     def work() -> None:
         while pending and not stop.is_set():
@@ -60,9 +60,9 @@ def map_in_threads(
                 return
             try:
                 outputs[i] = function(item)
-            except BaseException:
+            except BaseException as error:
+                errors.append(error)
                 stop.set()
-                raise
 
     threads = [in_thread(work) for _ in range(min(limit, len(items)))]
     try:
@@ -70,6 +70,8 @@ def map_in_threads(
             thread.result()
     finally:
         stop.set()
+    if errors:
+        raise errors[0]
     return [outputs[i] for i in range(len(items))]
 
 

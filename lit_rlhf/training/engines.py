@@ -6,9 +6,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +64,7 @@ class EngineHooks(ShardingHooks):
         if self._server is None and self.engine.start is not None:
             url = self._start_server()
             found = replace(self.engine, url=url, start=None, arguments=(), environment={})
-            self._server = ServerSampler(self.policy, found)
+            self._server = ServerSampler(self.policy, found, self._started)
         if self._server is None and self.engine.url is not None:
             self._server = ServerSampler(self.policy, self.engine)
 
@@ -101,9 +104,11 @@ class EngineHooks(ShardingHooks):
         server, trainer = self._server, self.trainer
         if server is None:
             return
-        with raise_on_all_ranks(trainer):
-            if trainer.is_global_zero and self.engine.sleep:
-                server.server.wake()
+        if self.engine.sleep:
+            garbage_collection_cuda()  # PyTorch keeps what it has freed, and the server may be on the same device
+            with raise_on_all_ranks(trainer):
+                if trainer.is_global_zero:
+                    server.server.wake()
         if self._renewed_at == trainer.global_step:
             return
         save = self._saving()
@@ -146,12 +151,30 @@ class EngineHooks(ShardingHooks):
             self.log(f"train/{name}", total / max(count, 1.0), batch_size=1)
         return advantages * weights
 
-    def teardown(self, stage: str) -> None:
+    def configure_callbacks(self) -> list[Any]:
+        """Add what releases the engine if the run fails, where Lightning calls no `teardown` of a module."""
+        inherited: Any = super().configure_callbacks()
+        used = self.engine.url is not None or self.engine.start is not None
+        return [*inherited, *([ReleaseOnError()] if used else [])]
+
+    def release_engine(self) -> None:
         """Remove the weights that were handed over, and end a server that was started."""
-        super().teardown(stage)
-        if self._started is not None:
-            self._started.stop()
-            self._started = None
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._started is not None:
+            self._started.stop()
+            self._started = None
+
+    def teardown(self, stage: str) -> None:
+        """Release the engine."""
+        super().teardown(stage)
+        self.release_engine()
+
+
+class ReleaseOnError(Callback):
+    """Releases the engine of a run that fails."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Release it."""
+        pl_module.release_engine()

@@ -201,6 +201,10 @@ class OnlineHooks(EngineHooks):
         scores = score(self.scorer, self.tokenizer, batch, completions, texts, self.trainer_state())
         return prediction_rows(batch, completions, texts, scores)
 
+    def on_predict_epoch_end(self) -> None:
+        """Let an engine rest."""
+        self.rest_engine()
+
     def phase_timings(self, seconds: float, batch_idx: int) -> dict[str, float]:
         """Return the seconds of a rollout by phase after its last step, and nothing before."""
         self.timer.end_step()

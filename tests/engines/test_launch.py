@@ -1,6 +1,9 @@
 """A vLLM server that a run starts: it is given what it needs, and ends with the run, however that ends."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -63,6 +66,37 @@ def test_a_run_starts_its_server_and_ends_it(tiny, vllm, tmp_path):
     assert (Path(trainer.default_root_dir) / "vllm.log").is_file() and not Path(given[1]).exists()
 
 
+def test_a_server_ends_with_a_run_that_fails_and_a_further_run_starts_another(tiny, vllm, tmp_path):
+    def fails(completions, **kwargs):
+        if not healed:
+            raise ValueError("no judge today")
+        return [0.0] * len(completions)
+
+    def pid():
+        return json.loads((tmp_path / "record.json").read_text())["pid"]
+
+    healed = []
+    module = make_module("RLOO", tiny, engine=Engine(start=vllm), rewards=[fails])
+    with pytest.raises(RuntimeError, match="no judge today"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO", val=None))
+    first = pid()
+    wait_for_end(first, seconds=0.1)
+    healed.append(True)
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO", val=None))
+    assert pid() != first and not list(Path("/dev/shm").glob("lit_rlhf_*"))
+
+
+def test_a_started_server_that_dies_is_one_sentence_at_once(tiny, vllm, tmp_path):
+    def kill(completions, **kwargs):
+        os.kill(json.loads((tmp_path / "record.json").read_text())["pid"], signal.SIGKILL)
+        return [0.0] * len(completions)
+
+    module = make_module("RLOO", tiny, engine=Engine(start=vllm, backoff=1000.0), rewards=[kill])
+    message = r"engine.start: .* can't be reached .*server that the run started has ended with exit code 137, and has"
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, max_steps=2).fit(module, make_data("RLOO", val=None))
+
+
 def test_a_server_sleeps_between_rollouts(tiny, tmp_path):
     server = fake_vllm.FakeVLLM(tiny)
     fit(tiny, tmp_path, url=server.url, sleep=True, retries=0)
@@ -78,20 +112,25 @@ def test_a_server_that_does_not_start_is_one_sentence(tiny, vllm, tmp_path):
     assert not list(Path("/dev/shm").glob("lit_rlhf_*"))
 
 
-@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), 9)", "sys.exit()"])
+@pytest.mark.parametrize(
+    "ending", ["os.kill(os.getpid(), 9)", "sys.exit()", "os.fork() or time.sleep(99); os.kill(os.getpid(), 9)"]
+)
 def test_what_is_supervised_ends_with_the_process_that_started_it(ending, tmp_path):
     child = (
         "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(600)"
     )
     parent = f"""
-        import os, subprocess, sys
+        import os, subprocess, sys, time
         command = [sys.executable, "-I", {supervisor.__file__!r}, sys.executable, "-c", {child!r}]
         started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         print(started.stdout.readline().decode(), flush=True)
         {ending}
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(parent)], stdout=subprocess.PIPE, text=True)
-    wait_for_end(int(done.stdout))
+    command = [sys.executable, "-c", textwrap.dedent(parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as started:
+        wait_for_end(int(started.stdout.readline()))
+        with contextlib.suppress(ProcessLookupError):  # a fork that holds the pipes
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

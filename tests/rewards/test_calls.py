@@ -2,11 +2,13 @@
 
 import asyncio
 import math
+import threading
 
 import pytest
 import torch
 
 from lit_rlhf.rewards import Weighted
+from lit_rlhf.rewards.threads import map_in_threads
 from scoring import TokenObject, asynchronous, flat, ones, score
 
 # Async rewards
@@ -163,3 +165,17 @@ def test_log_extra_needs_one_entry_per_completion():
 
     with pytest.raises(RuntimeError, match=r"'reward' raised .*log_extra\('short'\) got 1 values for 3 completions"):
         score([reward])
+
+
+def test_the_first_error_is_raised_also_if_it_ends_the_pause_of_an_earlier_call():
+    stop = threading.Event()
+
+    def call(item):
+        if item == 0:
+            assert stop.wait(30)
+            raise TimeoutError("given up")
+        raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        map_in_threads(call, range(4), 4, stop)
+    assert map_in_threads(str, range(5), 2, threading.Event()) == ["0", "1", "2", "3", "4"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 import lit_rlhf
 from lit_rlhf.algorithms import vanilla_pg
 from lit_rlhf.errors import InputError
-from lit_rlhf.models.offload import OffloadedWeights, in_main_memory
+from lit_rlhf.models.offload import OffloadedWeights, check_offload, in_main_memory
 from runs import make_data, make_module, make_trainer, training_state
 from tiny import make_llama, make_tokenizer
 
@@ -172,6 +172,14 @@ def test_what_can_not_be_offloaded_says_so(tiny, tmp_path):
         make_module("RLOO", tiny, kl_coef=0.0, reference=None, offload_reference=True)
     with pytest.raises(InputError, match="offload_critic=True needs a second model, and critic='head' is a head"):
         make_module("PPO", tiny, critic="head", offload_critic=True)
+    message = "offload_critic is for one process, since DDP can't follow weights that move"
+    with pytest.raises(InputError, match=message):
+        check_offload(["offload_critic"], torch.device("cuda"), sharded=False, world_size=2)
+    for name in ("offload_critic", "offload of a reward model"):
+        with pytest.raises(InputError, match=f"{name} can't be combined with --trainer.strategy fsdp2"):
+            check_offload([name], torch.device("cuda"), sharded=True, world_size=2)
+    with pytest.raises(InputError, match="quantized weights can't be offloaded"):
+        OffloadedWeights(torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1).byte(), False)]), "cpu")
     with pytest.warns(UserWarning, match="offload_reference has no effect on a CPU"):
         fit("RLOO", tiny, tmp_path, offload_reference=True)
     with pytest.warns(UserWarning, match="offload_reference has no effect: the reference is the policy with its adapt"):
