@@ -17,7 +17,8 @@ REWARD = """
 import os, pathlib, time
 def slow(completions, trainer_state, **kwargs):
     if trainer_state.global_step == 2 and (here := pathlib.Path("wait")).exists():
-        pathlib.Path("waiting" + os.environ["SLURM_PROCID"]).touch()
+        rank = os.environ.get("SLURM_PROCID") or os.environ["RANK"]
+        pathlib.Path("waiting" + rank).write_text(str(os.getpid()))
         while here.exists():
             time.sleep(0.05)
     return [float(sum(map(ord, text)) % 7) for text in completions]
@@ -65,18 +66,46 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_machines_started_by_torchrun_train_as_one_with_two_devices(strategy, folder):
     assert finish(start(folder, "one", strategy, [], TWO_DEVICES)) == [0]
+    assert finish(*torchrun(folder, "two", strategy)) == [0, 0]
+    assert differing(weights(folder, "one"), weights(folder, "two")) == []
+
+
+def torchrun(folder: Path, root: str, strategy: str, *options: str) -> list[subprocess.Popen]:
+    """Start a run on two machines."""
     port = str(29600 + os.getpid() % 300)
-    nodes = [
+    return [
         start(
-            folder, "two", strategy,
+            folder, root, strategy,
             ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
              "--master-addr=127.0.0.1", f"--master-port={port}", "-m"],
-            TWO_NODES,
+            [*TWO_NODES, *options],
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert finish(*nodes) == [0, 0]
-    assert differing(weights(folder, "one"), weights(folder, "two")) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_process_killed_on_one_machine_ends_the_other_and_the_run_resumes_bitwise(strategy, folder):
+    often = "--checkpoint.every_n_updates=1"
+    assert finish(*torchrun(folder, "whole", strategy, often)) == [0, 0]
+    (folder / "wait").touch()
+    nodes = torchrun(folder, "parts", strategy, often)
+    wait_for_both(folder, nodes)
+    pids = [int((folder / f"waiting{rank}").read_text()) for rank in range(2)]
+    os.kill(pids[1], signal.SIGKILL)
+    (folder / "wait").unlink()
+    killed = time.monotonic()
+    assert all(code != 0 for code in finish(*nodes)) and time.monotonic() - killed < 60
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert finish(*torchrun(folder, "parts", strategy, often)) == [0, 0]
+    assert differing(weights(folder, "whole"), weights(folder, "parts")) == []
+
+
+def wait_for_both(folder: Path, processes: list[subprocess.Popen]) -> None:
+    """Wait until both ranks wait in the reward."""
+    while not all((path := folder / f"waiting{rank}").exists() and path.read_text() for rank in range(2)):
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.1)
 
 
 def slurm(folder: Path, root: str, strategy: str) -> list[subprocess.Popen]:
@@ -94,9 +123,7 @@ def test_a_job_that_slurm_signals_saves_ends_with_its_code_and_resumes_bitwise(s
     assert finish(*slurm(folder, "whole", strategy)) == [0, 0]
     (folder / "wait").touch()
     tasks = slurm(folder, "parts", strategy)
-    while len(list(folder.glob("waiting*"))) < 2:
-        assert [task.poll() for task in tasks] == [None, None]
-        time.sleep(0.1)
+    wait_for_both(folder, tasks)
     for task in tasks:
         task.send_signal(signal.SIGUSR1)
     (folder / "wait").unlink()
