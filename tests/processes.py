@@ -140,7 +140,6 @@ SLOW = [
 QUICK = [case for case in CASES if case not in SLOW]
 IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
 """Cases that are run with passes in step, too."""
-QUICK_IN_STEP = ["one token on rank 1", "ppo"]
 
 REWARD_MODEL = "reward_model"
 TARGET = 1.9

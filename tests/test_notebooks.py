@@ -7,9 +7,16 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+LONG = "02_your_own_algorithm.ipynb"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.name, marks=[pytest.mark.slow] if path.name == LONG else [])
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")

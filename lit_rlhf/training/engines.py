@@ -155,7 +155,7 @@ class EngineHooks(ShardingHooks):
         """Add what releases the engine if the run fails, where Lightning calls no `teardown` of a module."""
         inherited: Any = super().configure_callbacks()
         used = self.engine.url is not None or self.engine.start is not None
-        return [*inherited, *([ReleaseOnError()] if used else [])]
+        return [*inherited, *([ReleaseOnError(self.release_engine)] if used else [])]
 
     def release_engine(self) -> None:
         """Remove the weights that were handed over, and end a server that was started."""
@@ -173,8 +173,15 @@ class EngineHooks(ShardingHooks):
 
 
 class ReleaseOnError(Callback):
-    """Releases the engine of a run that fails."""
+    """Releases the engine of a run that fails.
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    Args:
+        release: Releases it.
+    """
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self.release = release
+
+    def on_exception(self, *args: Any) -> None:
         """Release it."""
-        pl_module.release_engine()
+        self.release()

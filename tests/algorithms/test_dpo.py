@@ -63,13 +63,13 @@ def test_gradient_matches_the_published_loss(name, tiny, tmp_path):
 
 def test_reference_logprobs_are_computed_once_per_pair(tiny, tmp_path, monkeypatch):
     indices = []
-    original = lit_rlhf.models.policy.Reference.logprobs
+    original = lit_rlhf.models.reference.Reference.logprobs
 
     def recording(self, prompts, completions, temperature=1.0):
         indices.extend(prompts.index.tolist())
         return original(self, prompts, completions, temperature)
 
-    monkeypatch.setattr(lit_rlhf.models.policy.Reference, "logprobs", recording)
+    monkeypatch.setattr(lit_rlhf.models.reference.Reference, "logprobs", recording)
     module = make_module("DPO", tiny)
     fit(module, tmp_path, max_epochs=3)
     held_out = module.held_out_reference_logprobs

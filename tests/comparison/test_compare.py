@@ -70,7 +70,9 @@ def test_arguments_of_all_arms_are_checked_before_any_run(workspace, capsys):
     assert not (workspace / "here").exists()
 
 
-@pytest.mark.parametrize("name", ["testbed", "sweep", "ablations", "cost", "reviews"])
+@pytest.mark.parametrize(
+    "name", ["testbed", "sweep", pytest.param("ablations", marks=pytest.mark.slow), "cost", "reviews"]
+)
 def test_the_arguments_of_a_shipped_comparison_are_valid(name, workspace, monkeypatch):
     runs = []
     monkeypatch.setattr(compare_module, "run_all", lambda new, run_one, jobs: runs.extend(new) or [])

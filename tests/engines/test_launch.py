@@ -34,7 +34,7 @@ def vllm(tmp_path, monkeypatch):
 
 
 def fit(folder, root, **engine):
-    module = make_module("RLOO", folder, engine=Engine(**engine))
+    module = make_module("RLOO", folder, engine=Engine(folder=str(root / "handed_over"), **engine))
     trainer = make_trainer(root, max_steps=2)
     trainer.fit(module, make_data("RLOO"))
     return trainer
@@ -76,14 +76,14 @@ def test_a_server_ends_with_a_run_that_fails_and_a_further_run_starts_another(ti
         return json.loads((tmp_path / "record.json").read_text())["pid"]
 
     healed = []
-    module = make_module("RLOO", tiny, engine=Engine(start=vllm), rewards=[fails])
+    module = make_module("RLOO", tiny, engine=Engine(start=vllm, folder=str(tmp_path / "handed_over")), rewards=[fails])
     with pytest.raises(RuntimeError, match="no judge today"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO", val=None))
     first = pid()
     wait_for_end(first, seconds=0.1)
     healed.append(True)
     make_trainer(tmp_path, max_steps=1).fit(module, make_data("RLOO", val=None))
-    assert pid() != first and not list(Path("/dev/shm").glob("lit_rlhf_*"))
+    assert pid() != first and not list((tmp_path / "handed_over").iterdir())
 
 
 def test_a_started_server_that_dies_is_one_sentence_at_once(tiny, vllm, tmp_path):
@@ -109,7 +109,7 @@ def test_a_server_that_does_not_start_is_one_sentence(tiny, vllm, tmp_path):
         fit(tiny, tmp_path, start=vllm, arguments=["--fail"])
     with pytest.raises(InputError, match=r"did not answer within 0.01 s .engine.startup_timeout.; its output is in"):
         fit(tiny, tmp_path, start=vllm, startup_timeout=0.01)
-    assert not list(Path("/dev/shm").glob("lit_rlhf_*"))
+    assert not list((tmp_path / "handed_over").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,6 @@ def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_proce
     check_case(case, expected(case), result(case, root, completed_process))
 
 
-def test_two_processes_that_compute_in_step_equal_one(models, expected, tmp_path):
-    completed_process = run_script(models, tmp_path, "FSDP2 in step", cases=processes.QUICK_IN_STEP)
-    for case in processes.QUICK_IN_STEP:
-        check_case(case, expected(case), result(case, tmp_path, completed_process))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a prompt without a reward")
 @pytest.mark.parametrize(
