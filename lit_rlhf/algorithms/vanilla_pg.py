@@ -87,7 +87,6 @@ class VanillaPG(OnlineAlgorithm):
             raise InputError("offload_critic=True needs a second model, and critic='head' is a head on the policy")
         self.critic_pretrained, self.critic_lr, self.vf_coef = critic, critic_lr, vf_coef
         self.offload_critic = offload_critic
-        self._evaluation_context = contextlib.ExitStack()
 
     def setup(self, stage: str) -> None:
         """Check the configuration, and forget an evaluation that failed."""
@@ -110,9 +109,9 @@ class VanillaPG(OnlineAlgorithm):
 
     def without_critic(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the critic is in main memory, if that is chosen."""
-        optimizers = self.trainer.optimizers
         if not self.offload_critic:
             return contextlib.nullcontext()
+        optimizers = self.trainer.optimizers
         return in_main_memory(self.critic, optimizers[0] if optimizers else None)
 
     def prepare(self, rollout: Rollout) -> Rollout:

@@ -107,7 +107,7 @@ def check_offload(options: Sequence[str], device: torch.device, sharded: bool, w
         if sharded:
             raise InputError(
                 f"{name} can't be combined with --trainer.strategy fsdp2, which splits all models over the devices: "
-                "leave it out, or use --trainer.strategy ddp"
+                "leave it out"
             )
         if device.type == "cpu":
             rank_zero_warn(f"{name} has no effect on a CPU, where all models are in main memory")
