@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_rlhf.callbacks.saving import SavingFailed, Unwritten, export_policy, use_checkpoint_files, write_checkpoint
+from lit_rlhf.callbacks.saving import (
+    SavingFailed,
+    Unwritten,
+    export_policy,
+    is_last_with_all_weights,
+    use_checkpoint_files,
+    write_checkpoint,
+    write_checkpoint_alone,
+)
 from lit_rlhf.callbacks.sources import is_source, model_folders
 from lit_rlhf.callbacks.utils import is_fast_dev_run, run_folder, validated_in_fit
 from lit_rlhf.errors import InputError, InputTypeError
@@ -176,16 +185,17 @@ class PolicyCheckpoint(Checkpoint):
             rank_zero_warn(f"not written at the end of the run: {self.unwritten}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save the last complete state if all ranks can take part."""
+        """Save the last complete state if all ranks can take part, or if rank 0 has all of it."""
         # Saving is collective: a rank that failed alone would wait for the others. Code that raises on all ranks
         # together sets `on_all_ranks` on the exception.
         on_all_ranks = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
-        if trainer.state.fn != TrainerFn.FITTING or self._loops is None or not on_all_ranks:
+        alone = is_last_with_all_weights(trainer, exception)
+        if trainer.state.fn != TrainerFn.FITTING or self._loops is None or not (on_all_ranks or alone):
             return
         if self._updating and not self._undo_update(pl_module):
             return
         try:
-            path = self.save(trainer)
+            path = self._write(trainer, write_checkpoint_alone) if alone else self.save(trainer)
         except Exception as error:  # do not hide the first exception
             rank_zero_warn(f"no checkpoint could be written after {type(exception).__name__}: {error}")
         else:
@@ -204,16 +214,22 @@ class PolicyCheckpoint(Checkpoint):
             self._loops = trainer.fit_loop.state_dict()
         position = (batches.total.processed, self._validations)
         if self._enabled and self._loops is not None and position != self._saved:
-            self._saving = True
             try:
-                self.last_path = write_checkpoint(trainer, self._folder / "checkpoints" / "last.ckpt")
+                self._write(trainer, write_checkpoint)
             except SavingFailed as error:
                 self.unwritten.add("last.ckpt", error, f"the last one is {self.last_path}")
             else:
                 self._saved = position
                 self.unwritten.remove("last.ckpt")
-            finally:
-                self._saving = False
+        return self.last_path
+
+    def _write(self, trainer: Trainer, write: Callable[[Trainer, Path], Path]) -> Path:
+        """Write `last.ckpt` as of the last complete batch."""
+        self._saving = True
+        try:
+            self.last_path = write(trainer, self._folder / "checkpoints" / "last.ckpt")
+        finally:
+            self._saving = False
         return self.last_path
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

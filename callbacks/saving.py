@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lit_rlhf.training.checkpoint_files import CheckpointFiles
+from lit_rlhf.training.distributed import without_others
+from lit_rlhf.training.processes import ProcessLost
 
 
 class SavingFailed(Exception):
@@ -45,6 +47,25 @@ def write_checkpoint(trainer: Trainer, path: Path) -> Path:
         trainer.strategy.checkpoint_io = inner
     if error := trainer.strategy.broadcast(holder.error):
         raise SavingFailed(error)
+    return path
+
+
+def is_last_with_all_weights(trainer: Trainer, error: BaseException) -> bool:
+    """Return whether another rank was lost, and this one is the first and has a whole model."""
+    whole = getattr(trainer.strategy, "sharding", None) is None
+    return isinstance(error, ProcessLost) and trainer.is_global_zero and whole
+
+
+def write_checkpoint_alone(trainer: Trainer, path: Path) -> Path:
+    """Write a training checkpoint on this rank, which has all weights, after another one was lost.
+
+    Raises:
+        ProcessLost: If the lost rank had a part of the state.
+    """
+    check_finite(trainer.lightning_module.named_parameters())
+    with without_others(trainer):
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
     return path
 
 

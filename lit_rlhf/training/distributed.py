@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,7 +16,9 @@ from torch import Tensor
 from lit_rlhf.errors import InputError
 from lit_rlhf.local_warnings import hold_warnings
 from lit_rlhf.rewards.base import RewardInterrupted
-from lit_rlhf.training.processes import peers
+from lit_rlhf.training.processes import ProcessLost, peers
+
+_without_others: WeakSet[Trainer] = WeakSet()
 
 
 def sum_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
@@ -39,13 +42,30 @@ def gather_on_rank_zero(trainer: Trainer, state: dict[Any, Any]) -> list[dict[An
     """Return the states of all ranks on rank 0, and empty ones on the others.
 
     The states, which may hold all gradients, meet in the memory of rank 0's host: NCCL would gather them on every GPU.
+
+    Raises:
+        ProcessLost: If other ranks are lost (see `without_others`), and this one's state is not empty.
     """
     if trainer.world_size == 1:
         return [state]
+    if trainer in _without_others:
+        if state:
+            raise ProcessLost("it was in the middle of a rollout or an update, a part of which the lost process had")
+        return [{} for _ in range(trainer.world_size)]
     states: list[Any] = [{} for _ in range(trainer.world_size)]
     group = peers(trainer).group
     torch.distributed.gather_object(state, states if trainer.is_global_zero else None, dst=0, group=group)
     return states
+
+
+@contextlib.contextmanager
+def without_others(trainer: Trainer) -> Iterator[None]:
+    """Gather nothing from the other ranks within this context, since one of them is lost."""
+    _without_others.add(trainer)
+    try:
+        yield
+    finally:
+        _without_others.discard(trainer)
 
 
 @contextlib.contextmanager
