@@ -107,6 +107,16 @@ class VanillaPG(OnlineAlgorithm):
         self._evaluation_context.close()
         super()._log_evaluation(prefix)
 
+    def on_predict_start(self) -> None:
+        """Set up the models."""
+        super().on_predict_start()
+        self._evaluation_context.enter_context(self.without_critic())
+
+    def on_predict_epoch_end(self) -> None:
+        """End the prediction."""
+        self._evaluation_context.close()
+        super().on_predict_epoch_end()
+
     def without_critic(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the critic is in main memory, if that is chosen."""
         if not self.offload_critic:

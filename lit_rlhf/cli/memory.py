@@ -16,7 +16,7 @@ from lit_rlhf.data import TextData
 from lit_rlhf.errors import InputError
 from lit_rlhf.memory.estimate import Calculator, Estimate, Setting
 from lit_rlhf.memory.passes import Shape
-from lit_rlhf.models.offload import OPTIONS, check_offload
+from lit_rlhf.models.offload import OF_REWARD_MODEL, OPTIONS, check_offload
 from lit_rlhf.models.quantized import check_unsharded
 from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.types import Preferences
@@ -52,6 +52,8 @@ class MemoryReport:
         check_unsharded(algorithm.load_options, sharded)
         device = torch.device("cpu" if setting.on_cpu else "cuda")
         offloaded = [name for name in OPTIONS if getattr(algorithm, name, False)]
+        specs = getattr(getattr(algorithm, "scorer", None), "_specs", [])
+        offloaded += [OF_REWARD_MODEL for spec in specs if getattr(spec.reward, "offload", False)]
         check_offload(offloaded, device, sharded, setting.devices)
         if isinstance(algorithm, OnlineAlgorithm):
             shape = read_shape(algorithm.num_samples, algorithm.max_new_tokens, self.data, self.options)

@@ -16,6 +16,8 @@ from lit_rlhf.errors import InputError
 
 OPTIONS = "offload_reference", "offload_critic"
 """Options of algorithms that ask for it."""
+OF_REWARD_MODEL = "offload of a reward model"
+"""The option of `lit_rlhf.RewardModel`, as errors name it."""
 
 
 class OffloadedWeights:

@@ -17,7 +17,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.models.classifiers import check_one_label, read_config
 from lit_rlhf.models.length_groups import groups_of_similar_length, padded_size
 from lit_rlhf.models.loading import check_vocabulary
-from lit_rlhf.models.offload import OffloadedWeights, check_offload
+from lit_rlhf.models.offload import OF_REWARD_MODEL, OffloadedWeights, check_offload
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import is_classifier, load_tokenizer, shared_options, without_weights
 from lit_rlhf.models.scalar import ScalarModel
@@ -113,7 +113,7 @@ class RewardModel:
             ValueError: If the weights lack the head, the tokenizer has more tokens than the model, or the weights are
                 to be both sharded and offloaded.
         """
-        check_offload(["offload of a reward model"] * self.offload, torch.device(device), sharding is not None)
+        check_offload([OF_REWARD_MODEL] * self.offload, torch.device(device), sharding is not None)
         if self._scorer is None:
             own = self.tokenizer_source is self.pretrained
             options = self.load_options if own else shared_options(self.load_options)

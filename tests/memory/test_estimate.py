@@ -102,6 +102,16 @@ def test_command_needs_only_a_configuration(tmp_path, capsys):
     assert "does not fit 0.001 GiB" in capsys.readouterr().out
 
 
+def test_what_a_run_refuses_is_refused(tmp_path, capsys):
+    Critic.from_pretrained("testbed").classifier.save_pretrained(tmp_path)
+    args = ["memory", "--config", "rloo", "--model.policy", "testbed", "--prompt_tokens", "9"]
+    options = f"{{model: {tmp_path}, tokenizer: testbed, offload: true}}"
+    judge = f"[{{class_path: lit_rlhf.RewardModel, init_args: {options}}}]"
+    with pytest.raises(SystemExit) as exit_info:
+        main([*args, "--model.rewards", judge, "--trainer.strategy", "fsdp2"])
+    assert "offload of a reward model can't be combined" in f"{exit_info.value}{capsys.readouterr().err}"
+
+
 def test_unknown_length_and_strategy_are_one_sentence(capsys):
     args = ["memory", "--config", "sft", "--model.policy", "testbed", "--data.max_prompt_tokens", "null"]
     for more, message in (

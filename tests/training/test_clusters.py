@@ -85,7 +85,9 @@ def torchrun(folder: Path, root: str, strategy: str, *options: str) -> list[subp
 
 
 @pytest.mark.parametrize(
-    ("strategy", "often"), [("ddp", "--checkpoint.every_n_updates=null"), ("fsdp2", "--checkpoint.every_n_updates=1")], ids=["ddp", "fsdp2"]
+    ("strategy", "often"),
+    [("ddp", "--checkpoint.every_n_updates=null"), ("fsdp2", "--checkpoint.every_n_updates=1")],
+    ids=["ddp", "fsdp2"],
 )
 def test_a_process_killed_on_one_machine_ends_the_other_and_the_run_resumes_bitwise(strategy, often, folder):
     """Under DDP rank 0 has all of the model, and saves alone."""

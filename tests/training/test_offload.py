@@ -118,6 +118,9 @@ def test_an_offloaded_critic_gives_the_same_run(name, tiny, tmp_path, monkeypatc
     count = len(list(module.critic.parameters()))
     assert uses[:2] == [count, count] and set(uses[2:]) == {4 * count}  # validation and rollout before the first step
     assert_equal(plain, trainer)
+    before = len(uses)
+    trainer.predict(module, datamodule=make_data(name))
+    assert len(uses) == before + 1
 
 
 def test_the_critics_state_is_moved_and_the_policys_is_not():
