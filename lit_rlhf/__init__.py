@@ -2,9 +2,13 @@
 
 from lit_rlhf import callbacks, functional, rewards
 from lit_rlhf.algorithms import (
+    CISPO,
+    DAPO,
     DPO,
     GRPO,
+    GSPO,
     IPO,
+    OPO,
     PPO,
     RAFT,
     RLOO,
@@ -13,6 +17,10 @@ from lit_rlhf.algorithms import (
     DrGRPO,
     OnlineAlgorithm,
     Reinforce,
+    ReinforceBatchMean,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusBaseline,
+    ReMax,
     RewardModeling,
     VanillaPG,
 )
@@ -27,9 +35,13 @@ from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Ro
 __version__ = "0.1.0"
 
 __all__ = [
+    "CISPO",
+    "DAPO",
     "DPO",
     "GRPO",
+    "GSPO",
     "IPO",
+    "OPO",
     "PPO",
     "RAFT",
     "RLOO",
@@ -47,7 +59,11 @@ __all__ = [
     "Preferences",
     "PromptData",
     "Prompts",
+    "ReMax",
     "Reinforce",
+    "ReinforceBatchMean",
+    "ReinforcePlusPlus",
+    "ReinforcePlusPlusBaseline",
     "RewardModel",
     "RewardModeling",
     "RewardShaping",

@@ -32,6 +32,36 @@ def masked_mean(
     return masked_sum(values, mask) / mask.sum(-1).clamp(min=1)
 
 
+REDUCTIONS = "sums", "completions", "tokens", "constant_length"
+"""Names of `reduce_tokens`."""
+
+
+def reduce_tokens(
+    terms: Float[Tensor, "prompts samples tokens"],
+    mask: Bool[Tensor, "prompts samples tokens"],
+    reduction: str,
+    max_length: int,
+) -> Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"]:
+    """Reduce a loss per token to terms whose mean is the loss of an update.
+
+    Args:
+        terms: The loss of each token.
+        mask: True at the tokens of completions.
+        reduction: `sums`: the sum of each completion (REINFORCE, RLOO); `completions`: its mean (GRPO, arXiv
+            2402.03300, equation 3); `tokens`: all tokens of the update are alike (DAPO, arXiv 2503.14476, equation 8);
+            `constant_length`: the sum over `max_length` (Dr. GRPO, arXiv 2503.20783, section 3.2).
+        max_length: Maximum number of tokens of a completion.
+
+    Returns:
+        One number per completion, or the terms as they are for `tokens`.
+    """
+    if reduction == "tokens":
+        return terms
+    if reduction == "completions":
+        return masked_mean(terms, mask)
+    return masked_sum(terms, mask) / {"sums": 1, "constant_length": max_length}[reduction]
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Convert a 16-bit tensor to float32; return any other dtype unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
@@ -308,24 +338,41 @@ def importance_ratio(
 
 
 def ppo_clip_loss(
-    logprobs: Float[Tensor, "*batch tokens"],
-    old_logprobs: Float[Tensor, "*batch tokens"],
-    advantages: Float[Tensor, "*batch tokens"],
+    ratio: Float[Tensor, "*batch"],
+    advantages: Float[Tensor, "*batch"],
     clip_range: float | None,
-) -> tuple[Float[Tensor, "*batch tokens"], Bool[Tensor, "*batch tokens"]]:
-    """Clipped surrogate loss per token: `-min(w A, clamp(w, 1 - eps, 1 + eps) A)`, `w = importance_ratio`.
+    clip_range_high: float | None = None,
+) -> tuple[Float[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """Clipped surrogate loss: `-min(w A, clamp(w, 1 - low, 1 + high) A)`.
 
-    Schulman et al., 2017, arXiv 1707.06347, equation 7.
+    Schulman et al., 2017, arXiv 1707.06347, equation 7; with two bounds Yu et al., 2025, arXiv 2503.14476, equation 10.
+
+    Args:
+        ratio: The importance ratio w of each token, with gradient.
+        advantages: The advantages A.
+        clip_range: See `clip_ratio`.
+        clip_range_high: See `clip_ratio`.
 
     Returns:
-        The loss, and a mask of the tokens whose clipped term is active; all False with `clip_range=None`.
+        The loss, and a mask of the tokens whose clipped term is active.
     """
-    ratio = importance_ratio(logprobs, old_logprobs)
-    unclipped = ratio * advantages
-    if clip_range is None:
-        return -unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    unclipped, clipped = ratio * advantages, clip_ratio(ratio, clip_range, clip_range_high) * advantages
     return -torch.minimum(unclipped, clipped), clipped < unclipped
+
+
+def clip_ratio(
+    ratio: Float[Tensor, "*batch"], clip_range: float | None, clip_range_high: float | None = None
+) -> Float[Tensor, "*batch"]:
+    """Clip a ratio to `[1 - clip_range, 1 + clip_range_high]`. A bound that is None is absent.
+
+    Args:
+        ratio: The ratio.
+        clip_range: The lower bound, and the upper one without `clip_range_high`.
+        clip_range_high: The upper bound.
+    """
+    high = clip_range if clip_range_high is None else clip_range_high
+    low = None if clip_range is None else 1 - clip_range
+    return ratio if low is None and high is None else ratio.clamp(low, None if high is None else 1 + high)
 
 
 def value_loss(

@@ -1,22 +1,33 @@
 """The methods, one file each, and their two bases."""
 
 from lit_rlhf.algorithms.base import Algorithm
+from lit_rlhf.algorithms.batch_mean import ReinforceBatchMean
+from lit_rlhf.algorithms.cispo import CISPO
+from lit_rlhf.algorithms.dapo import DAPO
 from lit_rlhf.algorithms.dpo import DPO, IPO
 from lit_rlhf.algorithms.dr_grpo import DrGRPO
 from lit_rlhf.algorithms.grpo import GRPO
+from lit_rlhf.algorithms.gspo import GSPO
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.algorithms.opo import OPO
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.raft import RAFT
 from lit_rlhf.algorithms.reinforce import Reinforce
+from lit_rlhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusBaseline
+from lit_rlhf.algorithms.remax import ReMax
 from lit_rlhf.algorithms.reward_modeling import RewardModeling
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.algorithms.sft import SFT
 from lit_rlhf.algorithms.vanilla_pg import VanillaPG
 
 __all__ = [
+    "CISPO",
+    "DAPO",
     "DPO",
     "GRPO",
+    "GSPO",
     "IPO",
+    "OPO",
     "PPO",
     "RAFT",
     "RLOO",
@@ -24,7 +35,11 @@ __all__ = [
     "Algorithm",
     "DrGRPO",
     "OnlineAlgorithm",
+    "ReMax",
     "Reinforce",
+    "ReinforceBatchMean",
+    "ReinforcePlusPlus",
+    "ReinforcePlusPlusBaseline",
     "RewardModeling",
     "VanillaPG",
 ]

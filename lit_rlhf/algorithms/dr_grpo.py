@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from lit_rlhf import functional as F
-from lit_rlhf.algorithms.grpo import GRPO
-from lit_rlhf.types import Rollout
+from lit_rlhf.algorithms.grpo import GRPO, Reduction, Spread
 
 
 class DrGRPO(GRPO):
@@ -21,16 +17,17 @@ class DrGRPO(GRPO):
     Args:
         *args: See `GRPO`.
         kl_coef: See `OnlineAlgorithm`; the paper's is 0.
+        advantage_std: See `GRPO`.
+        reduction: See `GRPO`.
         **kwargs: See `GRPO`.
     """
 
-    def __init__(self, *args: Any, kl_coef: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, kl_coef=kl_coef, **kwargs)
-
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """Return of each completion minus the mean of its group."""
-        return F.group_centered_advantages(rollout.total_returns, rollout.valid)
-
-    def token_divisor(self, part: Rollout) -> Tensor | float:
-        """Constant maximum length."""
-        return self.sampling.max_new_tokens
+    def __init__(
+        self,
+        *args: Any,
+        kl_coef: float = 0.0,
+        advantage_std: Spread = "none",
+        reduction: Reduction = "constant_length",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, kl_coef=kl_coef, advantage_std=advantage_std, reduction=reduction, **kwargs)

@@ -6,14 +6,21 @@ standard deviation plus 1e-4, as TRL does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
+from lit_rlhf.training import checks
+from lit_rlhf.training.normalization import moments_over_ranks
 from lit_rlhf.types import Metrics, Rollout
+
+Spread = Literal["group", "batch", "none"]
+Reduction = Literal["completions", "tokens", "constant_length", "sums"]
+TokenTerms = tuple[Float[Tensor, "prompts samples tokens"], Bool[Tensor, "prompts samples tokens"]]
 
 
 class GRPO(OnlineAlgorithm):
@@ -24,38 +31,70 @@ class GRPO(OnlineAlgorithm):
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is the size of the group.
         clip_range: Clip the ratio w to `[1 - clip_range, 1 + clip_range]`; null does not clip.
+        clip_range_high: Upper bound of the clip, `1 + clip_range_high`; null for that of `clip_range`.
+        advantage_std: Divide advantages by the standard deviation of the `group`, of the whole `batch`, or by `none`.
+        reduction: How tokens are weighed: `completions` (the mean of each), `tokens` (all alike), `constant_length`
+            (the sum of each over `max_new_tokens`), or `sums`.
         kl_penalty: See `OnlineAlgorithm`; the paper's is `k3_loss`.
         **kwargs: See `OnlineAlgorithm`. The paper's `kl_coef` is 0.04.
 
     Raises:
-        ValueError: If `num_samples` is 1, or `clip_range` is not above 0.
+        ValueError: If a number is out of its range, or an option has no effect.
     """
 
     uses_importance_ratio = True
     published_kl_penalty = "k3_loss"
+    min_samples = 2
+    """Smallest group that the method learns from."""
 
-    def __init__(self, *args: Any, clip_range: float | None = 0.2, kl_penalty: str = "k3_loss", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        clip_range: float | None = 0.2,
+        clip_range_high: float | None = None,
+        advantage_std: Spread = "group",
+        reduction: Reduction = "completions",
+        kl_penalty: str = "k3_loss",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, kl_penalty=kl_penalty, **kwargs)
-        name = type(self).__name__
-        if self.num_samples < 2:
-            raise InputError(f"{name} compares a group, so num_samples={self.num_samples} must be at least 2")
-        if clip_range is not None and not clip_range > 0:
-            raise InputError(f"clip_range={clip_range} must be above 0, or null for none")
-        self.clip_range = clip_range
+        if self.num_samples < self.min_samples:
+            raise InputError(
+                f"{type(self).__name__} compares a group, so num_samples={self.num_samples} must be at least 2"
+            )
+        checks.check_clip_range(clip_range, clip_range_high)
+        checks.check_choice("advantage_std", advantage_std, ("group", "batch", "none"))
+        checks.check_choice("reduction", reduction, F.REDUCTIONS)
+        self.clip_range, self.clip_range_high = clip_range, clip_range_high
+        self.advantage_std, self.reduction = advantage_std, reduction
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        """Return of each completion, normalized to mean 0 and variance 1 within its group."""
-        return F.group_normalized_advantages(rollout.total_returns, rollout.valid)
+        """Return of each completion minus the mean of its group, over a standard deviation by choice."""
+        returns, valid = rollout.total_returns, rollout.valid
+        if self.advantage_std == "group":
+            return F.group_normalized_advantages(returns, valid)
+        centered = F.group_centered_advantages(returns, valid)
+        if self.advantage_std == "none":
+            return centered
+        mean, variance = moments_over_ranks(centered, valid, self.sum_over_ranks)
+        return F.whiten(centered, mean, variance).masked_fill(~valid, 0.0)
 
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
-        """Clipped surrogate loss, the mean over a completion's tokens."""
-        assert part.logprobs is not None and part.old_logprobs is not None and part.advantages is not None
-        advantages = part.advantages.unsqueeze(-1).expand_as(part.logprobs)
-        terms, clipped = F.ppo_clip_loss(part.logprobs, part.old_logprobs, advantages, self.clip_range)
-        ratio = F.importance_ratio(part.logprobs.detach(), part.old_logprobs)
-        metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio, part.loss_mask)}
-        return F.masked_sum(terms, part.completions.mask) / self.token_divisor(part), metrics
+        """Surrogate loss, reduced over tokens."""
+        assert part.advantages is not None
+        ratio, advantages = self.ratio(part), part.advantages
+        if advantages.ndim == 2:
+            advantages = advantages.unsqueeze(-1).expand_as(ratio)
+        terms, clipped = self.surrogate_loss(part.replace(advantages=advantages), ratio)
+        metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio.detach(), part.loss_mask)}
+        return self.reduce_tokens(terms, part), metrics
 
-    def token_divisor(self, part: Rollout) -> Tensor | float:
-        """Length of each completion."""
-        return part.completions.lengths.clamp(min=1)
+    def ratio(self, part: Rollout) -> Float[Tensor, "prompts samples tokens"]:
+        """Return the importance ratio of each token."""
+        assert part.logprobs is not None and part.old_logprobs is not None
+        return F.importance_ratio(part.logprobs, part.old_logprobs)
+
+    def surrogate_loss(self, part: Rollout, ratio: Tensor) -> TokenTerms:
+        """Clipped surrogate loss of each token, and where the clip is active."""
+        assert part.advantages is not None
+        return F.ppo_clip_loss(ratio, part.advantages, self.clip_range, self.clip_range_high)

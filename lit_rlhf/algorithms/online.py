@@ -27,26 +27,23 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.engines import Engine
-from lit_rlhf.evaluation.completions import completion_texts
 from lit_rlhf.evaluation.evaluator import check_opponent, make_judge
 from lit_rlhf.evaluation.options import EvaluationOptions
-from lit_rlhf.evaluation.scoring import score
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, check_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
-from lit_rlhf.rewards.shaping import RewardStatistics, shape_rewards
+from lit_rlhf.rewards.shaping import RewardStatistics
 from lit_rlhf.training import checks
-from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
+from lit_rlhf.training.collection import Collection
 from lit_rlhf.training.finite import is_finite, nonfinite_fields
-from lit_rlhf.training.hooks import OnlineHooks
-from lit_rlhf.training.logging import mean_reward_metrics, reduce_rollout_metrics
+from lit_rlhf.training.logging import reduce_rollout_metrics
 from lit_rlhf.training.resume import restore_on_error
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Completions, Metrics, Prompts, Rollout
+from lit_rlhf.types import Metrics, Prompts, Rollout
 
 
-class OnlineAlgorithm(OnlineHooks, Algorithm):
+class OnlineAlgorithm(Collection, Algorithm):
     """An algorithm that learns from its own completions.
 
     Args:
@@ -75,6 +72,8 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
     rollout_type: type[Rollout] = Rollout
     uses_importance_ratio = False
     """Whether the loss corrects for updates since sampling by a ratio, for which rollouts keep `old_logprobs`."""
+    reduction = "sums"
+    """How `reduce_tokens`, and a KL in the loss, weigh tokens: one of `functional.REDUCTIONS`."""
     published_kl_penalty = "k1_reward"
     """The `kl_penalty` of the method's paper, which gives no warning."""
     reference: Reference | None
@@ -149,65 +148,16 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         """Add the log-probabilities under the current policy, with gradient."""
         return part.replace(logprobs=self.logprobs(part))
 
-    def token_divisor(self, part: Rollout) -> Tensor | float:
-        """Return what the token sums of each completion are divided by, in the policy loss and the KL loss."""
-        return 1.0
+    def reduce_tokens(self, terms: Float[Tensor, "prompts samples tokens"], part: Rollout) -> Tensor:
+        """Reduce a loss per token as `reduction` says; see `functional.reduce_tokens`."""
+        return F.reduce_tokens(terms, part.completions.mask, self.reduction, self.max_new_tokens)
 
-    # Collecting a rollout
-
-    def sample(self, prompts: Prompts) -> Completions:
-        """Sample `num_samples` completions of each prompt."""
-        return self.sampler.sample(prompts, self.num_samples, self.sampling, self.seed, self.current_epoch)
-
-    def collect(self, prompts: Prompts) -> Rollout:
-        """Sample completions, score them, and subtract the KL to the reference from their rewards."""
-        with self.timer("sample"):
-            self.renew_engine()
-        with self.timer("sample"), raise_on_all_ranks(self.trainer):
-            completions = self.sample(prompts)
-        self.rest_engine()
-        with self.timer("score"), raise_on_all_ranks(self.trainer):
-            texts = completion_texts(self.tokenizer, prompts, completions)
-            scores = score(self.scorer, self.tokenizer, prompts, completions, texts, self.trainer_state())
-        reference_logprobs = None
-        if self.reference is not None:
-            with self.timer("score"), self.reference.without_gradient(), raise_on_all_ranks(self.trainer):
-                reference_logprobs = self._reference_logprobs(self.reference, prompts, completions)
-        self.log_dict(mean_reward_metrics(gather_over_ranks(self.trainer, scores.metrics)), batch_size=1)
-
-        valid = scores.valid
-        if self.shaping.mask_truncated_completions:
-            valid = valid & completions.finished
-        rewards = shape_rewards(
-            scores.rewards,
-            valid & scores.has_sequence_reward,
-            self.shaping,
-            self.running_statistics["rewards"],
-            self.sum_over_ranks,
-            noise_counter=(self.seed, self.current_epoch, prompts.index.tolist()),
-        )
-        rewards = rewards - self.shaping.missing_eos_penalty * (~completions.finished).to(rewards)
-        rewards = rewards.masked_fill(~valid, 0.0)
-
-        kl = torch.zeros_like(rewards)
-        if self.kl_place == "reward" and reference_logprobs is not None:
-            kl = F.kl_of_completions(self.kl_estimator, completions.logprobs, reference_logprobs, completions.mask)
-        return self.rollout_type(
-            prompts=prompts,
-            completions=completions,
-            reference_logprobs=reference_logprobs,
-            rewards=rewards,
-            component_rewards=scores.component_rewards,
-            valid=valid,
-            returns=F.kl_penalized_return(rewards, kl, self.kl_coef).masked_fill(~valid, 0.0),
-            token_rewards=scores.token_rewards,
-            texts=texts,
-            reward_extras=scores.reward_extras,
-        )
-
-    def _reference_logprobs(self, reference: Reference, prompts: Prompts, completions: Completions) -> Tensor:
-        temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))
-        return torch.cat([reference.logprobs(prompts.rows(i).trim(), completions.rows(i), temperature) for i in parts])
+    def token_penalties(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
+        """Return the KL of each token, if it is in the reward, times `kl_coef`, minus the token's reward, if any."""
+        penalties = torch.zeros_like(rollout.completions.logprobs)
+        if self.kl_place == "reward" and rollout.reference_logprobs is not None:
+            penalties = self.kl_coef * F.kl_k1(rollout.completions.logprobs, rollout.reference_logprobs)
+        return penalties if rollout.token_rewards is None else penalties - rollout.token_rewards
 
     @torch.no_grad()
     def new_rollout(self, prompts: Prompts) -> Rollout:
@@ -291,9 +241,13 @@ class OnlineAlgorithm(OnlineHooks, Algorithm):
         """Return log-probabilities of the completions' tokens under the current policy, with gradient."""
         return self.policy.logprobs(part.prompts, part.completions, self.sampling.temperature)
 
-    def kl_terms(self, part: Rollout, terms: Tensor) -> Float[Tensor, "prompts samples"]:
-        """Return the KL of each completion with gradient, for a KL in the loss."""
-        checks.check_kl_in_loss(type(self).__name__, terms, part)
+    def kl_terms(self, part: Rollout, terms: Tensor) -> Tensor:
+        """Return the KL with gradient, reduced as `terms` are, for a KL in the loss."""
+        checks.check_kl_in_loss(type(self).__name__, part.logprobs is not None)
         assert part.logprobs is not None and part.reference_logprobs is not None
-        kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, part.completions.mask)
-        return kl / self.token_divisor(part)
+        mask = part.completions.mask
+        kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, mask)
+        of_tokens = (kl / part.completions.lengths.clamp(min=1)).unsqueeze(-1).expand(mask.shape)
+        reduced = self.reduce_tokens(of_tokens, part)
+        checks.check_kl_in_loss(type(self).__name__, reduced.shape == terms.shape)
+        return reduced

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.vanilla_pg import ValuedRollout, VanillaPG
 from lit_rlhf.errors import InputError
+from lit_rlhf.training.normalization import moments_over_ranks
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -68,21 +68,17 @@ class PPO(VanillaPG):
         if not self.whiten:
             return advantages
         mask = rollout.loss_mask
-        kept, counted = F.to_float64(advantages.masked_fill(~mask, 0.0)), F.to_float64(mask)
-        sums = torch.stack([counted.sum(), kept.sum(), (kept**2).sum()])
-        count, total, squares = self.sum_over_ranks(sums)
-        mean = total / count.clamp(min=1)
-        variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
-        return F.whiten(advantages, mean.to(advantages), variance.to(advantages)).masked_fill(~mask, 0.0)
+        mean, variance = moments_over_ranks(advantages, mask, self.sum_over_ranks)
+        return F.whiten(advantages, mean, variance).masked_fill(~mask, 0.0)
 
     def policy_loss(self, part: ValuedRollout) -> tuple[Float[Tensor, "prompts samples"], Metrics]:
         """Clipped surrogate loss per completion, and the clip fraction."""
         if not self.uses_importance_ratio:
             return super().policy_loss(part)
         assert part.logprobs is not None and part.old_logprobs is not None and part.advantages is not None
-        terms, clipped = F.ppo_clip_loss(part.logprobs, part.old_logprobs, part.advantages, self.clip_range)
-        ratio = F.importance_ratio(part.logprobs.detach(), part.old_logprobs)
-        metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio, part.loss_mask)}
+        ratio = F.importance_ratio(part.logprobs, part.old_logprobs)
+        terms, clipped = F.ppo_clip_loss(ratio, part.advantages, self.clip_range)
+        metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio.detach(), part.loss_mask)}
         return F.masked_sum(terms, part.completions.mask), metrics
 
     def value_loss(self, part: ValuedRollout) -> Float[Tensor, "prompts samples tokens"]:

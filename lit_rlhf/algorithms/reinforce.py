@@ -70,12 +70,21 @@ class Reinforce(OnlineAlgorithm):
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return minus the baseline of earlier rollouts; with token-level rewards, per token with reward-to-go."""
         baseline = self.baseline_average.value
+        to_go = self.returns_to_go(rollout)
+        self.update_baseline(to_go if to_go.ndim == 2 else to_go[..., 0], rollout.valid)
+        return to_go - baseline
+
+    def returns_to_go(self, rollout: Rollout, baseline: Tensor | float = 0.0) -> Tensor:
+        """Return what each completion, or with token-level rewards what each token and those after it, brought in.
+
+        Args:
+            rollout: The rollout.
+            baseline: Number to subtract, which broadcasts to completions.
+        """
         if rollout.token_rewards is None:
-            self.update_baseline(rollout.returns, rollout.valid)
             return rollout.returns - baseline
         to_go = F.reward_to_go(rollout.token_rewards, rollout.completions.mask)
-        self.update_baseline(rollout.returns + to_go[..., 0], rollout.valid)
-        return rollout.returns.unsqueeze(-1) + to_go - baseline
+        return (rollout.returns - baseline).unsqueeze(-1) + to_go
 
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
         """Negative log-probability of each completion, weighted by its advantage."""

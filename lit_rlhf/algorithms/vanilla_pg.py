@@ -141,13 +141,7 @@ class VanillaPG(OnlineAlgorithm):
 
     def token_rewards(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """Reward of each token, including its KL penalty."""
-        completions = rollout.completions
-        penalties = torch.zeros_like(completions.logprobs)
-        if self.kl_place == "reward" and rollout.reference_logprobs is not None:
-            penalties = self.kl_coef * F.kl_k1(completions.logprobs, rollout.reference_logprobs)
-        if rollout.token_rewards is not None:
-            penalties = penalties - rollout.token_rewards
-        return F.token_rewards_with_kl(rollout.rewards, penalties, completions.mask)
+        return F.token_rewards_with_kl(rollout.rewards, self.token_penalties(rollout), rollout.completions.mask)
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """Value targets minus values."""

@@ -7,6 +7,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lit_rlhf.engines.options import Engine
 from lit_rlhf.engines.server import START, Answer, VLLMServer
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.policy import Policy
-from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.models.sampling import Sampling, join_completions
 from lit_rlhf.models.stop_strings import StopStrings
 from lit_rlhf.rewards.calls import interruptible
 from lit_rlhf.types import Completions, Prompts
@@ -70,7 +71,13 @@ class ServerSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int = 0,
+        epoch: int = 0,
+        with_greedy: bool = False,
     ) -> Completions:
         """Sample as `Policy.sample` does, with the server's own noise. Where sharded, call it on all ranks.
 
@@ -80,10 +87,24 @@ class ServerSampler:
         probed = prompts.rows(slice(PROBE_PROMPTS)).trim()
         plain = Sampling(max_new_tokens=PROBE_TOKENS, temperature=sampling.temperature)
         requests = self._requests(prompts, num_samples, sampling, seed, epoch)
+        if with_greedy:
+            requests += self._requests(prompts, 1, replace(sampling, greedy=True), seed, epoch)
         with interruptible(f"the vLLM server {self.server.shown}"):
             answers = self._complete(requests + self._requests(probed, 1, plain, seed, epoch))
         rows, probes = answers[: len(requests)], answers[len(requests) :]
         self._check_logprobs(probed, self._assemble(probed, probes, plain), plain.temperature)
+        completions = self._completions(prompts, rows[: len(prompts)], num_samples, sampling)
+        if with_greedy:
+            greedy = self._completions(prompts, rows[len(prompts) :], 1, replace(sampling, greedy=True))
+            if completions.sampled_mass is not None:
+                greedy = greedy.replace(sampled_mass=greedy.mask.to(greedy.logprobs))
+            completions = join_completions([completions, greedy], axis=1)
+        return completions
+
+    def _completions(
+        self, prompts: Prompts, rows: list[list[Answer]], num_samples: int, sampling: Sampling
+    ) -> Completions:
+        """Return answers as completions, with the log-probabilities of the policy's whole distribution."""
         completions = self._assemble(prompts, [row * num_samples if sampling.greedy else row for row in rows], sampling)
         if not (sampling.truncates or (sampling.greedy and (sampling.temperature != 1 or sampling.min_new_tokens))):
             return completions

@@ -37,7 +37,7 @@ from lit_rlhf.models.logprobs import completion_logprobs
 from lit_rlhf.models.out_of_memory import FittingRows
 from lit_rlhf.models.pretrained import processor_files
 from lit_rlhf.models.probe import probe_policy
-from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions
+from lit_rlhf.models.sampling import Sampling, counter_based_uniform, decode, join_completions, with_greedy_rows
 from lit_rlhf.models.sharding import ShardedWeights, Sharding
 from lit_rlhf.models.shared_prompt import TokenSequences, completion_features, fill_padding, score_in_parts
 from lit_rlhf.models.stop_strings import StopStrings
@@ -136,7 +136,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int = 0,
+        epoch: int = 0,
+        with_greedy: bool = False,
     ) -> Completions:
         """Sample completions of each prompt.
 
@@ -147,11 +153,17 @@ class Policy(nn.Module):
             seed: Key of the sampling noise, with `epoch` and the prompts' `index`: the same key gives the same
                 completions, whatever else is in the batch.
             epoch: See `seed`.
+            with_greedy: Whether each prompt gets one more completion, the last, of its most likely tokens.
         """
         self.probe()
+        width, length = num_samples + with_greedy, sampling.max_new_tokens
 
         def sample(rows: slice) -> Completions:
-            return self._sample(fill_padding(prompts.rows(rows).trim()), num_samples, sampling, seed, epoch)
+            part, noise = fill_padding(prompts.rows(rows).trim()), None
+            if not sampling.greedy:
+                noise = counter_based_uniform(seed, epoch, part.index.tolist(), num_samples, length)
+                noise = with_greedy_rows(noise, num_samples) if with_greedy else noise
+            return self._sample(part, width, sampling, noise)
 
         with (
             self.model_forward.without_gradient(),
@@ -160,14 +172,11 @@ class Policy(nn.Module):
         ):  # a model that checkpoints keeps no cache in training
             if self.model_forward.in_step:
                 return sample(slice(None))
-            parts = self._sampling_rows.in_parts(sample, len(prompts), num_samples, sampling.batch_size)
+            parts = self._sampling_rows.in_parts(sample, len(prompts), width, sampling.batch_size)
         return parts[0] if len(parts) == 1 else join_completions(parts)
 
-    def _sample(self, prompts: Prompts, k: int, sampling: Sampling, seed: int, epoch: int) -> Completions:
+    def _sample(self, prompts: Prompts, k: int, sampling: Sampling, noise: Tensor | None) -> Completions:
         decoder = (CachedDecoder if self.shares_prompt else PlainDecoder)(self.model_forward, prompts, k)
-        noise = None
-        if not sampling.greedy:
-            noise = counter_based_uniform(seed, epoch, prompts.index.tolist(), k, sampling.max_new_tokens)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=prompts.tokens.device)
         stops = StopStrings(self.tokenizer, sampling.stop) if sampling.stop else None
         with in_step(decoder, self.model_forward) as together:

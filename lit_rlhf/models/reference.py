@@ -93,11 +93,17 @@ class Reference:
             return self._policy.logprobs(prompts, completions, temperature)
 
     def sample(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int = 0,
+        epoch: int = 0,
+        with_greedy: bool = False,
     ) -> Completions:
         """See `Policy.sample`."""
         with self._frozen():
-            return self._policy.sample(prompts, num_samples, sampling, seed, epoch)
+            return self._policy.sample(prompts, num_samples, sampling, seed, epoch, with_greedy)
 
 
 def check_reference(source: str | None, kl_coef: float, offload: bool) -> None:

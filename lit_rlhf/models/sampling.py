@@ -71,7 +71,13 @@ class Sampler(Protocol):
     """What samples completions of a policy: the policy itself, or an engine that has its weights."""
 
     def sample(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int = 0, epoch: int = 0
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int = 0,
+        epoch: int = 0,
+        with_greedy: bool = False,
     ) -> Completions:
         """Sample completions of each prompt; see `Policy.sample`."""
         ...
@@ -93,6 +99,12 @@ def counter_based_uniform(
         for sample in range(num_samples)
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+def with_greedy_rows(noise: Float[Tensor, "rows length"], num_samples: int) -> Float[Tensor, "greater length"]:
+    """Add a row after the samples of each prompt, with NaN for noise: there the most likely token is taken."""
+    groups = noise.view(-1, num_samples, noise.shape[-1])
+    return torch.nn.functional.pad(groups, (0, 0, 0, 1), value=torch.nan).flatten(0, 1)
 
 
 def inverse_cdf(probabilities: Float[Tensor, "rows vocabulary"], noise: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
@@ -134,7 +146,7 @@ def decode(
     Args:
         decoder: The rows.
         shape: Number of prompts and of samples of each, `(n, k)`.
-        noise: Uniform numbers, one per row and token; not needed when greedy.
+        noise: Uniform numbers, one per row and token; NaN in a greedy row; not needed when greedy.
         sampling: The options.
         eos: Ids that end a completion.
         stops: Finds the rows that a stop string has ended, from their tokens so far.
@@ -146,7 +158,8 @@ def decode(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     noise = None if noise is None else noise.to(F.float64_device(device))
     alive = torch.arange(rows, device=device)
-    choose = _chooser(sampling, eos)
+    mixed = noise is not None and bool(noise[:, 0].isnan().any())
+    choose = _chooser(sampling, eos, mixed)
     for t in range(length):
         logits = F.at_least_float32(logits)
         logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
@@ -208,8 +221,14 @@ def remaining_rows(ended: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
 Chooser = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
-def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
-    """Return a function that picks a token of every row, and returns the probability mass that it sampled from."""
+def _chooser(sampling: Sampling, eos: Tensor, mixed: bool) -> Chooser:
+    """Return a function that picks a token of every row, and returns the probability mass that it sampled from.
+
+    Args:
+        sampling: The options.
+        eos: Ids that end a completion.
+        mixed: Whether some rows are greedy.
+    """
     warpers: list[TopKLogitsWarper | TopPLogitsWarper] = []
     if sampling.top_k and not sampling.greedy:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -225,16 +244,18 @@ def _chooser(sampling: Sampling, eos: Tensor) -> Chooser:
             allowed = warp(None, allowed)
         if noise is None:
             return allowed.argmax(-1), torch.ones_like(logprobs[:, 0])
-        if allowed is logprobs:
-            return inverse_cdf(probabilities, noise), torch.ones_like(logprobs[:, 0])
-        kept = torch.where(allowed.isneginf(), 0.0, probabilities)
-        return inverse_cdf(kept, noise), kept.sum(-1)
+        full = allowed is logprobs
+        kept = probabilities if full else torch.where(allowed.isneginf(), 0.0, probabilities)
+        drawn = inverse_cdf(kept, noise)
+        if mixed:
+            drawn = torch.where(noise.isnan().to(drawn.device), allowed.argmax(-1), drawn)
+        return drawn, torch.ones_like(logprobs[:, 0]) if full else kept.sum(-1)
 
     return choose
 
 
-def join_completions(parts: list[Completions]) -> Completions:
-    """Stack completions of different prompts, padded to the longest."""
+def join_completions(parts: list[Completions], axis: int = 0) -> Completions:
+    """Stack completions, padded to the longest: of different prompts, or along axis 1 of the same ones."""
     length = max(part.tokens.shape[-1] for part in parts)
 
     def pad(tensor: Tensor) -> Tensor:
@@ -242,7 +263,7 @@ def join_completions(parts: list[Completions]) -> Completions:
 
     columns = [vars(part.map(pad)) for part in parts]
     joined: dict[str, Any] = {
-        name: None if first is None else torch.cat([column[name] for column in columns])
+        name: None if first is None else torch.cat([column[name] for column in columns], axis)
         for name, first in columns[0].items()
     }
     return Completions(**joined)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -191,6 +191,19 @@ def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
         raise InputError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
 
 
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Check that an option is one of its values."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def check_clip_range(low: float | None, high: float | None) -> None:
+    """Check the bounds of a clipped ratio."""
+    for name, value in {"clip_range": low, "clip_range_high": high}.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value} must be above 0, or null for none")
+
+
 def check_num_minibatches(num_minibatches: int, batch_size: int) -> None:
     """Check that a rollout has at least one prompt per minibatch."""
     if num_minibatches > batch_size:
@@ -275,10 +288,13 @@ def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
         )
 
 
-def check_kl_in_loss(algorithm: str, terms: Tensor, part: Rollout) -> None:
-    """Check that a KL per completion can be added to the loss terms."""
-    if terms.ndim != 2 or part.logprobs is None:
-        raise InputError(f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward'")
+def check_kl_in_loss(algorithm: str, possible: bool) -> None:
+    """Check that a KL can be added to the loss terms."""
+    if not possible:
+        raise InputError(
+            f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward', or let loss return "
+            "self.reduce_tokens(terms, part)"
+        )
 
 
 def check_same_shape(algorithm: str, part: Rollout, evaluated: Rollout) -> None:

@@ -1,0 +1,58 @@
+"""ReMax: REINFORCE whose baseline is the reward of the greedy completion.
+
+Li et al., 2023, arXiv 2310.10505, section 4. Departures: none; the greedy completion is decoded in the same batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lit_rlhf.algorithms.reinforce import Reinforce
+from lit_rlhf.types import Completions, Prompts, Rollout
+
+
+@dataclass
+class GreedyRollout(Rollout):
+    """A rollout with the reward of each prompt's greedy completion.
+
+    Attributes:
+        greedy_rewards: The reward, 0 where no reward scored it; None until it is known.
+    """
+
+    greedy_rewards: Float[Tensor, " prompts"] | None = None
+
+
+class ReMax(Reinforce):
+    """ReMax: `A_i = R_i - r(x, greedy y)`, loss `-A_i log pi(y_i|x)`.
+
+    Args:
+        *args: See `OnlineAlgorithm`; `num_samples` may be 1, and one more completion of each prompt is decoded.
+        **kwargs: See `OnlineAlgorithm`.
+    """
+
+    rollout_type = GreedyRollout
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
+
+    def sample(self, prompts: Prompts) -> Completions:
+        """Sample `num_samples` completions of each prompt, and its greedy one."""
+        key = self.seed, self.current_epoch
+        return self.sampler.sample(prompts, self.num_samples, self.sampling, *key, with_greedy=True)
+
+    def collect(self, prompts: Prompts) -> Rollout:
+        """Collect a rollout, and take the greedy completions out of it."""
+        collected = super().collect(prompts)
+        greedy = collected.samples(slice(self.num_samples, None)).total_rewards
+        rollout = collected.samples(slice(self.num_samples))
+        assert isinstance(rollout, GreedyRollout)
+        return rollout.replace(greedy_rewards=greedy.squeeze(1))
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """Return of each completion minus the reward of the greedy one."""
+        assert isinstance(rollout, GreedyRollout) and rollout.greedy_rewards is not None
+        return self.returns_to_go(rollout, rollout.greedy_rewards.unsqueeze(1))
