@@ -61,12 +61,21 @@ def flat_gradient(module) -> torch.Tensor:
 
 def step_gradient(module, group) -> torch.Tensor:
     """Return the gradient that the optimizer receives for a rollout of this group only."""
-    prompts = make_prompts(PROMPT)
-    module.sample = lambda prompts: make_completions(module.policy, prompts, [list(group)])
+    prompts, extra = make_prompts(PROMPT), [greedy_completion(module)] * isinstance(module, lit_rlhf.ReMax)
+    module.sample = lambda prompts: make_completions(module.policy, prompts, [[*group, *extra]])
     module.zero_grad()
     module.training_step(prompts, 0).backward()
     module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
     return flat_gradient(module)
+
+
+def greedy_completion(module) -> tuple[int, ...]:
+    """Return the completion of the most likely tokens."""
+    tokens: list[int] = []
+    while len(tokens) < LENGTH and EOS not in tokens:
+        with torch.no_grad():
+            tokens.append(int(module.policy.causal_lm(torch.tensor([[*PROMPT, *tokens]])).logits[0, -1].argmax()))
+    return tuple(tokens)
 
 
 def sequence_logprobs(model) -> torch.Tensor:

@@ -23,6 +23,7 @@ GROUPS = {
     "shaping": lit_rlhf.RewardShaping,
     "evaluation": lit_rlhf.EvaluationOptions,
     "engine": lit_rlhf.Engine,
+    "importance": lit_rlhf.Importance,
 }
 
 

@@ -37,6 +37,7 @@ from lit_rlhf.rewards.shaping import RewardStatistics
 from lit_rlhf.training import checks
 from lit_rlhf.training.collection import Collection
 from lit_rlhf.training.finite import is_finite, nonfinite_fields
+from lit_rlhf.training.importance import Importance
 from lit_rlhf.training.logging import reduce_rollout_metrics
 from lit_rlhf.training.resume import restore_on_error
 from lit_rlhf.training.updates import Updates
@@ -62,6 +63,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         shaping: Reward shaping.
         evaluation: What validation and test measure.
         engine: Where completions are sampled.
+        importance: Whether and how the loss corrects for completions that the current policy did not sample.
         **options: See `Algorithm`.
 
     Raises:
@@ -72,6 +74,8 @@ class OnlineAlgorithm(Collection, Algorithm):
     rollout_type: type[Rollout] = Rollout
     uses_importance_ratio = False
     """Whether the loss corrects for updates since sampling by a ratio, for which rollouts keep `old_logprobs`."""
+    weighs_advantages = True
+    """Whether the loss is linear in the advantages, so that importance weights can scale them."""
     reduction = "sums"
     """How `reduce_tokens`, and a KL in the loss, weigh tokens: one of `functional.REDUCTIONS`."""
     published_kl_penalty = "k1_reward"
@@ -93,10 +97,11 @@ class OnlineAlgorithm(Collection, Algorithm):
         shaping: RewardShaping = RewardShaping(),
         evaluation: EvaluationOptions = EvaluationOptions(),
         engine: Engine = Engine(),
+        importance: Importance = Importance(),
         **options: Any,
     ) -> None:
-        groups = {"sampling": sampling, "updates": updates, "shaping": shaping}
-        checks.check_groups({**groups, "evaluation": evaluation, "engine": engine}, options)
+        groups = {"sampling": sampling, "updates": updates, "shaping": shaping, "evaluation": evaluation}
+        checks.check_groups({**groups, "engine": engine, "importance": importance}, options)
         super().__init__(policy, **options)
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
@@ -104,11 +109,12 @@ class OnlineAlgorithm(Collection, Algorithm):
         self.initial_kl_coef = kl_coef  # a controller changes the other
         self.reference_source, self.offload_reference = reference, offload_reference
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
-        self.engine = engine
+        self.engine, self.importance = engine, importance
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
+        checks.check_importance(type(self).__name__, importance, self.weighs_advantages)
         check_reference(reference, kl_coef, offload_reference)
         check_opponent(self.judge, evaluation, reference is not None)
         self.running_statistics["rewards"] = RewardStatistics()
@@ -130,11 +136,12 @@ class OnlineAlgorithm(Collection, Algorithm):
     def prepare(self, rollout: Rollout) -> Rollout:
         """Add what the method needs to a new rollout, without gradient.
 
-        The base adds the old log-probabilities for an importance ratio. They come from the training forward, never from
-        sampling, whose rounding differs: on the first pass over a minibatch they are its own log-probabilities,
-        detached; here they are computed for the minibatches that are first trained on after an update.
+        The base adds the old log-probabilities for an importance ratio, of the loss or of `importance`. They come from
+        the training forward, never from sampling, whose rounding differs: on the first pass over a minibatch they are
+        its own log-probabilities, detached; here they are computed for the minibatches that are first trained on after
+        an update.
         """
-        if not self.uses_importance_ratio:
+        if not (self.uses_importance_ratio or self.corrects_updates):
             return rollout
         old_logprobs = torch.full_like(rollout.completions.logprobs, torch.nan)
         rollout = rollout.replace(old_logprobs=old_logprobs)
@@ -172,7 +179,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
         checks.check_advantages(type(self).__name__, advantages, rollout)
-        rollout = rollout.replace(advantages=self.corrected_advantages(rollout, advantages))
+        rollout = rollout.replace(advantages=advantages)
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
         metrics = reduce_rollout_metrics(collected, rollout, self.sum_over_ranks)
@@ -231,11 +238,34 @@ class OnlineAlgorithm(Collection, Algorithm):
         if part.old_logprobs is not None and part.logprobs is not None:
             known = ~part.old_logprobs.isnan()
             part = part.replace(old_logprobs=part.old_logprobs.where(known, part.logprobs.detach()))
-        terms, metrics = self.loss(part)
+        weighed, weights = self.importance_weighed(part)
+        terms, metrics = self.loss(weighed)
+        metrics = {**metrics, **weights}
         checks.check_loss_terms(type(self).__name__, terms, part)
         if self.kl_place == "loss" and self.kl_coef:
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
         return part, terms, part.valid if terms.ndim == 2 else part.loss_mask, metrics
+
+    @property
+    def corrects_updates(self) -> bool:
+        """Whether `importance` corrects for the updates since the completions were sampled."""
+        return self.importance.correction != "none" and not (self.uses_importance_ratio or self.engine.used)
+
+    def importance_weighed(self, part: Rollout) -> tuple[Rollout, Metrics]:
+        """Return the minibatch with its advantages times importance weights, if chosen, and metrics of these."""
+        if self.importance.correction == "none":
+            return part, {}
+        assert part.logprobs is not None and part.advantages is not None
+        now = part.old_logprobs if self.uses_importance_ratio else part.logprobs.detach()
+        then = part.completions.logprobs if self.engine.used else part.old_logprobs
+        assert now is not None and then is not None
+        weights, cut = self.importance.weights(now, then, part.completions.mask)
+        of_advantages, advantages = weights, part.advantages
+        if weights.ndim != advantages.ndim:
+            of_advantages, advantages = (x.unsqueeze(-1) if x.ndim == 2 else x for x in (weights, advantages))
+        mask = part.valid if weights.ndim == 2 else part.loss_mask
+        metrics: Metrics = {"importance_weight": (weights, mask), "importance_cut": (cut, mask)}
+        return part.replace(advantages=advantages * of_advantages), metrics
 
     def logprobs(self, part: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """Return log-probabilities of the completions' tokens under the current policy, with gradient."""

@@ -27,14 +27,14 @@ class RAFT(OnlineAlgorithm):
             loss.
     """
 
+    weighs_advantages = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.num_samples < 2:
             raise InputError(
                 f"RAFT imitates the best completion of a prompt, so num_samples={self.num_samples} must be at least 2"
             )
-        if self.engine.importance_cap is not None:
-            raise InputError("RAFT imitates completions, whoever sampled them: leave engine.importance_cap out")
         if self.kl_place == "loss":
             raise InputError("RAFT ranks by the return, which the KL must be part of: use kl_penalty='k1_reward'")
         if self.updates.sample_minibatches > 1:

@@ -31,9 +31,6 @@ class Engine:
         concurrency: Requests at the same time; each is one prompt.
         tolerance: Largest mean difference between the server's log-probabilities and the policy's, in nats per token;
             None for 1e-3, or 0.1 where one of the two computes in 16 bits.
-        importance_cap: Weigh each completion (each token, for methods with an advantage per token) by the ratio of its
-            probabilities under the policy and under the server, at most this (truncated importance sampling); None for
-            no correction.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -51,7 +48,6 @@ class Engine:
     backoff: float = 1.0
     concurrency: int = 64
     tolerance: float | None = None
-    importance_cap: float | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -61,7 +57,6 @@ class Engine:
             "backoff": (0 <= self.backoff < math.inf, "0 seconds or more"),
             "concurrency": (self.concurrency >= 1, "at least 1"),
             "tolerance": (self.tolerance is None or self.tolerance > 0, "above 0"),
-            "importance_cap": (self.importance_cap is None or self.importance_cap >= 1, "at least 1"),
         }
         for name, (valid, rule) in rules.items():
             if not valid:
@@ -72,12 +67,16 @@ class Engine:
         for name in ("arguments", "environment"):
             if getattr(self, name) and self.start is None:
                 raise InputError(f"engine: {name} is for a server that the run starts: give engine.start, too")
-        for name in ("importance_cap", "sleep"):
-            if getattr(self, name) and not used:
-                raise InputError(f"engine: {name} is for completions of a server: give engine.url or start, too")
+        if self.sleep and not used:
+            raise InputError("engine: sleep is for a server: give engine.url or start, too")
         if used:
             check_client(f"engine.{used[0]}")
         if self.url is not None:
             check_url(self.url, "http://127.0.0.1:8000")
         if self.start is not None and shutil.which(self.start) is None:
             raise InputError(f"engine.start={self.start!r} is no command here: give the path of `vllm`")
+
+    @property
+    def used(self) -> bool:
+        """Whether a server samples."""
+        return self.url is not None or self.start is not None

@@ -24,6 +24,7 @@ from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
+from lit_rlhf.training.importance import Importance
 from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.updates import Updates
 from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record, Rollout
@@ -41,6 +42,7 @@ OPTION_GROUPS: dict[str, type] = {
     "shaping": RewardShaping,
     "evaluation": EvaluationOptions,
     "engine": Engine,
+    "importance": Importance,
 }
 """Groups of options of algorithms that sample, by argument."""
 
@@ -255,6 +257,37 @@ def check_on_policy(updates: Updates, accumulate: int, importance_ratio: bool) -
             f"{count} updates per rollout: all but the first are off-policy, which is not corrected; raise "
             f"accumulate_grad_batches to {updates.minibatches_per_epoch}{more} to be exactly on-policy"
         )
+
+
+def check_importance(algorithm: str, importance: Importance, weighs_advantages: bool) -> None:
+    """Check that a method's loss can be weighed."""
+    if importance.correction != "none" and not weighs_advantages:
+        raise InputError(f"{algorithm} learns from completions, whoever sampled them: leave importance.correction out")
+
+
+def check_correction(
+    importance: Importance, updates: Updates, accumulate: int, sampling: Sampling, by_engine: bool, has_ratio: bool
+) -> None:
+    """Check that importance weights can be computed; warn if they are all 1.
+
+    Args:
+        importance: The options.
+        updates: How a rollout is used.
+        accumulate: Training steps per update.
+        sampling: How completions are sampled.
+        by_engine: Whether an engine samples them.
+        has_ratio: Whether the method has a ratio itself.
+    """
+    if importance.correction == "none":
+        return
+    if by_engine and sampling.truncates:
+        raise InputError("importance.correction needs sampling without top_p, top_k and min_new_tokens")
+    if by_engine:
+        return
+    if has_ratio:
+        rank_zero_warn("importance.correction has no effect: the method's own ratio corrects for updates")
+    elif updates.steps_per_rollout <= accumulate:
+        rank_zero_warn("importance.correction has no effect at one update per rollout, which is on-policy")
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -1,4 +1,4 @@
-"""What an algorithm does where an engine samples for it: give it the weights, and correct for what differs."""
+"""What an algorithm does where an engine samples for it: give it the weights, and let it rest."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_rlhf import functional as F
 from lit_rlhf.engines import Engine, ServerSampler
 from lit_rlhf.engines.launch import StartedServer
 from lit_rlhf.engines.sampler import make_folder
 from lit_rlhf.errors import InputError
 from lit_rlhf.models.export import rebuild
 from lit_rlhf.models.sampling import Sampler, Sampling
-from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.sharded import ShardingHooks
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Rollout
 
 
 class EngineHooks(ShardingHooks):
@@ -49,12 +45,9 @@ class EngineHooks(ShardingHooks):
         """Check the options.
 
         Raises:
-            ValueError: If a correction is asked for where tokens are excluded, whose probabilities are not known, or a
-                server is to be started for several machines.
+            ValueError: If a server is to be started for several machines.
         """
         super().setup(stage)
-        if self.engine.importance_cap is not None and self.sampling.truncates:
-            raise InputError("engine.importance_cap needs sampling without top_p, top_k and min_new_tokens")
         if self.engine.start is not None and self.trainer.num_nodes > 1:
             raise InputError("engine.start starts a server for one machine: start it yourself, and give engine.url")
 
@@ -127,35 +120,10 @@ class EngineHooks(ShardingHooks):
             if self.trainer.is_global_zero:
                 self._server.server.sleep()
 
-    def corrected_advantages(self, rollout: Rollout, advantages: Tensor) -> Tensor:
-        """Return the advantages times truncated importance weights, which the options may ask for.
-
-        The loss is linear in the advantages, so this weighs its gradient. Advantages per completion are weighed by the
-        ratio of the completions' probabilities, those per token by that of the tokens'.
-        """
-        cap = self.engine.importance_cap
-        if cap is None:
-            return advantages
-        prompts, completions, parts = rollout.prompts, rollout.completions, self.updates.prompt_slices(len(advantages))
-        with self.policy.model_forward.without_gradient():
-            rows = [(prompts.rows(i).trim(), completions.rows(i)) for i in parts]
-            own = torch.cat([self.policy.logprobs(*row, self.sampling.temperature) for row in rows])
-        logprobs, mask = completions.logprobs, rollout.loss_mask
-        if advantages.ndim == 2:
-            own, logprobs, mask = own.sum(-1), logprobs.sum(-1), rollout.valid
-        ratio = F.importance_ratio(own, logprobs)
-        weights = ratio.clamp(max=cap)
-        sums = torch.stack([values.masked_fill(~mask, 0.0).sum() for values in (weights, (ratio > cap).float())])
-        *means, count = sum_over_ranks(self.trainer, torch.cat([sums, mask.sum().to(sums).view(1)])).tolist()
-        for name, total in zip(("importance_weight", "importance_capped"), means, strict=True):
-            self.log(f"train/{name}", total / max(count, 1.0), batch_size=1)
-        return advantages * weights
-
     def configure_callbacks(self) -> list[Any]:
         """Add what releases the engine if the run fails, where Lightning calls no `teardown` of a module."""
         inherited: Any = super().configure_callbacks()
-        used = self.engine.url is not None or self.engine.start is not None
-        return [*inherited, *([ReleaseOnError(self.release_engine)] if used else [])]
+        return [*inherited, *([ReleaseOnError(self.release_engine)] if self.engine.used else [])]
 
     def release_engine(self) -> None:
         """Remove the weights that were handed over, and end a server that was started."""

@@ -152,7 +152,7 @@ def test_an_adapter_is_merged(folder, prompts):
     [
         ({"url": "localhost:8000"}, "'localhost:8000' is not the address of a server"),
         ({"url": "http://a", "retries": -1}, "engine: retries=-1 must be 0 or more"),
-        ({"importance_cap": 2.0}, "give engine.url or start, too"),
+        ({"sleep": True}, "give engine.url or start, too"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -116,9 +116,9 @@ def test_a_signal_ends_a_run_that_waits_for_the_server(folder, tmp_path, monkeyp
 
 def test_importance_weights_are_one_where_the_server_has_the_policy(folder, tmp_path):
     plain, _ = fit("RLOO", folder, tmp_path, FakeVLLM(folder), max_steps=2)
-    capped, rows = fit("RLOO", folder, tmp_path, FakeVLLM(folder), max_steps=2, engine={"importance_cap": 2.0})
+    capped, rows = fit("RLOO", folder, tmp_path, FakeVLLM(folder), max_steps=2, correction="truncate")
     assert rows[0]["train/importance_weight"] == pytest.approx(1.0, abs=1e-4)
-    assert rows[0]["train/importance_capped"] == 0.0
+    assert rows[0]["train/importance_cut"] == 0.0
     for name, value in training_state(plain).items():
         assert torch.allclose(value, training_state(capped)[name], atol=2e-4), name
 
@@ -131,7 +131,8 @@ def test_importance_weights_are_truncated_ratios(name, folder, tmp_path):
         for parameter in server.policy.parameters():
             parameter.mul_(1.05)
     seen = {}
-    module = make_module(name, folder, engine=Engine(url=server.url, tolerance=9.0, importance_cap=1.1))
+    options = {"correction": "truncate", "cap": 1.1, "level": "token" if name == "PPO" else "sequence"}
+    module = make_module(name, folder, engine=Engine(url=server.url, tolerance=9.0), **options)
 
     class Seen(Callback):
         def on_train_batch_end(self, trainer, module, *args):
@@ -148,16 +149,13 @@ def test_importance_weights_are_truncated_ratios(name, folder, tmp_path):
     mask = rollout.loss_mask if name == "PPO" else rollout.valid
     row = metrics.rows[0]
     assert row["train/importance_weight"] == pytest.approx(float(ratio.clamp(max=1.1)[mask].mean()), abs=1e-4)
-    assert row["train/importance_capped"] == pytest.approx(float((ratio > 1.1)[mask].float().mean()), abs=1e-6)
-    assert 0 < row["train/importance_capped"] < 1
-    raw = module.advantages(rollout)
-    if name == "RLOO":
-        assert torch.allclose(rollout.advantages, raw * ratio.clamp(max=1.1), atol=1e-4)
+    assert row["train/importance_cut"] == pytest.approx(float((ratio > 1.1)[mask].float().mean()), abs=1e-6)
+    assert 0 < row["train/importance_cut"] < 1
 
 
 def test_correction_where_it_is_not_defined_is_refused(folder, tmp_path):
     server = FakeVLLM(folder)
-    with pytest.raises(InputError, match="importance_cap needs sampling without top_p"):
-        fit("RLOO", folder, tmp_path, server, engine={"importance_cap": 2.0}, top_p=0.9)
-    with pytest.raises(InputError, match="RAFT imitates completions"):
-        make_module("RAFT", folder, engine=Engine(url=server.url, importance_cap=2.0))
+    with pytest.raises(InputError, match=r"importance\.correction needs sampling without top_p"):
+        fit("RLOO", folder, tmp_path, server, correction="truncate", top_p=0.9)
+    with pytest.raises(InputError, match="RAFT learns from completions, whoever sampled them"):
+        make_module("RAFT", folder, correction="truncate")
