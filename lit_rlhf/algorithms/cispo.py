@@ -24,7 +24,7 @@ class CISPO(GRPO):
         *args: See `GRPO`.
         kl_coef: See `OnlineAlgorithm`; the paper's is 0.
         clip_range: Lower bound of the weight, `1 - clip_range`; null for none.
-        clip_range_high: Upper bound of the weight, `1 + clip_range_high`; null for that of `clip_range`.
+        clip_range_high: Upper bound of the weight, `1 + clip_range_high`; null for `1 + clip_range`.
         reduction: See `GRPO`.
         **kwargs: See `GRPO`.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
-from lit_rlhf.training import checks
+from lit_rlhf.training import method_checks
 from lit_rlhf.training.normalization import moments_over_ranks
 from lit_rlhf.types import Metrics, Rollout
 
@@ -31,7 +31,7 @@ class GRPO(OnlineAlgorithm):
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is the size of the group.
         clip_range: Clip the ratio w to `[1 - clip_range, 1 + clip_range]`; null does not clip.
-        clip_range_high: Upper bound of the clip, `1 + clip_range_high`; null for that of `clip_range`.
+        clip_range_high: Upper bound of the clip, `1 + clip_range_high`; null for `1 + clip_range`.
         advantage_std: Divide advantages by the standard deviation of the `group`, of the whole `batch`, or by `none`.
         reduction: How tokens are weighed: `completions` (the mean of each), `tokens` (all alike), `constant_length`
             (the sum of each over `max_new_tokens`), or `sums`.
@@ -62,9 +62,9 @@ class GRPO(OnlineAlgorithm):
             raise InputError(
                 f"{type(self).__name__} compares a group, so num_samples={self.num_samples} must be at least 2"
             )
-        checks.check_clip_range(clip_range, clip_range_high)
-        checks.check_choice("advantage_std", advantage_std, ("group", "batch", "none"))
-        checks.check_choice("reduction", reduction, F.REDUCTIONS)
+        method_checks.check_clip_range(clip_range, clip_range_high)
+        method_checks.check_choice("advantage_std", advantage_std, ("group", "batch", "none"))
+        method_checks.check_choice("reduction", reduction, F.REDUCTIONS)
         self.clip_range, self.clip_range_high = clip_range, clip_range_high
         self.advantage_std, self.reduction = advantage_std, reduction
 

@@ -34,10 +34,10 @@ from lit_rlhf.models.reference import Reference, check_reference
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics
-from lit_rlhf.training import checks
+from lit_rlhf.training import checks, method_checks
 from lit_rlhf.training.collection import Collection
 from lit_rlhf.training.finite import is_finite, nonfinite_fields
-from lit_rlhf.training.importance import Importance
+from lit_rlhf.training.importance import Importance, check_importance
 from lit_rlhf.training.logging import reduce_rollout_metrics
 from lit_rlhf.training.resume import restore_on_error
 from lit_rlhf.training.updates import Updates
@@ -114,7 +114,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
-        checks.check_importance(type(self).__name__, importance, self.weighs_advantages)
+        check_importance(type(self).__name__, importance, self.weighs_advantages)
         check_reference(reference, kl_coef, offload_reference)
         check_opponent(self.judge, evaluation, reference is not None)
         self.running_statistics["rewards"] = RewardStatistics()
@@ -178,7 +178,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         collected = self.collect(prompts)
         rollout = self.prepare(collected)
         advantages = self.advantages(rollout)
-        checks.check_advantages(type(self).__name__, advantages, rollout)
+        method_checks.check_advantages(type(self).__name__, advantages, rollout)
         rollout = rollout.replace(advantages=advantages)
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
@@ -215,7 +215,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         if self._rollout_problems:  # on one rank is enough: the sum over all ranks is NaN
             self._loss_sums.total = math.nan
         if part.old_logprobs is not None and evaluated.old_logprobs is not None:
-            checks.check_same_shape(type(self).__name__, part, evaluated)
+            method_checks.check_same_shape(type(self).__name__, part, evaluated)
             part.old_logprobs.copy_(evaluated.old_logprobs)  # a view of the rollout's, for later epochs
         if step == 0 and evaluated.logprobs is not None:
             completions = evaluated.completions
@@ -241,7 +241,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         weighed, weights = self.importance_weighed(part)
         terms, metrics = self.loss(weighed)
         metrics = {**metrics, **weights}
-        checks.check_loss_terms(type(self).__name__, terms, part)
+        method_checks.check_loss_terms(type(self).__name__, terms, part)
         if self.kl_place == "loss" and self.kl_coef:
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
         return part, terms, part.valid if terms.ndim == 2 else part.loss_mask, metrics
@@ -273,11 +273,11 @@ class OnlineAlgorithm(Collection, Algorithm):
 
     def kl_terms(self, part: Rollout, terms: Tensor) -> Tensor:
         """Return the KL with gradient, reduced as `terms` are, for a KL in the loss."""
-        checks.check_kl_in_loss(type(self).__name__, part.logprobs is not None)
+        method_checks.check_kl_in_loss(type(self).__name__, part.logprobs is not None)
         assert part.logprobs is not None and part.reference_logprobs is not None
         mask = part.completions.mask
         kl = F.kl_of_completions(self.kl_estimator, part.logprobs, part.reference_logprobs, mask)
         of_tokens = (kl / part.completions.lengths.clamp(min=1)).unsqueeze(-1).expand(mask.shape)
         reduced = self.reduce_tokens(of_tokens, part)
-        checks.check_kl_in_loss(type(self).__name__, reduced.shape == terms.shape)
+        method_checks.check_kl_in_loss(type(self).__name__, reduced.shape == terms.shape)
         return reduced

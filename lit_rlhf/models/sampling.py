@@ -158,8 +158,7 @@ def decode(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     noise = None if noise is None else noise.to(F.float64_device(device))
     alive = torch.arange(rows, device=device)
-    mixed = noise is not None and bool(noise[:, 0].isnan().any())
-    choose = _chooser(sampling, eos, mixed)
+    choose = _chooser(sampling, eos, mixed=noise is not None and bool(noise[:, 0].isnan().any()))
     for t in range(length):
         logits = F.at_least_float32(logits)
         logprobs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lit_rlhf.data.sampler import ResumableLoader
 from lit_rlhf.engines import Engine
@@ -27,7 +26,7 @@ from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.training.importance import Importance
 from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.updates import Updates
-from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record, Rollout
+from lit_rlhf.types import Demonstrations, Preferences, Prompts, Record
 
 DATA_MODULES: dict[type[Record], str] = {
     Prompts: "PromptData",
@@ -193,19 +192,6 @@ def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
         raise InputError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Check that an option is one of its values."""
-    if value not in choices:
-        raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
-
-
-def check_clip_range(low: float | None, high: float | None) -> None:
-    """Check the bounds of a clipped ratio."""
-    for name, value in {"clip_range": low, "clip_range_high": high}.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{name}={value} must be above 0, or null for none")
-
-
 def check_num_minibatches(num_minibatches: int, batch_size: int) -> None:
     """Check that a rollout has at least one prompt per minibatch."""
     if num_minibatches > batch_size:
@@ -259,37 +245,6 @@ def check_on_policy(updates: Updates, accumulate: int, importance_ratio: bool) -
         )
 
 
-def check_importance(algorithm: str, importance: Importance, weighs_advantages: bool) -> None:
-    """Check that a method's loss can be weighed."""
-    if importance.correction != "none" and not weighs_advantages:
-        raise InputError(f"{algorithm} learns from completions, whoever sampled them: leave importance.correction out")
-
-
-def check_correction(
-    importance: Importance, updates: Updates, accumulate: int, sampling: Sampling, by_engine: bool, has_ratio: bool
-) -> None:
-    """Check that importance weights can be computed; warn if they are all 1.
-
-    Args:
-        importance: The options.
-        updates: How a rollout is used.
-        accumulate: Training steps per update.
-        sampling: How completions are sampled.
-        by_engine: Whether an engine samples them.
-        has_ratio: Whether the method has a ratio itself.
-    """
-    if importance.correction == "none":
-        return
-    if by_engine and sampling.truncates:
-        raise InputError("importance.correction needs sampling without top_p, top_k and min_new_tokens")
-    if by_engine:
-        return
-    if has_ratio:
-        rank_zero_warn("importance.correction has no effect: the method's own ratio corrects for updates")
-    elif updates.steps_per_rollout <= accumulate:
-        rank_zero_warn("importance.correction has no effect at one update per rollout, which is on-policy")
-
-
 def check_sampling(sampling: Sampling) -> None:
     """Refuse greedy sampling in training; warn if truncated sampling biases the gradient."""
     if sampling.greedy:
@@ -298,43 +253,4 @@ def check_sampling(sampling: Sampling) -> None:
         rank_zero_warn(
             "top_p, top_k and min_new_tokens bias the gradient, the more the further train/sampled_mass is below 1: "
             "train without them if you can"
-        )
-
-
-def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
-    """Check that an algorithm returns one advantage per completion or per token."""
-    shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
-    if advantages.shape not in shapes:
-        raise InputError(
-            f"{algorithm}.advantages must return numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
-            f"{tuple(advantages.shape)}"
-        )
-
-
-def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
-    """Check that an algorithm's loss returns terms per completion or per token, not their mean."""
-    shapes = (part.valid.shape, part.loss_mask.shape)
-    if terms.shape not in shapes:
-        raise InputError(
-            f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
-            f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
-        )
-
-
-def check_kl_in_loss(algorithm: str, possible: bool) -> None:
-    """Check that a KL can be added to the loss terms."""
-    if not possible:
-        raise InputError(
-            f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward', or let loss return "
-            "self.reduce_tokens(terms, part)"
-        )
-
-
-def check_same_shape(algorithm: str, part: Rollout, evaluated: Rollout) -> None:
-    """Check that `evaluate` of an algorithm with an importance ratio keeps every completion of the minibatch."""
-    before, after = part.completions.mask.shape, evaluated.completions.mask.shape
-    if before != after:
-        raise InputError(
-            f"{algorithm}.evaluate turns completions of shape {tuple(before)} into {tuple(after)}: with an importance "
-            "ratio it must keep them all"
         )

@@ -22,7 +22,7 @@ from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.engines import EngineHooks
-from lit_rlhf.training.importance import Importance
+from lit_rlhf.training.importance import Importance, check_correction
 from lit_rlhf.training.logging import add_loss_metrics, mean_metrics
 from lit_rlhf.training.resume import InFlight
 from lit_rlhf.training.timing import PhaseTimer
@@ -94,7 +94,7 @@ class OnlineHooks(EngineHooks):
             checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
             ratio, corrected = self.uses_importance_ratio, self.importance.correction != "none"
             checks.check_on_policy(self.updates, accumulate, ratio or corrected)
-            checks.check_correction(self.importance, self.updates, accumulate, self.sampling, self.engine.used, ratio)
+            check_correction(self.importance, self.updates, accumulate, self.sampling, self.engine.used, ratio)
             checks.check_sampling(self.sampling)
 
     def configure_model(self) -> None:

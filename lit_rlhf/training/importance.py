@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Bool, Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.errors import InputError
+from lit_rlhf.models.sampling import Sampling
+from lit_rlhf.training.updates import Updates
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,34 @@ class Importance:
             return ratio.clamp(max=self.cap), ratio > self.cap
         cut = (ratio > self.cap) | (ratio < self.floor)
         return ratio.masked_fill(cut, 0.0), cut
+
+
+def check_importance(algorithm: str, importance: Importance, weighs_advantages: bool) -> None:
+    """Check that a method's loss can be weighed."""
+    if importance.correction != "none" and not weighs_advantages:
+        raise InputError(f"{algorithm} learns from completions, whoever sampled them: leave importance.correction out")
+
+
+def check_correction(
+    importance: Importance, updates: Updates, accumulate: int, sampling: Sampling, by_engine: bool, has_ratio: bool
+) -> None:
+    """Check that importance weights can be computed; warn if they are all 1.
+
+    Args:
+        importance: The options.
+        updates: How a rollout is used.
+        accumulate: Training steps per update.
+        sampling: How completions are sampled.
+        by_engine: Whether an engine samples them.
+        has_ratio: Whether the method has a ratio itself.
+    """
+    if importance.correction == "none":
+        return
+    if by_engine and sampling.truncates:
+        raise InputError("importance.correction needs sampling without top_p, top_k and min_new_tokens")
+    if by_engine:
+        return
+    if has_ratio:
+        rank_zero_warn("importance.correction has no effect: the method's own ratio corrects for updates")
+    elif updates.steps_per_rollout <= accumulate:
+        rank_zero_warn("importance.correction has no effect at one update per rollout, which is on-policy")

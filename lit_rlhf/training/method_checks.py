@@ -1,0 +1,62 @@
+"""Checks of a method's options, and of what its functions return."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from lit_rlhf.errors import InputError
+from lit_rlhf.types import Rollout
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Check that an option is one of its values."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def check_clip_range(low: float | None, high: float | None) -> None:
+    """Check the bounds of a clipped ratio."""
+    for name, value in {"clip_range": low, "clip_range_high": high}.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{name}={value} must be above 0, or null for none")
+
+
+def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
+    """Check that an algorithm returns one advantage per completion or per token."""
+    shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
+    if advantages.shape not in shapes:
+        raise InputError(
+            f"{algorithm}.advantages must return numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
+            f"{tuple(advantages.shape)}"
+        )
+
+
+def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
+    """Check that an algorithm's loss returns terms per completion or per token, not their mean."""
+    shapes = (part.valid.shape, part.loss_mask.shape)
+    if terms.shape not in shapes:
+        raise InputError(
+            f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
+            f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
+        )
+
+
+def check_kl_in_loss(algorithm: str, possible: bool) -> None:
+    """Check that a KL can be added to the loss terms."""
+    if not possible:
+        raise InputError(
+            f"{algorithm} can't take the KL into its loss: use kl_penalty='k1_reward', or let loss return "
+            "self.reduce_tokens(terms, part)"
+        )
+
+
+def check_same_shape(algorithm: str, part: Rollout, evaluated: Rollout) -> None:
+    """Check that `evaluate` of an algorithm with an importance ratio keeps every completion of the minibatch."""
+    before, after = part.completions.mask.shape, evaluated.completions.mask.shape
+    if before != after:
+        raise InputError(
+            f"{algorithm}.evaluate turns completions of shape {tuple(before)} into {tuple(after)}: with an importance "
+            "ratio it must keep them all"
+        )
