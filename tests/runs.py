@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 
@@ -10,6 +11,13 @@ import lit_rlhf
 from lit_rlhf import algorithms
 
 METHODS = [n for n in algorithms.__all__ if not getattr(getattr(algorithms, n), "__abstractmethods__", None)]
+VARIANTS = (
+    "IPO", "DrGRPO", "DAPO", "GSPO", "CISPO", "ReinforcePlusPlus", "ReinforcePlusPlusBaseline", "OPO",
+    "ReinforceBatchMean",
+)  # fmt: skip
+"""Methods that override an equation of another one, and nothing of the loop."""
+SLOW_VARIANTS = [pytest.param(n, marks=pytest.mark.slow if n in VARIANTS else ()) for n in METHODS]
+"""All methods, of which the variants are for the slow tests."""
 ONLINE = [n for n in METHODS if issubclass(getattr(algorithms, n), lit_rlhf.OnlineAlgorithm)]
 
 

@@ -6,7 +6,7 @@ import torch
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.scalar import Critic
 from lit_rlhf.types import Demonstrations, Prompts
-from runs import METHODS, make_data, make_module, make_trainer
+from runs import SLOW_VARIANTS, make_data, make_module, make_trainer
 from tiny import make_llama, make_tokenizer
 
 pytestmark = pytest.mark.timeout(900)  # threads wait for each other on a machine that is shared
@@ -20,7 +20,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SLOW_VARIANTS)
 def test_two_runs_with_the_same_seed_and_a_resumed_one_have_equal_weights(name, ending, tmp_path):
     def train(max_steps=4, ckpt_path=None):
         torch.manual_seed(0)  # initialization of the reward model's head

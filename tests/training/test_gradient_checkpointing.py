@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runs import METHODS, differing_tensors, make_data, make_module, make_trainer, training_state
+from runs import SLOW_VARIANTS, differing_tensors, make_data, make_module, make_trainer, training_state
 
 
 def fit(name, folder, root, checkpointing, steps=2, **options):
@@ -13,7 +13,7 @@ def fit(name, folder, root, checkpointing, steps=2, **options):
     return module, trainer
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SLOW_VARIANTS)
 def test_every_method_learns_the_same(name, tiny, tmp_path):
     states = []
     for checkpointing in (False, True):

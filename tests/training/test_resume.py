@@ -12,6 +12,7 @@ from lit_rlhf.types import Completions, Rollout
 from runs import (
     METHODS,
     ONLINE,
+    VARIANTS,
     differing_tensors,
     grouped,
     make_data,
@@ -70,7 +71,12 @@ def check_resumes(name, case, tiny, root, checkpoints) -> None:
 @pytest.mark.filterwarnings("ignore:(4|12) updates per rollout")
 @pytest.mark.parametrize(
     ("name", "case"),
-    [(n, c) for n in METHODS for c in CASES if n in ("RLOO", "PPO", "DPO") or c == "two updates per rollout"],
+    [
+        pytest.param(n, c, marks=pytest.mark.slow if n in VARIANTS else ())
+        for n in METHODS
+        for c in CASES
+        if n in ("RLOO", "PPO", "DPO") or c == "two updates per rollout"
+    ],
 )
 def test_resume_is_bitwise_exact(name, case, tiny, tmp_path):
     """From checkpoints early and late in the first epoch, or in the second, also within updates."""
