@@ -29,7 +29,7 @@ from lit_rlhf.engines import Engine
 from lit_rlhf.evaluation import EvaluationOptions
 from lit_rlhf.models import Policy, Sampling
 from lit_rlhf.rewards import RewardModel, RewardShaping, Weighted
-from lit_rlhf.training import Importance, Updates, Warmup
+from lit_rlhf.training import DynamicSampling, Importance, Updates, Warmup
 from lit_rlhf.types import Completions, Demonstrations, Preferences, Prompts, Rollout
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "DemonstrationData",
     "Demonstrations",
     "DrGRPO",
+    "DynamicSampling",
     "Engine",
     "EvaluationOptions",
     "Importance",

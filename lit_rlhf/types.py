@@ -239,21 +239,23 @@ class Rollout(Record):
         return {**_plain(self.to("cpu"), skip={"prompts", "reward_extras"}), "index": self.prompts.index.cpu()}
 
     @classmethod
-    def from_state(cls: type[RolloutT], state: dict[str, Any], prompts: Prompts) -> RolloutT:
-        """Rebuild a rollout from `state` for the same prompts.
+    def from_state(cls: type[RolloutT], state: dict[str, Any], prompts: Prompts, some: bool = False) -> RolloutT:
+        """Rebuild a rollout from `state` for the same prompts, or with `some` for those of them that it has.
 
         Raises:
             ValueError: If these are other prompts.
         """
         fields = {name: _restored(value) for name, value in state.items()}
         before, now = fields.pop("index").tolist(), prompts.index.tolist()
-        if before != now:
+        rows = [now.index(i) for i in before if i in now] if some else list(range(len(now)))
+        if before != [now[row] for row in rows]:
             raise InputError(
                 f"the checkpoint was saved inside a rollout of the rows {before[:4]}, but the data module yields the "
                 f"rows {now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of "
                 "the run, or from a checkpoint between two rollouts"
             )
-        return cls(prompts=prompts, **fields)
+        chosen = prompts.map(lambda tensor: tensor[rows], lambda items: [items[row] for row in rows])
+        return cls(prompts=chosen, **fields)
 
 
 def _plain(record: Record, skip: set[str]) -> dict[str, Any]:

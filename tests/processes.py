@@ -126,6 +126,7 @@ CASES = {
     "opo": ("OPO", {"rewards": [reward_with_none], "num_minibatches": 2}),
     "remax": ("ReMax", {"rewards": [reward_with_none], "num_minibatches": 2}),
     "batch mean": ("ReinforceBatchMean", {"rewards": [reward_with_none], "num_minibatches": 2}),
+    "dynamic sampling": ("RLOO", {"rewards": [reward_with_few_ties], "reward": "reward_with_few_ties"}),
     "ipo": ("IPO", {"optimizer": slow_sgd}),
     "scored by a reward model": ("RLOO", {}),
     "gradient checkpointing": ("PPO", {"rewards": [checksum_reward], "vf_coef": 0.01}),
@@ -152,6 +153,7 @@ SLOW = [
     "opo",
     "remax",
     "batch mean",
+    "dynamic sampling",
 ]
 QUICK = [case for case in CASES if case not in SLOW]
 IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]

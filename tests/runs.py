@@ -32,6 +32,7 @@ GROUPS = {
     "evaluation": lit_rlhf.EvaluationOptions,
     "engine": lit_rlhf.Engine,
     "importance": lit_rlhf.Importance,
+    "dynamic_sampling": lit_rlhf.DynamicSampling,
 }
 
 

@@ -1,7 +1,7 @@
 """DAPO: GRPO with a higher upper clip, all tokens weighed alike, and no KL.
 
-Yu et al., 2025, arXiv 2503.14476, section 3. Two of its four parts are options of every method: dynamic sampling is
-`groups`, and the soft penalty of long completions is the reward `lit_rlhf.rewards.SoftOverlong`. Departures: none.
+Yu et al., 2025, arXiv 2503.14476, section 3. Two of its four parts are options of every method: dynamic sampling, and
+the reward `lit_rlhf.rewards.SoftOverlong`. Departures: none.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from lit_rlhf.rewards import RewardShaping, Scorer
 from lit_rlhf.rewards.shaping import RewardStatistics
 from lit_rlhf.training import checks, method_checks
 from lit_rlhf.training.collection import Collection
+from lit_rlhf.training.dynamic_sampling import DynamicSampling
 from lit_rlhf.training.finite import is_finite, nonfinite_fields
 from lit_rlhf.training.importance import Importance, check_importance
 from lit_rlhf.training.logging import reduce_rollout_metrics
@@ -64,6 +65,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         evaluation: What validation and test measure.
         engine: Where completions are sampled.
         importance: Whether and how the loss corrects for completions that the current policy did not sample.
+        dynamic_sampling: Whether prompts whose completions all have the same reward are left out, or replaced.
         **options: See `Algorithm`.
 
     Raises:
@@ -98,10 +100,17 @@ class OnlineAlgorithm(Collection, Algorithm):
         evaluation: EvaluationOptions = EvaluationOptions(),
         engine: Engine = Engine(),
         importance: Importance = Importance(),
+        dynamic_sampling: DynamicSampling = DynamicSampling(),
         **options: Any,
     ) -> None:
-        groups = {"sampling": sampling, "updates": updates, "shaping": shaping, "evaluation": evaluation}
-        checks.check_groups({**groups, "engine": engine, "importance": importance}, options)
+        groups: dict[str, Any] = {
+            "sampling": sampling,
+            "updates": updates,
+            "shaping": shaping,
+            "evaluation": evaluation,
+        }
+        groups |= {"engine": engine, "importance": importance, "dynamic_sampling": dynamic_sampling}
+        checks.check_groups(groups, options)
         super().__init__(policy, **options)
         checks.check_samples(num_samples, kl_coef, updates)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
@@ -109,10 +118,11 @@ class OnlineAlgorithm(Collection, Algorithm):
         self.initial_kl_coef = kl_coef  # a controller changes the other
         self.reference_source, self.offload_reference = reference, offload_reference
         self.sampling, self.updates, self.shaping, self.evaluation = sampling, updates, shaping, evaluation
-        self.engine, self.importance = engine, importance
+        self.engine, self.importance, self.dynamic_sampling = engine, importance, dynamic_sampling
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
+        dynamic_sampling.check(self.scorer.names, num_samples)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
         check_importance(type(self).__name__, importance, self.weighs_advantages)
         check_reference(reference, kl_coef, offload_reference)
@@ -175,8 +185,8 @@ class OnlineAlgorithm(Collection, Algorithm):
         """
         statistics = self.running_state()
         checks.check_num_minibatches(self.updates.num_minibatches, len(prompts))
-        collected = self.collect(prompts)
-        rollout = self.prepare(collected)
+        collected, chosen = self.collect_differing(prompts)
+        rollout = self.prepare(chosen)
         advantages = self.advantages(rollout)
         method_checks.check_advantages(type(self).__name__, advantages, rollout)
         rollout = rollout.replace(advantages=advantages)
@@ -205,7 +215,9 @@ class OnlineAlgorithm(Collection, Algorithm):
             self.rollout, self.metric_sums = self.new_rollout(batch), {}
             self._rollout_problems = nonfinite_fields(self.rollout)
         elif self._in_flight.rollout is not None:  # resumed in the middle of a rollout
-            self.rollout, self.metric_sums = self._in_flight.restore_rollout(self.rollout_type, batch, self.device)
+            some = self.dynamic_sampling.reward is not None
+            found = self._in_flight.restore_rollout(self.rollout_type, batch, self.device, some)
+            self.rollout, self.metric_sums = found
             self._rollout_problems = nonfinite_fields(self.rollout)
         assert self.rollout is not None
         part = self.minibatch(self.rollout, step)

@@ -23,6 +23,7 @@ from lit_rlhf.evaluation.judges import SymmetricJudge
 from lit_rlhf.evaluation.options import EvaluationOptions
 from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import RewardShaping, Scorer
+from lit_rlhf.training.dynamic_sampling import DynamicSampling
 from lit_rlhf.training.importance import Importance
 from lit_rlhf.training.strategies import FSDP2Strategy
 from lit_rlhf.training.updates import Updates
@@ -42,6 +43,7 @@ OPTION_GROUPS: dict[str, type] = {
     "evaluation": EvaluationOptions,
     "engine": Engine,
     "importance": Importance,
+    "dynamic_sampling": DynamicSampling,
 }
 """Groups of options of algorithms that sample, by argument."""
 

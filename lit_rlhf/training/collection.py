@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
@@ -14,8 +15,10 @@ from lit_rlhf.models.reference import Reference
 from lit_rlhf.rewards import RewardShaping
 from lit_rlhf.rewards.shaping import shape_rewards
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.dynamic_sampling import DynamicSampling, concatenate
 from lit_rlhf.training.hooks import OnlineHooks
 from lit_rlhf.training.logging import mean_reward_metrics
+from lit_rlhf.training.updates import nth_part
 from lit_rlhf.types import Completions, Prompts, Rollout
 
 
@@ -26,6 +29,7 @@ class Collection(OnlineHooks):
     shaping: RewardShaping
     kl_estimator: str
     kl_place: str
+    dynamic_sampling: DynamicSampling
 
     def sample(self, prompts: Prompts) -> Completions:
         """Sample `num_samples` completions of each prompt."""
@@ -76,6 +80,35 @@ class Collection(OnlineHooks):
             texts=texts,
             reward_extras=scores.reward_extras,
         )
+
+    def collect_differing(self, prompts: Prompts) -> tuple[Rollout, Rollout]:
+        """Collect a rollout, by choice of prompts whose completions differ in a reward.
+
+        Returns:
+            Everything that was sampled, and the rollout to learn from.
+        """
+        options = self.dynamic_sampling
+        if options.reward is None:
+            collected = self.collect(prompts)
+            return collected, collected
+        parts: list[Rollout] = []
+        wanted, missing, sampled = len(prompts) // options.rounds, 1.0, 0
+        while missing and sampled < options.rounds:
+            parts.append(self.collect(prompts.rows(nth_part(sampled, options.rounds, len(prompts)))))
+            sampled += 1
+            found = torch.stack([options.differing(part).sum() for part in parts]).sum()
+            missing = float(sum_over_ranks(self.trainer, (wanted - found).clamp(min=0).float()))
+        collected = concatenate(parts)
+        chosen = options.choose(collected, wanted)
+        groups = len(collected.prompts) * self.trainer.world_size
+        share = float(sum_over_ranks(self.trainer, options.differing(collected).sum().float())) / groups
+        self.log_dict({"train/sampled_groups": float(groups), "train/differing_groups": share}, batch_size=1)
+        if share == 0:
+            rank_zero_warn(
+                f"dynamic sampling found no prompt among {groups} whose completions differ in {options.reward!r}: "
+                "nothing is learned from them"
+            )
+        return collected, chosen
 
     def _reference_logprobs(self, reference: Reference, prompts: Prompts, completions: Completions) -> Tensor:
         temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))

@@ -21,6 +21,7 @@ from lit_rlhf.models.sampling import Sampling
 from lit_rlhf.rewards import Scorer
 from lit_rlhf.training import checks, diagnosis
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
+from lit_rlhf.training.dynamic_sampling import DynamicSampling
 from lit_rlhf.training.engines import EngineHooks
 from lit_rlhf.training.importance import Importance, check_correction
 from lit_rlhf.training.logging import add_loss_metrics, mean_metrics
@@ -51,6 +52,7 @@ class OnlineHooks(EngineHooks):
     load_options: dict[str, Any]
     uses_importance_ratio: bool
     importance: Importance
+    dynamic_sampling: DynamicSampling
     data_module: Any
     _movement: diagnosis.MovementCheck
     _continues_text: bool
@@ -91,7 +93,10 @@ class OnlineHooks(EngineHooks):
                 scored.check_on_row(rows[0].example.prompt, rows[0].example.columns)
         if stage == "fit":
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
-            checks.check_updates(self.updates, accumulate, getattr(data, "batch_size", None), callbacks)
+            batch_size = getattr(data, "batch_size", None)
+            checks.check_updates(self.updates, accumulate, batch_size, callbacks)
+            if batch_size is not None:
+                self.dynamic_sampling.check_batch(batch_size, self.updates.num_minibatches)
             ratio, corrected = self.uses_importance_ratio, self.importance.correction != "none"
             checks.check_on_policy(self.updates, accumulate, ratio or corrected)
             check_correction(self.importance, self.updates, accumulate, self.sampling, self.engine.used, ratio)

@@ -83,15 +83,15 @@ class InFlight:
         return loss_sums or LossSums()
 
     def restore_rollout(
-        self, rollout_type: type[Rollout], prompts: Prompts, device: torch.device
+        self, rollout_type: type[Rollout], prompts: Prompts, device: torch.device, some: bool = False
     ) -> tuple[Rollout, dict[str, Tensor]]:
-        """Return the rollout of these prompts and the metric sums.
+        """Return the rollout of these prompts, or of `some` of them, and the metric sums.
 
         Raises:
             ValueError: If the rollout was collected for other prompts.
         """
         assert self.rollout is not None
-        rollout = rollout_type.from_state(self.rollout, prompts.to("cpu")).to(device)
+        rollout = rollout_type.from_state(self.rollout, prompts.to("cpu"), some).to(device)
         metric_sums = {name: sums.to(F.float64_device(device)) for name, sums in self.metric_sums.items()}
         self.drop_rollout()
         return rollout, metric_sums
