@@ -210,12 +210,15 @@ class Rollout(Record):
             lambda items: [row[index] if isinstance(row, list) else row for row in items],
         )
 
-    def pick(self: RolloutT, sample: Int[Tensor, " prompts"]) -> RolloutT:
-        """Return one sample of each prompt, at the indices in `sample`."""
-        rows, chosen = torch.arange(len(sample), device=sample.device), sample.tolist()
+    def pick(self: RolloutT, sample: Int[Tensor, "prompts picked"]) -> RolloutT:
+        """Return some samples of each prompt, at the indices in `sample`."""
+        rows, chosen = torch.arange(len(sample), device=sample.device).unsqueeze(1), sample.tolist()
         return self._cut(
-            lambda tensor: tensor[rows, sample].unsqueeze(1) if tensor.ndim > 1 else tensor,
-            lambda items: [[row[i]] if isinstance(row, list) else row for row, i in zip(items, chosen, strict=False)],
+            lambda tensor: tensor[rows, sample] if tensor.ndim > 1 else tensor,
+            lambda items: [
+                [row[i] for i in picked] if isinstance(row, list) else row
+                for row, picked in zip(items, chosen, strict=False)
+            ],
         )
 
     def _cut(

@@ -9,6 +9,7 @@ from lit_rlhf.algorithms.dr_grpo import DrGRPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.gspo import GSPO
 from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.algorithms.online_dpo import OnlineDPO
 from lit_rlhf.algorithms.opo import OPO
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.raft import RAFT
@@ -35,6 +36,7 @@ __all__ = [
     "Algorithm",
     "DrGRPO",
     "OnlineAlgorithm",
+    "OnlineDPO",
     "ReMax",
     "Reinforce",
     "ReinforceBatchMean",

@@ -245,7 +245,7 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         metrics: dict[str, Any] = {"train/skipped_updates": float(self._skipped.total)}
         if count == 0 or (self._problems and not overflow):
             if count == 0:
-                rank_zero_warn("no completion of this update counts : the update is skipped")
+                rank_zero_warn("no completion of this update counts: the update is skipped")
             optimizer.zero_grad(set_to_none=True)
         else:
             factor = sums.assumed_count * self.trainer.accumulate_grad_batches * self.trainer.world_size / count

@@ -51,7 +51,7 @@ class RAFT(OnlineAlgorithm):
     def evaluate(self, part: Rollout) -> Rollout:
         """Evaluate the best completion of each prompt only."""
         assert part.advantages is not None
-        best = part.pick(part.advantages.argmax(1))
+        best = part.pick(part.advantages.argmax(1, keepdim=True))
         assert best.advantages is not None
         return super().evaluate(best.replace(valid=best.valid & (best.advantages > 0)).trim())
 

@@ -15,7 +15,7 @@ from lit_rlhf.rewards.base import RewardSpec
 from lit_rlhf.rewards.calls import call_all
 from lit_rlhf.rewards.messages import check_reads_messages
 from lit_rlhf.rewards.outputs import read_numbers
-from lit_rlhf.types import Text
+from lit_rlhf.types import Prompts, Text
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -117,3 +117,26 @@ class SymmetricJudge:
                 "(the opponent is better) to 1, 0.5 for a tie, or None if undecided"
             )
         return answers
+
+
+def mean_wins(
+    judge: SymmetricJudge, prompts: Prompts, texts: list[list[Text]], state: TrainerState
+) -> Float[Tensor, "prompts samples"]:
+    """Return the mean win of each completion against the others of its prompt; NaN if the judge decided none.
+
+    Args:
+        judge: The judge, who compares every two completions.
+        prompts: The prompts.
+        texts: Completions, `texts[prompt][sample]`.
+        state: Progress of training.
+    """
+    n, k = len(texts), len(texts[0])
+    pairs = [(row, i, j) for row in range(n) for i in range(k) for j in range(i + 1, k)]
+    rows = [row for row, _, _ in pairs]
+    columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
+    first, second = ([texts[row][pair[side]] for row, *pair in pairs] for side in (0, 1))
+    wins, _ = judge([prompts.text[row] for row in rows], first, second, columns, state)
+    found = torch.full((n, k, k), torch.nan, dtype=wins.dtype)
+    for (row, i, j), win in zip(pairs, wins, strict=True):
+        found[row, i, j], found[row, j, i] = win, 1 - win
+    return found.nanmean(-1)

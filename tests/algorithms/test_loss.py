@@ -78,8 +78,8 @@ def test_lists_per_prompt_are_kept_and_lists_per_sample_are_cut():
     texts = [["a", "b", "c"], ["d", "e", "f"]]
     rollout = hand_made_rollout(WithTopics, texts=texts, topics=["science", "sports"])
     assert rollout.samples(slice(0, 2)).texts == [["a", "b"], ["d", "e"]]
-    assert rollout.pick(torch.tensor([2, 0])).texts == [["c"], ["d"]]
-    assert rollout.samples(slice(0, 2)).topics == rollout.pick(torch.tensor([2, 0])).topics == ["science", "sports"]
+    assert rollout.pick(torch.tensor([[2], [0]])).texts == [["c"], ["d"]]
+    assert rollout.samples(slice(0, 2)).topics == rollout.pick(torch.tensor([[2], [0]])).topics == ["science", "sports"]
 
 
 def test_without_a_coefficient_no_kl_is_computed():
