@@ -197,13 +197,16 @@ class Calculator:
             gradients = min(trained, peak.most)
             expanded = dequantizing(self.passes.models.trained)
             return {"activations": peak.most - gradients, "gradients": gradients, **expanded}
-        peak = self.passes.training(batch, accumulated=False, gradients=False)
+        without, with_gradients = (
+            self.passes.training(batch, accumulated=False, gradients=counted).most for counted in (False, True)
+        )
         models = [model for model in (self.passes.models.trained, self.passes.models.critic) if model is not None]
         whole = sum(in_step(model, self.setting) for model in models)
         share = trained / max(1, sum(held(model) for model in models))  # of what is gathered, with a gradient each
+        accumulated = trained if self.setting.accumulate > 1 else with_gradients - without  # others as activations go
         return {
-            "activations": peak.most,
-            "gradients": math.ceil(trained / self.setting.devices) + math.ceil(share * whole),
+            "activations": without,
+            "gradients": math.ceil(accumulated / self.setting.devices) + math.ceil(share * whole),
             "gathered weights": whole,
         }
 
