@@ -8,12 +8,15 @@ from lit_rlhf.rewards.reward_model import RewardModel
 from lit_rlhf.rewards.scorer import Scorer, Scores
 from lit_rlhf.rewards.sentiment import Sentiment
 from lit_rlhf.rewards.shaping import RewardShaping
+from lit_rlhf.rewards.verifiable import Format, MathAnswer, SoftOverlong
 
 __all__ = [
     "ExactMatch",
+    "Format",
     "Guarded",
     "HTTPReward",
     "Length",
+    "MathAnswer",
     "RegexMatch",
     "Repetition",
     "Reward",
@@ -22,6 +25,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Sentiment",
+    "SoftOverlong",
     "Weighted",
     "to_text",
 ]

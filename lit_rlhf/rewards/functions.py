@@ -78,7 +78,7 @@ class RegexMatch:
     """
 
     def __init__(self, pattern: str, full: bool = False, special_tokens: bool = False) -> None:
-        self.pattern, self.full, self.special_tokens = _compile(pattern), full, special_tokens
+        self.pattern, self.full, self.special_tokens = compile_pattern(pattern), full, special_tokens
 
     def __call__(self, completions: list[Text]) -> list[float]:
         """Return 1 or 0 per completion."""
@@ -114,7 +114,7 @@ class ExactMatch:
         special_tokens: bool = False,
     ) -> None:
         self.column, self.normalise, self.special_tokens = column, normalise, special_tokens
-        self.pattern = None if pattern is None else _compile(pattern)
+        self.pattern = None if pattern is None else compile_pattern(pattern)
         self.required_columns = (column,)
 
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
@@ -126,8 +126,8 @@ class ExactMatch:
         found = self._extract(text)
         if found is None:
             return 0.0
-        references = [self._extract(reference) or reference for reference in _references(answer)]
-        return float(self._normalise(found) in map(self._normalise, references))
+        golds = [self._extract(reference) or reference for reference in references(answer)]
+        return float(self._normalise(found) in map(self._normalise, golds))
 
     def _extract(self, text: str) -> str | None:
         """Return the answer in a text, None without one."""
@@ -145,11 +145,11 @@ class ExactMatch:
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
-def _references(answer: Any) -> list[str]:
+def references(answer: Any) -> list[str]:
     """Return the texts that count as right: of messages, of each answer in a list, or of one value."""
     if isinstance(answer, list):
         messages = bool(answer) and isinstance(answer[0], dict)
-        return [to_text(answer)] if messages else [text for item in answer for text in _references(item)]
+        return [to_text(answer)] if messages else [text for item in answer for text in references(item)]
     if isinstance(answer, float) and answer.is_integer():  # a table with an empty field turns integers into floats
         return [str(answer), str(int(answer))]
     return [str(answer)]
@@ -179,7 +179,12 @@ class Repetition:
         return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression.
+
+    Raises:
+        ValueError: If it is none.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -1,0 +1,136 @@
+"""Rewards that check an answer or its form, without a model."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from lit_rlhf.errors import InputError, MissingPackageError
+from lit_rlhf.rewards.functions import compile_pattern, references, to_text
+from lit_rlhf.types import Text
+
+
+class MathAnswer:
+    r"""1 if the mathematical answer of a completion equals the reference answer, else 0, by the package math-verify.
+
+    Numbers, fractions, expressions, sets and LaTeX are compared by value: `\boxed{\frac{1}{2}}` equals `0.5`. Of
+    several answers, one in a box counts, or else the last. None (no opinion) if a row has no reference answer, or one
+    that is not mathematical.
+
+    Args:
+        column: Name of the column of reference answers.
+        pattern: Regular expression that extracts the answer from a reference, such as `"#### (.+)"`: the first group
+            (or all) of the last match. By default the whole reference is the answer.
+        timeout: Seconds for reading or comparing an answer, after which it is wrong. There is no limit outside the main
+            thread.
+
+    Raises:
+        ImportError: If the package math-verify is not installed.
+        ValueError: If the pattern is not a regular expression.
+    """
+
+    def __init__(self, column: str = "answer", pattern: str | None = None, timeout: int = 5) -> None:
+        if find_spec("math_verify") is None:
+            raise MissingPackageError(
+                "the reward MathAnswer needs the package math-verify: pip install 'lit_rlhf[math]'"
+            )
+        if timeout < 1:
+            raise InputError(f"MathAnswer: timeout={timeout} must be at least 1 second")
+        self.column, self.timeout = column, timeout
+        self.pattern = None if pattern is None else compile_pattern(pattern)
+        self.required_columns = (column,)
+
+    def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
+        """Return 1, 0 or None per completion."""
+        pairs = zip(completions, columns[self.column], strict=True)
+        return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
+
+    def _value(self, text: str, answer: Any) -> float | None:
+        golds = [gold for reference in references(answer) if (gold := self._parse_reference(reference))]
+        if not golds:
+            return None
+        from math_verify import verify  # type: ignore[import-untyped]
+
+        found = self._parse(text)
+        return float(any(verify(gold, found, timeout_seconds=self._seconds) for gold in golds))
+
+    def _parse_reference(self, text: str) -> list[Any]:
+        if self.pattern is not None and (matches := list(self.pattern.finditer(text))):
+            text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
+        bare = "$" not in text and "\\boxed" not in text
+        if bare and "\\" in text:
+            return self._parse(f"${text}$")
+        return self._parse(text) or (self._parse(f"${text}$") if bare and _LOOKS_LIKE_A_FORMULA.search(text) else [])
+
+    def _parse(self, text: str) -> list[Any]:
+        from math_verify import parse
+
+        parsed: list[Any] = parse(text, parsing_timeout=self._seconds)
+        return parsed
+
+    @property
+    def _seconds(self) -> int | None:
+        """The time limit, which works by a signal."""
+        return self.timeout if threading.current_thread() is threading.main_thread() else None
+
+
+_LOOKS_LIKE_A_FORMULA = re.compile(r"[\^_=+*/{}()\[\]<>]|\d|^\s*[A-Za-z]\s*$")
+
+
+class Format:
+    """1 if a completion consists of these tags in this order, each once and with a text in it, else 0.
+
+    `Format()` wants `<think>...</think><answer>...</answer>`, with white space around the tags.
+
+    Args:
+        tags: Names of the tags.
+        opened: Whether the prompt ends with the first opening tag, as generation prompts of reasoning models do, so
+            that the completion lacks it.
+        special_tokens: Whether completions contain their special tokens, for tags that are such.
+
+    Raises:
+        ValueError: If there is no tag.
+    """
+
+    def __init__(
+        self, tags: Sequence[str] = ("think", "answer"), opened: bool = False, special_tokens: bool = False
+    ) -> None:
+        if isinstance(tags, str) or not tags:
+            raise InputError(f"Format: tags={tags!r} must be a list of names, such as [think, answer]")
+        self.special_tokens = special_tokens
+        names = [re.escape(tag) for tag in tags]
+        no_tag = rf"(?!</?(?:{'|'.join(names)})>)"
+        parts = [rf"<{name}>\s*{no_tag}\S(?:{no_tag}.)*</{name}>" for name in names]
+        if opened:
+            parts[0] = parts[0].removeprefix(f"<{names[0]}>")
+        self.pattern = re.compile(r"\s*".join(["", *parts, ""]), re.DOTALL)
+
+    def __call__(self, completions: list[Text]) -> list[float]:
+        """Return 1 or 0 per completion."""
+        return [float(self.pattern.fullmatch(to_text(completion)) is not None) for completion in completions]
+
+
+class SoftOverlong:
+    """Penalty of long completions that begins before they are truncated: 0, then linear down to -1 at `maximum` tokens.
+
+    Yu et al., 2025, arXiv 2503.14476, equation 13.
+
+    Args:
+        maximum: Number of tokens from which on it is -1; usually `sampling.max_new_tokens`.
+        buffer: Number of tokens before it over which the penalty grows.
+
+    Raises:
+        ValueError: If the buffer is not between 1 and the maximum.
+    """
+
+    def __init__(self, maximum: int, buffer: int) -> None:
+        if not 1 <= buffer <= maximum:
+            raise InputError(f"SoftOverlong: buffer={buffer} must be between 1 and maximum={maximum}")
+        self.maximum, self.buffer = maximum, buffer
+
+    def __call__(self, completion_ids: list[list[int]]) -> list[float]:
+        """Return one number per completion, from -1 to 0."""
+        return [max(-1.0, min(0.0, (self.maximum - self.buffer - len(ids)) / self.buffer)) for ids in completion_ids]
