@@ -1,7 +1,7 @@
 """Rewards. Any callable can be a reward; this package has ready-made ones and the scorer that calls them."""
 
 from lit_rlhf.rewards.base import Reward, Weighted
-from lit_rlhf.rewards.functions import ExactMatch, Length, RegexMatch, Repetition, to_text
+from lit_rlhf.rewards.functions import ExactMatch, Length, RegexMatch, Repetition, Zero, to_text
 from lit_rlhf.rewards.guard import Guarded
 from lit_rlhf.rewards.http_reward import HTTPReward
 from lit_rlhf.rewards.reward_model import RewardModel
@@ -27,5 +27,6 @@ __all__ = [
     "Sentiment",
     "SoftOverlong",
     "Weighted",
+    "Zero",
     "to_text",
 ]

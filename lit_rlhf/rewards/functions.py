@@ -60,6 +60,14 @@ class Length:
         return min(0.0, 1 - length / self.maximum) if self.maximum else 0.0
 
 
+class Zero:
+    """0 for every completion: for a policy that learns from the KL to a teacher alone."""
+
+    def __call__(self, completions: list[Text]) -> list[float]:
+        """Return 0 per completion."""
+        return [0.0] * len(completions)
+
+
 class RegexMatch:
     r"""1 if a regular expression matches the completion, else 0.
 

@@ -85,6 +85,7 @@ class RolloutDiagnosis:
         completions: Number of completions in them.
         finished: Number of completions that ended by themselves.
         varied: Number of groups (rollouts if there is one sample of each prompt) with more than one reward.
+        has_teacher: Whether the KL is to another model, from which the policy learns whatever the rewards are.
         hopeless: Whether a warning has already explained why the policy stays as it is.
         kl_known: Whether the KL to the reference has been seen or found missing, or there is no reference.
     """
@@ -94,6 +95,7 @@ class RolloutDiagnosis:
     finished: int = 0
     varied: int = 0
     hopeless: bool = False
+    has_teacher: bool = False
     kl_known: bool = False
 
     @property
@@ -131,7 +133,7 @@ class RolloutDiagnosis:
             )
 
     def _check_rewards(self, grouped: bool) -> None:
-        if self.varied:
+        if self.varied or self.has_teacher:
             return
         self.hopeless = True
         same = "of a prompt had the same reward as the others" if grouped else "had the same reward"

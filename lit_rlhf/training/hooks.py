@@ -147,6 +147,7 @@ class OnlineHooks(EngineHooks):
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
         self._diagnosis.kl_known |= self.reference is None
+        self._diagnosis.has_teacher = bool(self.kl_coef) and self.reference_source != "policy"
         ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)

@@ -17,6 +17,7 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.config_files import CONFIGS
 
 STAND_INS = {
+    "distillation": ["--data.train=prompts.jsonl", "--model.reference=tiny"],
     "quickstart": [
         "--data.train_size=32",
         "--data.val_size=4",
