@@ -408,6 +408,23 @@ def ipo_loss(margin: Float[Tensor, "*pairs"], beta: float) -> Float[Tensor, "*pa
     return (margin - 1 / (2 * beta)) ** 2
 
 
+def kto_loss(
+    log_ratio: Float[Tensor, "*rows"], kl: Float[Tensor, ""], desirable: Bool[Tensor, "*rows"], beta: float
+) -> Float[Tensor, "*rows"]:
+    """KTO loss per completion: `1 - sigmoid(s beta (log_ratio - kl))`, s = 1 if desirable, otherwise -1.
+
+    Ethayarajh et al., 2024, arXiv 2402.01306, equation 8.
+
+    Args:
+        log_ratio: `log pi(y|x) / ref(y|x)` of whole completions.
+        kl: The reference point z, a KL of at least 0.
+        desirable: Whether each completion is.
+        beta: Strength of the KL constraint.
+    """
+    sign = torch.where(desirable, 1.0, -1.0)
+    return torch.sigmoid(-sign * beta * (log_ratio - kl))
+
+
 def bradley_terry_loss(chosen: Float[Tensor, "*pairs"], rejected: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
     """Bradley-Terry loss per pair: `-log sigmoid(r(chosen) - r(rejected))`. Bradley and Terry, 1952."""
     return -torch.nn.functional.logsigmoid(chosen - rejected)

@@ -64,6 +64,8 @@ def make_data(name: str, rows: int = 12, **options):
     if name in ("RewardModeling", "DPO", "IPO"):
         return lit_rlhf.PreferenceData(train=pairs, **options)
     demonstrations = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    if name == "KTO":
+        demonstrations = [{**row, "label": i % 3 > 0} for i, row in enumerate(demonstrations)]
     return lit_rlhf.DemonstrationData(train=demonstrations, **options)
 
 

@@ -8,6 +8,7 @@ from lit_rlhf.algorithms.dpo import DPO, IPO
 from lit_rlhf.algorithms.dr_grpo import DrGRPO
 from lit_rlhf.algorithms.grpo import GRPO
 from lit_rlhf.algorithms.gspo import GSPO
+from lit_rlhf.algorithms.kto import KTO
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.algorithms.online_dpo import OnlineDPO
 from lit_rlhf.algorithms.opo import OPO
@@ -28,6 +29,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "IPO",
+    "KTO",
     "OPO",
     "PPO",
     "RAFT",

@@ -23,7 +23,7 @@ from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, load_reference
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.held_out import HeldOutMetrics
-from lit_rlhf.types import Metrics, Preferences
+from lit_rlhf.types import Demonstrations, Metrics, Preferences
 
 
 class DPO(HeldOutMetrics, Algorithm):
@@ -43,7 +43,7 @@ class DPO(HeldOutMetrics, Algorithm):
         ValueError: If beta is not above 0, or there is no reference.
     """
 
-    batch_type = Preferences
+    batch_type: type[Demonstrations] = Preferences
     reference: Reference
 
     def __init__(
@@ -72,23 +72,27 @@ class DPO(HeldOutMetrics, Algorithm):
 
     def training_step(self, batch: Preferences, batch_idx: int) -> Tensor:
         """Return the loss of a batch of pairs."""
-        reference = None
-        if self.reference_logprobs:
-            index = batch.prompts.index.tolist()
-            reference = torch.stack([self.reference_logprobs[i] for i in index]).to(self.device)
-        log_ratios = self.log_ratios(batch, reference)
+        log_ratios = self.training_log_ratios(batch)
         metrics = {f"train/{name}": values.mean() for name, values in self._metrics(log_ratios.detach()).items()}
         self.log_dict(metrics, batch_size=1, sync_dist=True)
         terms = self.pair_loss(reward_margin(log_ratios))
         return self.reduce_loss(terms, torch.ones_like(terms, dtype=torch.bool))
 
-    def log_ratios(self, batch: Preferences, reference: Tensor | None = None) -> Float[Tensor, "pairs 2"]:
-        """Return `log pi(y|x) / ref(y|x)` of the chosen and of the rejected completions, with gradient."""
+    def training_log_ratios(self, batch: Demonstrations) -> Float[Tensor, "prompts samples"]:
+        """Return `log_ratios` of a training batch, whose reference log-probabilities are known."""
+        reference = None
+        if self.reference_logprobs:
+            index = batch.prompts.index.tolist()
+            reference = torch.stack([self.reference_logprobs[i] for i in index]).to(self.device)
+        return self.log_ratios(batch, reference)
+
+    def log_ratios(self, batch: Demonstrations, reference: Tensor | None = None) -> Float[Tensor, "prompts samples"]:
+        """Return `log pi(y|x) / ref(y|x)` of each completion, with gradient; of pairs the chosen one first."""
         if reference is None:
             reference = self._reference_logprobs(batch)
         return F.masked_sum(self.policy.logprobs(batch.prompts, batch), batch.loss_mask) - reference
 
-    def _reference_logprobs(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
+    def _reference_logprobs(self, batch: Demonstrations) -> Float[Tensor, "prompts samples"]:
         return F.masked_sum(self.reference.logprobs(batch.prompts, batch), batch.loss_mask)
 
     def _metrics(self, log_ratios: Tensor) -> dict[str, Tensor]:
@@ -131,7 +135,7 @@ class DPO(HeldOutMetrics, Algorithm):
             return
         own: dict[int, Tensor] = {}
         visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        batches = track(data.in_order(data.train_set), "scoring pairs", transient=True, disable=not visible)
+        batches = track(data.in_order(data.train_set), "scoring the data", transient=True, disable=not visible)
         precision, together = trainer.precision_plugin.train_step_context(), self.reference.without_gradient()
         with raise_on_all_ranks(trainer), precision, together:
             for batch in batches:
@@ -139,7 +143,7 @@ class DPO(HeldOutMetrics, Algorithm):
                 own.update(zip(batch.prompts.index.tolist(), self._reference_logprobs(batch).cpu(), strict=True))
         for rank in gather_over_ranks(trainer, own):
             self.reference_logprobs.update(rank)
-        rank_zero_info(f"the reference has scored {len(self.reference_logprobs)} pairs")
+        rank_zero_info(f"the reference has scored {len(self.reference_logprobs)} rows")
 
     # Validation
 
@@ -149,8 +153,8 @@ class DPO(HeldOutMetrics, Algorithm):
         metrics = {"loss": self.pair_loss(reward_margin(log_ratios)), **self._metrics(log_ratios)}
         return {name: (values, torch.ones_like(values, dtype=torch.bool)) for name, values in metrics.items()}
 
-    def held_out_log_ratios(self, batch: Preferences) -> Float[Tensor, "pairs 2"]:
-        """Return `log_ratios` of held-out pairs; the reference's log-probabilities are cached across validations."""
+    def held_out_log_ratios(self, batch: Demonstrations) -> Float[Tensor, "prompts samples"]:
+        """Return `log_ratios` of held-out rows; the reference's log-probabilities are cached across validations."""
         index, cache = batch.prompts.index.tolist(), self.held_out_reference_logprobs
         if any(i not in cache for i in index):
             cache.update(zip(index, self._reference_logprobs(batch).cpu(), strict=True))

@@ -1,0 +1,130 @@
+"""KTO: learn from completions that are marked as desirable or not, one at a time, without pairs and without sampling.
+
+Ethayarajh et al., 2024, arXiv 2402.01306, section 4. Departure: each process takes the completions of other prompts
+from its batch, and at validation the KL of its batch alone, so that the KL is not exactly that of one process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lit_rlhf import functional as F
+from lit_rlhf.algorithms.dpo import DPO
+from lit_rlhf.errors import InputError
+from lit_rlhf.types import Demonstrations, Metrics
+
+
+class KTO(DPO):
+    """Kahneman-Tversky optimization: loss `1 - sigmoid(s beta (log pi(y|x) / ref(y|x) - z))`.
+
+    With s = 1 for desirable completions and -1 for others, and z the KL to the reference, without gradient: the mean
+    log-ratio of completions of other prompts, at least 0.
+
+    Args:
+        *args: See `DPO`.
+        label_column: Column of the data that is true for desirable completions.
+        desirable_weight: Weight of desirable completions.
+        undesirable_weight: Weight of the others. The paper advises weights for which weight times number is of one
+            size, up to a factor of 4/3, for both.
+        **kwargs: See `DPO`.
+
+    Raises:
+        ValueError: If a weight is not above 0; at `fit`, if a label is missing or no truth value, or a batch has one
+            row.
+    """
+
+    batch_type = Demonstrations
+
+    def __init__(
+        self,
+        *args: Any,
+        label_column: str = "label",
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        for name, value in weights.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value} must be a number above 0")
+        self.label_column = label_column
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def setup(self, stage: str) -> None:
+        """Check the labels of all rows before a model is loaded."""
+        super().setup(stage)
+        data = self.data_module
+        for name in ("train_set", "val_set"):
+            for i, row in enumerate(getattr(data, name, None) or ()):
+                read_label(row.example.columns, self.label_column, f"row {i} of {name}")
+        if stage == "fit" and getattr(data, "batch_size", 2) < 2:
+            raise InputError("KTO compares with the completions of other prompts: give data.batch_size of 2 or more")
+
+    def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
+        """Return the loss of a batch of completions."""
+        log_ratios, desirable = self.training_log_ratios(batch)[:, 0], self.labels(batch)
+        others = self.mismatched(batch)
+        total, count = self.sum_over_ranks(torch.stack([others.sum(), torch.ones_like(others).sum()]))
+        kl = (total / count).clamp(min=0)
+        self.log("train/kl_estimate", kl, batch_size=1)
+        terms = self.completion_loss(log_ratios, kl, desirable)
+        return self.reduce_loss(terms, torch.ones_like(desirable))
+
+    def completion_loss(
+        self, log_ratios: Float[Tensor, " rows"], kl: Float[Tensor, ""], desirable: Bool[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"]:
+        """Loss of each completion."""
+        losses = F.kto_loss(log_ratios, kl, desirable, self.beta)
+        return losses * torch.where(desirable, self.desirable_weight, self.undesirable_weight)
+
+    @torch.no_grad()
+    def mismatched(self, batch: Demonstrations) -> Float[Tensor, " rows"]:
+        """Return `log pi / ref` of the next prompt's completion, for each prompt."""
+        learned = None if batch.learned is None else batch.learned.roll(-1, 0)
+        other = batch.replace(tokens=batch.tokens.roll(-1, 0), mask=batch.mask.roll(-1, 0), learned=learned)
+        return self.log_ratios(other)[:, 0]
+
+    def labels(self, batch: Demonstrations) -> Bool[Tensor, " rows"]:
+        """Return True for desirable completions."""
+        labels = [bool(label) for label in batch.prompts.columns[self.label_column]]
+        return torch.tensor(labels, device=batch.tokens.device)
+
+    def held_out_metrics(self, batch: Demonstrations) -> Metrics:
+        """Return loss, accuracy (whether the log-ratio is on the label's side of the KL) and rewards of completions."""
+        log_ratios, desirable = self.held_out_log_ratios(batch)[:, 0], self.labels(batch)
+        others = self.mismatched(batch) if len(desirable) > 1 else torch.zeros_like(log_ratios)
+        kl = others.mean().clamp(min=0)
+        rewards, every = self.beta * log_ratios, torch.ones_like(desirable)
+        return {
+            "loss": (self.completion_loss(log_ratios, kl, desirable), every),
+            "accuracy": (((log_ratios > kl) == desirable).to(rewards), every),
+            "desirable_reward": (rewards, desirable),
+            "undesirable_reward": (rewards, ~desirable),
+        }
+
+    def predict_step(self, batch: Demonstrations, batch_idx: int) -> list[dict[str, Any]]:
+        """Return the implicit reward of each completion: beta times the log-ratio to the reference."""
+        rewards, prompts = (self.beta * self.log_ratios(batch)[:, 0]).tolist(), batch.prompts
+        return [
+            {"index": int(prompts.index[i]), "prompt": prompts.text[i], "reward": reward}
+            for i, reward in enumerate(rewards)
+        ]
+
+
+def read_label(columns: dict[str, Any], name: str, row: str) -> bool:
+    """Return the label of a row.
+
+    Raises:
+        ValueError: If there is none, or it is neither a truth value nor 0 or 1.
+    """
+    if name not in columns:
+        raise InputError(f"KTO reads the column {name!r}, and {row} has {sorted(columns) or 'no columns'}: give it")
+    if columns[name] not in (True, False):
+        raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
+    return bool(columns[name])

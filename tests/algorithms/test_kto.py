@@ -1,0 +1,94 @@
+"""KTO: its loss by hand, the labels it reads, and the KL over a batch."""
+
+import math
+
+import pytest
+import torch
+
+import lit_rlhf
+from lit_rlhf import functional as F
+from lit_rlhf.errors import InputError
+from runs import make_data, make_module, make_trainer
+from tensors import double
+
+
+def test_loss_by_hand():
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    actual = F.kto_loss(double([3.0, -1.0]).squeeze(), double(0.5).squeeze(), torch.tensor([True, False]), 0.2)
+    assert actual.tolist() == pytest.approx([1 - sigmoid(0.2 * 2.5), 1 - sigmoid(0.2 * 1.5)])
+
+
+def test_a_step_is_the_published_loss_of_its_batch(tiny, tmp_path):
+    seen = []
+
+    class Watched(lit_rlhf.KTO):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                own, reference = (
+                    [model.logprobs(batch.prompts, rows).sum((1, 2)) for rows in (batch, mixed(batch))]
+                    for model in (self.policy, self.reference)
+                )
+            matched, others = (a - b for a, b in zip(own, reference, strict=True))
+            z = max(0.0, float(others.mean()))
+            labels = batch.prompts.columns["label"]
+            weights = [2.0 if label else 0.5 for label in labels]
+            signs = [1 if label else -1 for label in labels]
+            terms = [
+                w * (1 - torch.sigmoid(s * self.beta * (x - z)))
+                for w, s, x in zip(weights, signs, matched, strict=True)
+            ]
+            loss = super().training_step(batch, batch_idx)
+            seen.append((float(loss.detach()), float(sum(terms) / len(terms)), z))
+            return loss
+
+    module = Watched(str(tiny), desirable_weight=2.0, undesirable_weight=0.5, optimizer=adam)
+    make_trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(module, make_data("KTO"))
+    assert seen[0][2] == 0.0 and any(z > 0 for _, _, z in seen)
+    for actual, expected, _ in seen:
+        assert actual == pytest.approx(expected, abs=1e-5)
+
+
+def adam(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def mixed(batch):
+    order = [*range(1, len(batch.tokens)), 0]
+    return batch.replace(tokens=batch.tokens[order], mask=batch.mask[order])
+
+
+def test_it_learns_the_labels(tiny, tmp_path):
+    rows = [{"prompt": f"p {i}", "completion": "good" if i % 2 else "bad", "label": i % 2} for i in range(16)]
+    data = lit_rlhf.DemonstrationData(train=rows, val=rows[:6], batch_size=4)
+    trainer = make_trainer(tmp_path, max_epochs=10)
+    trainer.fit(make_module("KTO", tiny, lr=3e-3), data)
+    metrics = trainer.callback_metrics
+    assert metrics["val/accuracy"] > 0.9
+    assert metrics["val/desirable_reward"] > 0 > metrics["val/undesirable_reward"]
+    assert trainer.predict(trainer.lightning_module, data)[0][0].keys() == {"index", "prompt", "reward"}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"desirable_weight": 0.0}, None, "desirable_weight=0.0 must be a number above 0"),
+        ({}, {"label": "yes"}, "label='yes' must be true or false"),
+        ({}, {}, "KTO reads the column 'label', and row 0 of train_set has no columns"),
+        (
+            {"label_column": "liked"},
+            {"label": True},
+            r"KTO reads the column 'liked', and row 0 of train_set has \['label'\]",
+        ),
+        ({}, "one at a time", "give data.batch_size of 2 or more"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(options, rows, message, tiny, tmp_path):
+    data = make_data("KTO", batch_size=1 if rows == "one at a time" else 4)
+    if isinstance(rows, dict):
+        rows = [{"prompt": "p", "completion": "c", **rows} for _ in range(8)]
+        data = lit_rlhf.DemonstrationData(train=rows, val=None, batch_size=4)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("KTO", tiny, **options), data)
