@@ -20,6 +20,7 @@ from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation import SymmetricJudge
 from lit_rlhf.evaluation.judges import mean_wins
+from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.training.distributed import raise_on_all_ranks
 from lit_rlhf.types import Metrics, Prompts, Rollout
 
@@ -120,7 +121,7 @@ class OnlineDPO(OnlineAlgorithm):
         log_ratios = F.masked_sum(part.logprobs - part.reference_logprobs, part.completions.mask)
         margin, counted = log_ratios[:, 0] - log_ratios[:, 1], part.valid[:, 0]
         metrics: Metrics = {
-            "accuracy": ((margin > 0).to(margin), counted),
+            "accuracy": (pairwise_accuracy(*log_ratios.detach().unbind(1)[:2]), counted),
             "reward_margin": (self.beta * margin.detach(), counted),
         }
         return F.dpo_loss(margin, self.beta).unsqueeze(1).expand_as(part.valid), metrics
