@@ -1,6 +1,7 @@
 """Rewards. Any callable can be a reward; this package has ready-made ones and the scorer that calls them."""
 
 from lit_rlhf.rewards.base import Reward, Weighted
+from lit_rlhf.rewards.chat_judge import ChatJudge
 from lit_rlhf.rewards.functions import ExactMatch, Length, RegexMatch, Repetition, Zero, to_text
 from lit_rlhf.rewards.guard import Guarded
 from lit_rlhf.rewards.http_reward import HTTPReward
@@ -11,6 +12,7 @@ from lit_rlhf.rewards.shaping import RewardShaping
 from lit_rlhf.rewards.verifiable import Format, MathAnswer, SoftOverlong
 
 __all__ = [
+    "ChatJudge",
     "ExactMatch",
     "Format",
     "Guarded",

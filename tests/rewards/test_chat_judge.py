@@ -1,0 +1,210 @@
+"""`ChatJudge` with a local server that answers as a chat model does, or wrongly."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+
+import lit_rlhf
+import local_server
+from lit_rlhf.errors import InputError
+from lit_rlhf.rewards import ChatJudge, Scorer
+from runs import make_data, make_module, make_trainer
+from scoring import component, flat
+
+pytest.importorskip("httpx2")
+
+
+class Chat:
+    """A chat model: `reply(text of the user's message)` is a text, or a status and a body."""
+
+    def __init__(self, reply):
+        self.reply, self.requests, self.keys, self.most, self._now = reply, [], [], 0, 0
+        self._lock = threading.Lock()
+        self.http, address = local_server.serve(self.answer)
+        self.url = f"{address}/v1"
+
+    def answer(self, handler, body):
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            self.requests.append(body)
+            self.keys.append(handler.headers.get("Authorization"))
+        assert handler.path == "/v1/chat/completions"
+        found = self.reply(body["messages"][-1]["content"])
+        status, text = found if isinstance(found, tuple) else (200, chat(found))
+        with self._lock:
+            self._now -= 1
+        handler.send_response(status)
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+
+
+def chat(text) -> str:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+def part(text: str, tag: str) -> str:
+    """Return what stands in a tag of the question."""
+    return text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0]
+
+
+def rates_length(text):
+    return f"It is fine.\n**Rating:** {min(10, 1 + len(part(text, 'answer')))}"
+
+
+def prefers_longer(text):
+    first, second = len(part(text, "A")), len(part(text, "B"))
+    return "Better: tie" if first == second else f"Better: {'A' if first > second else 'B'}"
+
+
+def make(server, **options):
+    return ChatJudge(server.url, "judge", **{"retries": 0, "backoff": 0.01, **options})
+
+
+def score(judge, prompts, completions):
+    """Score one completion of each prompt."""
+    texts, ids, ended = (
+        [[item] for item in items] for items in (completions, [[1]] * len(prompts), [True] * len(prompts))
+    )
+    return Scorer([judge])(prompts, texts, ids, ended, {}, None)
+
+
+def test_ratings_are_scaled_from_0_to_1():
+    server = Chat(rates_length)
+    scores = score(make(server), prompts=["p"] * 3, completions=["", "abc", "x" * 20])
+    assert flat(scores) == pytest.approx([0.0, 3 / 9, 1.0])
+    body = server.requests[0]
+    assert body["model"] == "judge" and body["temperature"] == 0.0
+    assert "Rate the answer from 1 (worst) to 10 (best)." in body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("Rating: 7", 6 / 9),
+        ("7", 6 / 9),
+        ("7/10", 6 / 9),
+        ("rating: 3 at first, but then Rating: 5.5", 4.5 / 9),
+        ("<think>Rating: 1</think>Rating: 10", 1.0),
+        ("`Rating: 4`", 3 / 9),
+    ],
+)
+def test_replies_that_are_read(reply, expected):
+    assert make(Chat(lambda text: reply))(["p"], ["c"]) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("reply", ["", "I can't say", "Rating: 11", "Rating: good", "There are 3 reasons."])
+def test_a_reply_without_a_rating_is_no_opinion_and_counted(reply):
+    server = Chat(lambda text: reply if part(text, "answer") == "bad" else "Rating: 10")
+    with pytest.warns(UserWarning, match="chat_judge' failed for 1 of 2 completions"):
+        scores = score(make(server), prompts=["p", "p"], completions=["good", "bad"])
+    assert component(scores, "chat_judge").isnan().tolist() == [False, True]
+    assert scores.metrics["reward_failures/chat_judge"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (lambda text: "rubbish", "replied 'rubbish', which has not a rating from 1 to 10"),
+        (lambda text: (200, "{}"), "which is not a chat completion"),
+        (lambda text: (200, chat(None)), "which is not a chat completion"),
+        (lambda text: (404, "no model judge"), "status 404: no model judge"),
+        (lambda text: (429, "slow down"), "status 429: slow down"),
+    ],
+    ids=["rubbish", "empty", "no content", "404", "429"],
+)
+def test_a_judge_that_never_rates_stops_the_run_with_one_sentence(reply, message):
+    with pytest.raises(InputError, match=message):
+        score(make(Chat(reply)), prompts=["p"], completions=["c"])
+
+
+def test_a_busy_judge_is_asked_again():
+    counts = iter(range(9))
+    server = Chat(lambda text: (429, "busy") if next(counts) < 2 else "Rating: 10")
+    assert flat(score(make(server, retries=3), prompts=["p"], completions=["c"])) == [1.0]
+    assert len(server.requests) == 3
+
+
+def test_a_judge_that_is_down_is_one_sentence():
+    server = Chat(rates_length)
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(InputError, match="can't be reached"):
+        score(make(server), prompts=["p"], completions=["c"])
+
+
+def test_pairs_are_asked_in_both_orders_and_equal_questions_once(tiny, tmp_path):
+    server = Chat(prefers_longer)
+    judge = make(server, pairwise=True)
+    assert judge(["p", "p", "p"], ["aa", "a", "a"], opponents=["a", "aa", "b"]) == [1.0, 0.0, 0.5]
+    assert judge(["p"], ["aa"], opponents=["a"]) == [1.0] and len(server.requests) == 3
+    options = dict(rewards=[lit_rlhf.rewards.Zero()], ranking_judge=judge, kl_coef=0.0)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module := make_module("OnlineDPO", tiny, **options), make_data("OnlineDPO", val=None))
+    lengths = torch.tensor([[len(text) for text in row] for row in module.rollout.texts])
+    differ = lengths.amax(1) > lengths.amin(1)
+    best = module.rollout.ranking.argmax(1, keepdim=True)
+    assert differ.any() and torch.equal(lengths.gather(1, best).squeeze(1)[differ], lengths.amax(1)[differ])
+
+
+def test_a_pairwise_judge_gives_the_win_rate(tiny, tmp_path):
+    server = Chat(prefers_longer)
+    options = dict(evaluation=lit_rlhf.EvaluationOptions(judge=make(server, pairwise=True)))
+    trainer = make_trainer(tmp_path)
+    trainer.validate(make_module("RLOO", tiny, **options), make_data("RLOO"), verbose=False)
+    assert trainer.callback_metrics["val/win_rate"] == 0.5  # the policy against itself
+
+
+def test_conversations_are_shown_with_their_roles():
+    server = Chat(rates_length)
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    make(server)([prompt], [[{"role": "assistant", "content": "Ho"}]])
+    text = server.requests[0]["messages"][-1]["content"]
+    assert part(text, "conversation") == "system: Be brief.\nuser: Hi" and part(text, "answer") == "Ho"
+
+
+def test_requests_run_at_the_same_time_up_to_a_limit():
+    barrier = threading.Barrier(3, timeout=20)
+
+    def waits(text):
+        barrier.wait()
+        return "Rating: 10"
+
+    server = Chat(waits)
+    score(make(server, concurrency=3), prompts=["p"] * 6, completions=[str(i) for i in range(6)])
+    assert server.most == 3
+
+
+def test_the_key_comes_from_the_environment_and_stays_there(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server = Chat(lambda text: (401, "wrong key secret"))
+    with pytest.raises(InputError, match=r"wrong key \*\*\*"):
+        score(make(server, api_key_env="JUDGE_KEY"), prompts=["p"], completions=["c"])
+    assert server.keys == ["Bearer secret"]
+
+
+def test_copies_keep_the_options_and_no_replies():
+    server = Chat(rates_length)
+    judge = make(server)
+    judge(["p"], ["c"])
+    assert copy.deepcopy(judge)(["p"], ["c"]) == judge(["p"], ["c"])
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "is not the address of a server"),
+        ({"low": 5, "high": 5}, "low=5 must be below high=5"),
+        ({"timeout": 0}, "timeout=0 must be above 0"),
+        ({"cache_size": -1}, "cache_size=-1 must be 0 or more"),
+        ({"api_key_env": "LIT_RLHF_NO_KEY"}, "LIT_RLHF_NO_KEY of ChatJudge's api_key_env is not set"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_one_sentence(options, message):
+    with pytest.raises(InputError, match=message):
+        ChatJudge(**{"url": "http://127.0.0.1:1/v1", "model": "judge", **options})
