@@ -4,9 +4,10 @@ from lit_rlhf.data.formats import Example, read_demonstration, read_preference, 
 from lit_rlhf.data.module import DemonstrationData, PreferenceData, PromptData, TextData
 from lit_rlhf.data.sampler import BlockSampler, EvalSampler, ResumableLoader
 from lit_rlhf.data.sources import load_rows
-from lit_rlhf.data.transforms import FirstWords, LastAnswer
+from lit_rlhf.data.transforms import AsChat, FirstWords, LastAnswer
 
 __all__ = [
+    "AsChat",
     "BlockSampler",
     "DemonstrationData",
     "EvalSampler",

@@ -65,6 +65,32 @@ class FirstWords:
         return {**row, "prompt": text[:cut], "reference": text[cut:]}
 
 
+class AsChat:
+    """Makes a conversation of a question, for a model with a chat template.
+
+    Adds `prompt`, a list of messages. Keeps all columns.
+
+    Args:
+        column: Name of the question's column.
+        instruction: Text after the question, on the next line.
+        system: A system message.
+    """
+
+    def __init__(self, column: str = "question", instruction: str = "", system: str = "") -> None:
+        self.column, self.instruction, self.system = column, instruction, system
+
+    def __call__(self, row: Row) -> Row:
+        """Return the row with the prompt.
+
+        Raises:
+            ValueError: If the column does not exist or is not a string.
+        """
+        question = read_string(row, self.column, "AsChat")
+        content = f"{question}\n{self.instruction}" if self.instruction else question
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return {**row, "prompt": [*system, {"role": "user", "content": content}]}
+
+
 def read_string(row: Row, column: str, transform: str) -> str:
     """Return the string in a column; `transform` is the name for error messages.
 

@@ -17,6 +17,13 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.config_files import CONFIGS
 
 STAND_INS = {
+    "gsm8k": [
+        "--data.train=prompts.jsonl",
+        "--data.val=4",
+        "--data.transform=null",
+        "--model.rewards=[mine.words]",
+        *SHORT,
+    ],
     "distillation": ["--data.train=prompts.jsonl", "--model.reference=tiny"],
     "quickstart": [
         "--data.train_size=32",

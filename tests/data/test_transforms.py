@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_rlhf.data import FirstWords, LastAnswer
+from lit_rlhf.data import AsChat, FirstWords, LastAnswer
 
 
 def test_first_words_splits_the_text_into_prompt_and_reference():
@@ -41,3 +41,15 @@ def test_last_answer_errors():
         LastAnswer()({"text": "a"})
     with pytest.raises(ValueError, match="LastAnswer needs a string in the column 'chosen', not 3"):
         LastAnswer()({"chosen": 3})
+
+
+def test_as_chat_makes_messages_of_a_question():
+    row = {"question": "2 + 2?", "answer": "4"}
+    assert AsChat()(row) == {**row, "prompt": [{"role": "user", "content": "2 + 2?"}]}
+    messages = AsChat(instruction="Be brief.", system="You count.")(row)["prompt"]
+    assert messages == [
+        {"role": "system", "content": "You count."},
+        {"role": "user", "content": "2 + 2?\nBe brief."},
+    ]
+    with pytest.raises(ValueError, match="AsChat needs the column 'task'"):
+        AsChat("task")(row)
