@@ -73,7 +73,7 @@ class GradientNoise(Callback):
             )
         prompts = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
         if prompts is not None:
-            self._check_parts(pl_module, prompts)
+            self._check_parts(pl_module, prompts // pl_module.dynamic_sampling.rounds)
         super().on_train_start(trainer, pl_module)
 
     def _check_parts(self, algorithm: OnlineAlgorithm, prompts: int) -> int:

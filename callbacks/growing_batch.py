@@ -158,6 +158,7 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
         super()._measure(trainer, algorithm)
         current = self.sizes[-1][1]
         target = (self.noise_scale or 0.0) / (trainer.world_size * self._rollouts_per_update(trainer, algorithm))
+        target *= algorithm.dynamic_sampling.rounds  # of which a rollout keeps one
         size = max(current, int(min(target, 2 * current, self.maximum)))
         if size > current:
             next_block = trainer.fit_loop.epoch_loop.batch_idx // algorithm.steps_per_rollout + 1

@@ -240,6 +240,21 @@ def group_centered_advantages(
     return (shifted - mean).masked_fill(~valid | (count < 2), 0.0)
 
 
+def length_weighted_advantages(
+    returns: Float[Tensor, "prompts samples"],
+    lengths: Int[Tensor, "prompts samples"],
+    valid: Bool[Tensor, "prompts samples"],
+) -> Float[Tensor, "prompts samples"]:
+    """OPO advantages: `A_i = R_i - sum_j l_j R_j / sum_j l_j`, lengths l. Hao et al., 2025, arXiv 2505.23585.
+
+    Returns:
+        The advantages: 0 for invalid completions; exactly 0 in a group whose returns are all equal.
+    """
+    shifted, weights = _subtract_group_max(returns, valid), lengths * valid
+    mean = (shifted * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
+    return (shifted - mean).masked_fill(~valid, 0.0)
+
+
 def group_normalized_advantages(
     returns: Float[Tensor, "prompts samples"], valid: Bool[Tensor, "prompts samples"], eps: float = 1e-4
 ) -> Float[Tensor, "prompts samples"]:

@@ -1,7 +1,7 @@
 """CISPO: REINFORCE with a clipped importance weight, so that no token loses its gradient.
 
 MiniMax, 2025, arXiv 2506.13585, section 3.1. Departures: the paper does not state its upper bound; the default, 5, is
-that of Khatri et al., 2025, arXiv 2510.13786, section 3.2.
+that of Khatri et al., 2025, arXiv 2510.13786, section 3.2. The mean runs over the tokens of an update, not of a group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DAPO: GRPO with a higher upper clip, all tokens weighed alike, and no KL.
 
 Yu et al., 2025, arXiv 2503.14476, section 3. Two of its four parts are options of every method: dynamic sampling, and
-the reward `lit_rlhf.rewards.SoftOverlong`. Departures: none.
+the reward `lit_rlhf.rewards.SoftOverlong`. Departure: the mean runs over the tokens of an update, and in equation 8
+over those of a group.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lit_rlhf import functional as F
 from lit_rlhf.algorithms.rloo import RLOO
 from lit_rlhf.types import Rollout
 
@@ -20,6 +21,7 @@ class OPO(RLOO):
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return of each completion minus the length-weighted mean of its group."""
-        lengths = rollout.completions.lengths * rollout.valid
-        total = lengths.sum(1, keepdim=True).clamp(min=1)
-        return self.returns_to_go(rollout, (rollout.total_returns * lengths).sum(1, keepdim=True) / total)
+        advantages = F.length_weighted_advantages(rollout.total_returns, rollout.completions.lengths, rollout.valid)
+        if rollout.token_rewards is None:
+            return advantages
+        return self.returns_to_go(rollout, rollout.total_returns - advantages)

@@ -1,8 +1,8 @@
 """REINFORCE++: the clipped token ratio of PPO, with advantages that are normalized over the whole batch, not the group.
 
 Hu et al., 2025, arXiv 2501.03262, section 3: REINFORCE++ for one completion per prompt, and its variant with the mean
-of a group as the baseline. Departure of the variant: the k2 loss is that of whole completions, whose gradient is that
-of the KL; the paper's is per token.
+of a group as the baseline. Departure of the variant: the k2 loss is that of whole completions, over their length; the
+paper's is per token.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class GreedyRollout(Rollout):
     """A rollout with the reward of each prompt's greedy completion.
 
     Attributes:
-        greedy_rewards: The reward, 0 where no reward scored it; None until it is known.
+        greedy_rewards: The reward, 0 where no reward scored it, and so the prompt is left out; None until it is known.
     """
 
     greedy_rewards: Float[Tensor, " prompts"] | None = None
@@ -35,6 +35,7 @@ class ReMax(Reinforce):
     """
 
     rollout_type = GreedyRollout
+    extra_samples = 1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
@@ -47,10 +48,10 @@ class ReMax(Reinforce):
     def collect(self, prompts: Prompts) -> Rollout:
         """Collect a rollout, and take the greedy completions out of it."""
         collected = super().collect(prompts)
-        greedy = collected.samples(slice(self.num_samples, None)).total_rewards
-        rollout = collected.samples(slice(self.num_samples))
+        greedy, rollout = collected.samples(slice(self.num_samples, None)), collected.samples(slice(self.num_samples))
         assert isinstance(rollout, GreedyRollout)
-        return rollout.replace(greedy_rewards=greedy.squeeze(1))
+        rollout = rollout.replace(valid=rollout.valid & greedy.valid)  # without a baseline nothing is learned
+        return rollout.replace(greedy_rewards=greedy.total_rewards.squeeze(1))
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return of each completion minus the reward of the greedy one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class MemoryReport:
         check_offload(offloaded, device, sharded, setting.devices)
         if isinstance(algorithm, OnlineAlgorithm):
             shape = read_shape(algorithm.num_samples, algorithm.max_new_tokens, self.data, self.options)
+            shape = replace(shape, prompts=max(1, shape.prompts // algorithm.dynamic_sampling.rounds))
         else:
             shape = read_shape(2 if algorithm.batch_type is Preferences else 1, 0, self.data, self.options)
         found = Calculator(algorithm, shape, setting).estimate()

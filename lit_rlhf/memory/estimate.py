@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,7 +150,8 @@ class Calculator:
     def rollout_size(self) -> int:
         """Return the bytes of a rollout: ids, mask, and float32 numbers of each token."""
         assert isinstance(self.algorithm, OnlineAlgorithm)
-        numbers = 3 + self.algorithm.uses_importance_ratio + 3 * isinstance(self.algorithm, VanillaPG)
+        keeps_old = self.algorithm.uses_importance_ratio or self.algorithm.corrects_updates
+        numbers = 3 + keeps_old + 3 * isinstance(self.algorithm, VanillaPG)
         return self.shape.prompts * self.shape.samples * self.shape.completion_tokens * (8 + 1 + 4 * numbers)
 
     def sampling_phase(self, away: dict[str, int]) -> dict[str, int]:
@@ -161,24 +162,24 @@ class Calculator:
         """
         assert isinstance(self.algorithm, OnlineAlgorithm)
         sampling, updates, models = self.algorithm.sampling, self.algorithm.updates, self.passes.models
-        part = Shape(min(self.shape.prompts, sampling.batch_size or self.shape.prompts), *vars_of(self.shape)[1:])
+        shape = replace(self.shape, samples=self.shape.samples + self.algorithm.extra_samples)
+        part = replace(shape, prompts=min(shape.prompts, sampling.batch_size or shape.prompts))
         drawn = self.passes.sampling(part, sampling)
         found = [{"copies of weights for decoding": drawn.kept, "KV cache and logits": drawn.most - drawn.kept}]
         found[0] |= gathering(models.trained, self.setting)
         found[0] |= dequantizing(models.trained)
-        minibatch = Shape(math.ceil(self.shape.prompts / updates.num_minibatches), *vars_of(self.shape)[1:])
+        minibatch = replace(shape, prompts=math.ceil(shape.prompts / updates.num_minibatches))
         logprobs = functools.partial(self.algorithm.policy.logprobs, temperature=sampling.temperature)
         scores: list[tuple[str, nn.Module, Any, Shape, int]] = []
         if self.algorithm.reference_source is not None:
             reference, back = models.reference or models.trained, away.get("reference", 0)
             scores.append(("the reference's pass", reference, logprobs, minibatch, back))
         if models.critic is not None:
-            samples = math.ceil(self.shape.samples / updates.sample_minibatches)
-            smaller = Shape(minibatch.prompts, samples, self.shape.prompt_tokens, self.shape.completion_tokens)
+            smaller = replace(minibatch, samples=math.ceil(shape.samples / updates.sample_minibatches))
             back = sum(away.get(name, 0) for name in CRITIC)
             scores.append(("the critic's pass", models.critic, models.critic.values, smaller, back))
         for judge, rows, offloaded in models.rewards:
-            batch = Shape(max(1, min(rows // self.shape.samples, self.shape.prompts)), *vars_of(self.shape)[1:])
+            batch = replace(shape, prompts=max(1, min(rows // shape.samples, shape.prompts)))
             back = held(judge) if offloaded and away else 0
             scores.append(("a reward model's pass", judge, judge.score, batch, back))
         judges = [scorer.model for scorer in models.rewards]
@@ -245,11 +246,6 @@ def held(module: nn.Module) -> int:
     whole = size((*module.parameters(), *module.buffers()))
     layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "quantized_bytes")]
     return whole - size(layer.weight for layer in layers) + sum(int(layer.quantized_bytes) for layer in layers)
-
-
-def vars_of(shape: Shape) -> tuple[int, int, int, int]:
-    """Return the numbers of a shape."""
-    return shape.prompts, shape.samples, shape.prompt_tokens, shape.completion_tokens
 
 
 def dequantizing(model: nn.Module) -> dict[str, int]:

@@ -60,10 +60,9 @@ class MathAnswer:
     def _parse_reference(self, text: str) -> list[Any]:
         if self.pattern is not None and (matches := list(self.pattern.finditer(text))):
             text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
-        bare = "$" not in text and "\\boxed" not in text
-        if bare and "\\" in text:
-            return self._parse(f"${text}$")
-        return self._parse(text) or (self._parse(f"${text}$") if bare and _LOOKS_LIKE_A_FORMULA.search(text) else [])
+        if "$" in text or "\\boxed" in text or _PROSE.search(text):
+            return self._parse(text)
+        return self._parse(f"${text}$") or self._parse(text)
 
     def _parse(self, text: str) -> list[Any]:
         from math_verify import parse
@@ -77,7 +76,8 @@ class MathAnswer:
         return self.timeout if threading.current_thread() is threading.main_thread() else None
 
 
-_LOOKS_LIKE_A_FORMULA = re.compile(r"[\^_=+*/{}()\[\]<>]|\d|^\s*[A-Za-z]\s*$")
+_PROSE = re.compile(r"(?:^|\s)[A-Za-z]{3,}(?:\s|$)")
+"""A word, as no formula has it but for commands of LaTeX."""
 
 
 class Format:

@@ -49,7 +49,8 @@ class Collection(OnlineHooks):
         if self.reference is not None:
             with self.timer("score"), self.reference.without_gradient(), raise_on_all_ranks(self.trainer):
                 reference_logprobs = self._reference_logprobs(self.reference, prompts, completions)
-        self.log_dict(mean_reward_metrics(gather_over_ranks(self.trainer, scores.metrics)), batch_size=1)
+        self.reward_metrics.append(scores.metrics)
+        self.sampled_tokens += int(completions.mask.sum())
 
         valid = scores.valid
         if self.shaping.mask_truncated_completions:
@@ -87,9 +88,10 @@ class Collection(OnlineHooks):
         Returns:
             Everything that was sampled, and the rollout to learn from.
         """
-        options = self.dynamic_sampling
+        options, self.reward_metrics, self.sampled_tokens = self.dynamic_sampling, [], 0
         if options.reward is None:
             collected = self.collect(prompts)
+            self._log_reward_metrics()
             return collected, collected
         parts: list[Rollout] = []
         wanted, missing, sampled = len(prompts) // options.rounds, 1.0, 0
@@ -98,6 +100,7 @@ class Collection(OnlineHooks):
             sampled += 1
             found = torch.stack([options.differing(part).sum() for part in parts]).sum()
             missing = float(sum_over_ranks(self.trainer, (wanted - found).clamp(min=0).float()))
+        self._log_reward_metrics()
         collected = concatenate(parts)
         chosen = options.choose(collected, wanted)
         groups = len(collected.prompts) * self.trainer.world_size
@@ -109,6 +112,12 @@ class Collection(OnlineHooks):
                 "nothing is learned from them"
             )
         return collected, chosen
+
+    def _log_reward_metrics(self) -> None:
+        """Log the means of what rewards reported in the rounds of a rollout, on all ranks."""
+        ranks = gather_over_ranks(self.trainer, dict(enumerate(self.reward_metrics)))
+        self.reward_metrics = []
+        self.log_dict(mean_reward_metrics([metrics for rank in ranks for metrics in rank.values()]), batch_size=1)
 
     def _reference_logprobs(self, reference: Reference, prompts: Prompts, completions: Completions) -> Tensor:
         temperature, parts = self.sampling.temperature, self.updates.prompt_slices(len(prompts))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -64,6 +65,8 @@ class OnlineHooks(EngineHooks):
         self._validated_at = -1
         self.rollout: Rollout | None = None  # the current one, collected at its first training step
         self.timer = PhaseTimer()
+        self.sampled_tokens = 0  # of the rollout so far
+        self.reward_metrics: list[dict[str, float]] = []  # of its rounds
         self.metric_sums: dict[str, Tensor] = {}  # of the loss, over the minibatches of the rollout so far
         self._metric_sums_before: dict[str, Tensor] = {}
         self._rollout_problems: list[str] = []  # names of its numbers that are not finite
@@ -220,7 +223,9 @@ class OnlineHooks(EngineHooks):
         self.timer.end_step()
         if (batch_idx + 1) % self.steps_per_rollout or self.rollout is None:
             return {}
-        tokens = sum_over_ranks(self.trainer, self.rollout.completions.mask.sum().float())
+        sampled = self.sampled_tokens or int(self.rollout.completions.mask.sum())  # not known after a resume
+        tokens = sum_over_ranks(self.trainer, torch.tensor(float(sampled), device=self.device))
+        self.sampled_tokens = 0
         return self.timer.metrics(int(tokens))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +28,7 @@ class Importance:
     Attributes:
         correction: `none`; `truncate`: weights of at most `cap`; `mask`: 0 outside `floor` to `cap`.
         level: One weight per `sequence` (unbiased, but for the cap) or per `token` (less variance, biased).
-        cap: Largest weight.
+        cap: Largest weight; infinite for none.
         floor: Smallest weight that `mask` keeps.
 
     Raises:
@@ -45,7 +44,7 @@ class Importance:
         rules = {
             "correction": (self.correction in ("none", "truncate", "mask"), "none, truncate or mask"),
             "level": (self.level in ("sequence", "token"), "sequence or token"),
-            "cap": (1 <= self.cap < math.inf, "at least 1"),
+            "cap": (self.cap >= 1, "at least 1, or .inf for none"),
             "floor": (0 <= self.floor <= 1, "between 0 and 1"),
         }
         for name, (valid, rule) in rules.items():

@@ -23,6 +23,8 @@ class Plan:
         max_new_tokens: Maximum length of a completion.
         steps_per_rollout: Training steps on one rollout.
         corrected: Whether the loss corrects for updates since sampling.
+        rounds: Parts of the rows that dynamic sampling may need for a rollout, which is one of them.
+        extra_samples: Completions of each prompt that are sampled and not learned from.
         grows: Whether a callback changes the size of a rollout.
         trained: Number of weights that are trained.
         weights: Number of weights of the models that are trained, frozen ones under LoRA included.
@@ -36,6 +38,8 @@ class Plan:
     max_new_tokens: int = 0
     steps_per_rollout: int = 1
     corrected: bool = False
+    rounds: int = 1
+    extra_samples: int = 0
     grows: bool = False
     trained: int = 0
     weights: int = 0
@@ -48,8 +52,9 @@ class Plan:
         if not self.num_samples:
             rows = counted(self.rows * self.accumulate, "row") if self.rows else "rows of your loader"
             return {**trained, "each update": rows, "this run": updates}
-        completions = self.rows * self.num_samples
-        prompts = counted(self.rows, "prompt") if self.rows else "prompts of your loader"
+        completions = self.rows * (self.num_samples + self.extra_samples)
+        prompts = counted(self.rows // self.rounds, "prompt") if self.rows else "prompts of your loader"
+        prompts += f" of up to {self.rows:,} sampled" if self.rounds > 1 else ""
         prompts += f" x {counted(self.num_samples, 'completion')} of at most {counted(self.max_new_tokens, 'token')}"
         lines = {
             "each rollout": f"{prompts}{', growing' if self.grows else ''}",

@@ -133,3 +133,19 @@ def test_records_are_joined_with_padding(tiny, tmp_path):
 def test_bad_options_are_one_sentence(options, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):
         fit(tiny, tmp_path, **options)
+
+
+@pytest.mark.filterwarnings("ignore:no completion of this update counts")
+def test_metrics_of_rewards_and_throughput_are_of_all_that_was_sampled(tiny, tmp_path):
+    def counted(completion_ids, log_metric, **kwargs):
+        calls.append(sum(map(len, completion_ids)))
+        log_metric("round", len(calls))
+        return [1.0] * len(completion_ids)
+
+    calls = []
+    with pytest.warns(UserWarning, match="found no prompt"):
+        _, record = fit(tiny, tmp_path, rewards=[counted], reward="counted", rounds=4)
+    metrics = record.metrics[1]  # the module logs its timings after the callbacks
+    seconds = sum(metrics[f"time/{phase}"] for phase in ("sample", "score", "train"))
+    assert record.metrics[0]["train/round"] == 2.5
+    assert metrics["throughput/completion_tokens"] * seconds == pytest.approx(sum(calls[:4]), rel=1e-3)
