@@ -139,7 +139,7 @@ def test_what_is_supervised_ends_with_the_process_that_started_it(ending, tmp_pa
         ({"start": "no-such-vllm"}, "engine.start='no-such-vllm' is no command here: give the path of `vllm`"),
         ({"start": sys.executable, "url": "http://a:1"}, "url is a server that runs, and start starts one"),
         ({"arguments": ("--seed=1",)}, "arguments is for a server that the run starts: give engine.start, too"),
-        ({"sleep": True}, "sleep is for completions of a server: give engine.url or start, too"),
+        ({"sleep": True}, "sleep is for a server: give engine.url or start, too"),
         ({"start": sys.executable, "startup_timeout": 0}, "startup_timeout=0 must be above 0 seconds"),
     ],
 )
