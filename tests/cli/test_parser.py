@@ -24,7 +24,8 @@ def test_names_of_shipped_configurations_become_paths(tmp_path, monkeypatch):
     unchanged = ["-c", "mine.yaml", "--config={trainer: {max_steps: 1}}", "--out", "rloo"]
     assert expand_configs(unchanged) == unchanged
     with pytest.raises(
-        UsageError, match=r"'../pyproject' is neither a file nor a shipped configuration: the shipped ones are distillation, dpo, "
+        UsageError,
+        match=r"'../pyproject' is neither a file nor a shipped configuration: the shipped ones are distillation, dpo, ",
     ):
         expand_configs(["--config", "../pyproject"])
 
