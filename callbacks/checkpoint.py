@@ -190,8 +190,8 @@ class PolicyCheckpoint(Checkpoint):
         # together sets `on_all_ranks` on the exception.
         on_all_ranks = trainer.world_size == 1 or getattr(exception, "on_all_ranks", False)
         alone = is_last_with_all_weights(trainer, exception)
-        fitting = self._enabled and trainer.state.fn == TrainerFn.FITTING
-        if not fitting or self._loops is None or not (on_all_ranks or alone):
+        trained = self._loops is not None and trainer.state.fn == TrainerFn.FITTING
+        if not trained or not self._enabled or not (on_all_ranks or alone):
             return
         if self._updating and not self._undo_update(pl_module):
             return

@@ -32,9 +32,19 @@ ANGLES = {
 """Angle to the true gradient in degrees, of two samples and one prompt, without a KL."""
 
 
+def angle_of(expected, true) -> float:
+    """Return the angle between two gradients, in degrees."""
+    return math.degrees(math.acos(float(expected @ true / (expected.norm() * true.norm()))))
+
+
+@pytest.mark.parametrize(("kl_penalty", "degrees"), [("k3_loss", 47.6), ("k1_reward", 6.3)])
+def test_the_kl_by_k3_in_the_loss_turns_the_gradient_most(kl_penalty, degrees):
+    assert angle_of(*gradients("GRPO", 2, BETA, kl_penalty=kl_penalty)) == pytest.approx(degrees, abs=0.051)
+    assert f"{degrees} degrees with `{kl_penalty}`" in " ".join(GUIDE.read_text().split())
+
+
 @pytest.mark.parametrize("name", ANGLES)
 def test_biased_methods_turn_from_the_true_gradient_by_a_known_angle(name):
     expected, true = gradients(name, 2, 0.0)
-    angle = math.degrees(math.acos(float(expected @ true / (expected.norm() * true.norm()))))
-    assert angle == pytest.approx(ANGLES[name], abs=0.051)
+    assert angle_of(expected, true) == pytest.approx(ANGLES[name], abs=0.051)
     assert f"| `{name}` | biased | {ANGLES[name]} |" in GUIDE.read_text()

@@ -47,7 +47,7 @@ def chat(text) -> str:
 
 
 def part(text: str, tag: str) -> str:
-    """Return what stands in a tag of the question."""
+    """Return the text in a tag of the question."""
     return text.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0]
 
 
