@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -12,7 +11,7 @@ from typing import Any
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.functions import to_text
 from lit_rlhf.rewards.guard import Guarded
-from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, send, short
+from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, read_key, send, short
 from lit_rlhf.types import Text
 
 RUBRIC = (
@@ -87,7 +86,7 @@ class ChatJudge:
         self.required_columns = ("opponents",) if pairwise else ()
         self._cache: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
-        self._api_key()
+        read_key(self.api_key_env, "ChatJudge")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the replies and the lock."""
@@ -121,7 +120,9 @@ class ChatJudge:
                 self._cache.move_to_end(content)
                 return self._cache[content]
         address = f"{self.url}/chat/completions"
-        status, answer = send("POST", address, content, self.timeout, self._shown, self._api_key())
+        status, answer = send(
+            "POST", address, content, self.timeout, self._shown, read_key(self.api_key_env, "ChatJudge")
+        )
         reply = self._reply(status, answer)
         number = self.read_comparison(reply) if self.pairwise else self.read_rating(reply)
         if self.temperature == 0:
@@ -190,13 +191,6 @@ class ChatJudge:
         if not isinstance(reply, str):
             raise ServiceError(f"{self._shown} answered {short(text)}, which is not a chat completion", retry=False)
         return reply.rpartition("</think>")[2]
-
-    def _api_key(self) -> str:
-        if self.api_key_env is None:
-            return ""
-        if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise InputError(f"the environment variable {self.api_key_env} of ChatJudge's api_key_env is not set")
-        return key
 
 
 def _shown_prompt(prompt: Text) -> str:

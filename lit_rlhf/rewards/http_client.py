@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +55,19 @@ def check_url(url: str, example: str) -> str:
     if parts.password:
         raise InputError(f"the url of {parts.hostname} holds a password: give it in an environment variable")
     return f"{parts.scheme}://{parts.netloc}{parts.path}"  # a query may hold a secret
+
+
+def read_key(variable: str | None, user: str) -> str:
+    """Return the API key in an environment variable, empty without one.
+
+    Raises:
+        ValueError: If the variable is not set.
+    """
+    if variable is None:
+        return ""
+    if not (key := os.environ.get(variable, "").strip()):
+        raise InputError(f"the environment variable {variable} of {user}'s api_key_env is not set")
+    return key
 
 
 def send(method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = "") -> tuple[int, str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.guard import Guarded
-from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, send, short
+from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, read_key, send, short
 from lit_rlhf.types import Text
 
 
@@ -61,7 +60,7 @@ class HTTPReward:
             raise InputError(f"timeout={timeout} of HTTPReward must be above 0 seconds")
         self.url, self.timeout, self.api_key_env = url, timeout, api_key_env
         self.required_columns = tuple(columns)
-        self._api_key()
+        read_key(self.api_key_env, "HTTPReward")
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
         """Send one request, and return one score per completion.
@@ -76,15 +75,10 @@ class HTTPReward:
             content = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise ServiceError(f"{self._shown}: the request is not JSON: {error}; see columns", retry=False) from error
-        status, answer = send("POST", self.url, content, self.timeout, self._shown, self._api_key())
+        status, answer = send(
+            "POST", self.url, content, self.timeout, self._shown, read_key(self.api_key_env, "HTTPReward")
+        )
         return self._read(status, answer, len(completions))
-
-    def _api_key(self) -> str:
-        if self.api_key_env is None:
-            return ""
-        if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise InputError(f"the environment variable {self.api_key_env} of HTTPReward's api_key_env is not set")
-        return key
 
     def _read(self, status: int, text: str, count: int) -> list[float | None]:
         if status != 200:
