@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from lit_rlhf.rewards.base import RewardInterrupted, RewardSpec
-from lit_rlhf.rewards.threads import in_event_loop, in_thread
+from lit_rlhf.rewards.threads import in_event_loop, in_thread, wait_for
 
 _calls: list[tuple[float, str]] = []
 """When the main thread began to wait for rewards or an engine, and for which; at most one entry."""
@@ -36,11 +36,11 @@ def call_all(specs: Sequence[RewardSpec], arguments: Sequence[dict[str, Any]]) -
             raise
         waiting = {i: in_event_loop(output) for i, output in enumerate(outputs) if inspect.isawaitable(output)}
         for i, future in waiting.items():
-            result = future.result()
+            result = wait_for(future)
             if isinstance(result, BaseException):
                 pairs[i][0].raise_error(result, pairs[i][1])
             outputs[i] = result
-        return [output.result() if isinstance(output, Future) else output for output in outputs]
+        return [wait_for(output) if isinstance(output, Future) else output for output in outputs]
 
 
 @contextlib.contextmanager

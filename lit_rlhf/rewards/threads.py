@@ -6,12 +6,13 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import math
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -67,12 +68,28 @@ def map_in_threads(
     threads = [in_thread(work) for _ in range(min(limit, len(items)))]
     try:
         for thread in threads:
-            thread.result()
+            wait_for(thread)
     finally:
         stop.set()
     if errors:
         raise errors[0]
     return [outputs[i] for i in range(len(items))]
+
+
+def wait_for(future: Future[Output], end: float = math.inf) -> Output:
+    """Return the result of a future, and act on signals meanwhile.
+
+    Args:
+        future: What to wait for.
+        end: Until when, by `time.monotonic`.
+
+    Raises:
+        TimeoutError: If it is not done by then.
+    """
+    # Python runs the handler of a signal that another thread received, or that came just before the wait, only after it
+    while not future.done() and (left := end - time.monotonic()) > 0:
+        wait([future], min(left, 1.0))
+    return future.result(0.0)
 
 
 def in_event_loop(waiting: Awaitable[Any]) -> Future[Any]:
@@ -87,7 +104,7 @@ def call_within(seconds: float | None, function: Callable[..., Any], *args: Any)
     Raises:
         TimeoutError: If it does not return within `seconds`. A thread can't be ended, so the call continues in its own.
     """
-    end = None if seconds is None else time.monotonic() + seconds
+    end = math.inf if seconds is None else time.monotonic() + seconds
     future = in_thread(function, *args)
     output = _result(future, end, seconds)
     if inspect.isawaitable(output):
@@ -103,11 +120,11 @@ def call_within(seconds: float | None, function: Callable[..., Any], *args: Any)
     return output
 
 
-def _result(future: Future[Any], end: float | None, seconds: float | None) -> Any:
+def _result(future: Future[Any], end: float, seconds: float | None) -> Any:
     try:
-        return future.result(None if end is None else max(0.0, end - time.monotonic()))
+        return wait_for(future, end)
     except TimeoutError as error:
-        if future.done():  # raised by the function itself
+        if future.done() and future.exception() is error:  # raised by the function itself
             raise
         raise TimeoutError(f"it did not return within {seconds:g} s") from error
 
