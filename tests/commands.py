@@ -33,7 +33,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 
 
 def write_workspace(folder: Path) -> None:
-    """Write a tiny model, prompts, demonstrations, preferences, reviews, and a user's module `mine`."""
+    """Write a tiny model, prompts, demonstrations, preferences, questions, reviews, and a user's module `mine`."""
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer)).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
@@ -42,6 +42,7 @@ def write_workspace(folder: Path) -> None:
     write_rows(folder / "demonstrations.jsonl", [{"prompt": text, "completion": " and good"} for text in texts])
     pairs = [{"prompt": text, "chosen": f" good {i}", "rejected": f" bad {-i}"} for i, text in enumerate(texts)]
     write_rows(folder / "preferences.jsonl", pairs)
+    write_rows(folder / "questions.jsonl", [{"question": text, "answer": f"so #### {len(text)}"} for text in texts])
     write_rows(folder / "reviews.jsonl", [{"text": f"{text} and rather nice to see"} for text in texts])
     (folder / "mine.py").write_text(MODULE)
 

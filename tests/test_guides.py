@@ -145,6 +145,7 @@ DATA_MODULES = [
     lit_rlhf.PreferenceData,
     testbed.ReviewPrompts,
     testbed.ReviewPreferences,
+    data.ReasoningGym,
 ]
 
 
@@ -328,4 +329,4 @@ def test_the_seven_lines_of_rloo_are_those_of_its_file():
 
 def test_the_guides_that_ship_are_listed():
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "paper/*.md" in packaged["lit_rlhf.configs"]  # a notebook shows them
+    assert "*/*.md" in packaged["lit_rlhf.configs"]  # a notebook shows them

@@ -43,7 +43,7 @@ def compare(
     jobs: int = 1,
     parse_error: Callable[[Sequence[str]], str | None] | None = None,
 ) -> Path:
-    """Train and test every arm, and write `table.md`, `table.csv` and the figures.
+    """Train and test every arm, and write `table.md`, `table.csv`, `runs.csv` (one row per run) and the figures.
 
     Args:
         arms: Methods by name: the arguments of each, added to `fit_args` and `test_args`.

@@ -51,7 +51,7 @@ def write(
     completions: int,
     rounds: int = 0,
 ) -> Path:
-    """Write `table.md`, `table.csv` and, with matplotlib installed, `curves.png`; return the path of the first.
+    """Write `table.md`, `table.csv`, `runs.csv` and, with matplotlib installed, `curves.png`; return the first's path.
 
     Args:
         folder: Output folder.
@@ -67,10 +67,8 @@ def write(
     if pairs:
         lines += ["", *_differences(results, pairs)]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+    _write_csv(folder / "table.csv", records)
+    _write_csv(folder / "runs.csv", _runs(results))
     if find_spec("matplotlib") is not None:
         draw(folder / "curves.png", results, completions, costs)
     return folder / "table.md"
@@ -90,6 +88,23 @@ def add_best_rates(table: Path, results: Results) -> None:
     lines = [_row([method, rate, f"{value:.3g}"]) for method, (_, value, rate) in best.items()]
     with table.open("a", encoding="utf-8") as file:
         file.write("\n".join(["", *_head(["method", "best rate", "return"]), *lines]) + "\n")
+
+
+def _runs(results: Results) -> list[dict[str, Any]]:
+    """Return one record per run."""
+    metrics = [name for name in COLUMNS if _is_shown(results, name)]
+    return [
+        {"method": name, "seed": row["seed"]} | {metric: row["metrics"].get(metric, math.nan) for metric in metrics}
+        for name, rows in results.items()
+        for row in rows
+    ]
+
+
+def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else ["method"])
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def _summary(results: Results, costs: Results, num_seeds: int, rounds: int) -> tuple[list[str], list[dict[str, Any]]]:

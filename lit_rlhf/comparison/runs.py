@@ -137,7 +137,7 @@ def cost_runs(folder: Path, arms: dict[str, Arm], fit_args: list[str], cost: Cos
 
 def run_folder(out: Path, name: str, seed: int) -> Path:
     """Return the folder of an arm with a seed."""
-    plain = "".join(c if c.isalnum() or c in ".-" else "-" for c in name).strip("-")
+    plain = "".join(c if c.isalnum() or c in ".-+" else "-" for c in name).strip("-")
     return out / plain / f"seed-{seed}"
 
 

@@ -9,7 +9,7 @@ from lit_rlhf.rewards.reward_model import RewardModel
 from lit_rlhf.rewards.scorer import Scorer, Scores
 from lit_rlhf.rewards.sentiment import Sentiment
 from lit_rlhf.rewards.shaping import RewardShaping
-from lit_rlhf.rewards.verifiable import Format, MathAnswer, SoftOverlong
+from lit_rlhf.rewards.verifiable import Format, MathAnswer, ReasoningGymScore, SoftOverlong
 
 __all__ = [
     "ChatJudge",
@@ -19,6 +19,7 @@ __all__ = [
     "HTTPReward",
     "Length",
     "MathAnswer",
+    "ReasoningGymScore",
     "RegexMatch",
     "Repetition",
     "Reward",

@@ -131,26 +131,27 @@ class ExactMatch:
         return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float:
-        found = self._extract(text)
+        found = extract(text, self.pattern)
         if found is None:
             return 0.0
-        golds = [self._extract(reference) or reference for reference in references(answer)]
+        golds = [extract(reference, self.pattern) or reference for reference in references(answer)]
         return float(self._normalise(found) in map(self._normalise, golds))
-
-    def _extract(self, text: str) -> str | None:
-        """Return the answer in a text, None without one."""
-        if self.pattern is None:
-            return text
-        matches = list(self.pattern.finditer(text))
-        if not matches:
-            return None
-        return (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
 
     def _normalise(self, text: str) -> str:
         return " ".join(_THOUSANDS.sub("", text.casefold()).split()) if self.normalise else text
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """Return the first group (or all) of the pattern's last match, None without one; the text without a pattern."""
+    if pattern is None:
+        return text
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return None
+    return (matches[-1][1] if pattern.groups else matches[-1][0]) or ""
 
 
 def references(answer: Any) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from lit_rlhf.errors import InputError, MissingPackageError
-from lit_rlhf.rewards.functions import compile_pattern, references, to_text
+from lit_rlhf.rewards.functions import compile_pattern, extract, references, to_text
 from lit_rlhf.types import Text
 
 
@@ -58,8 +59,8 @@ class MathAnswer:
         return float(any(verify(gold, found, timeout_seconds=self._seconds) for gold in golds))
 
     def _parse_reference(self, text: str) -> list[Any]:
-        if self.pattern is not None and (matches := list(self.pattern.finditer(text))):
-            text = (matches[-1][1] if self.pattern.groups else matches[-1][0]) or ""
+        found = extract(text, self.pattern)
+        text = text if found is None else found
         if "$" in text or "\\boxed" in text or _PROSE.search(text):
             return self._parse(text)
         return self._parse(f"${text}$") or self._parse(text)
@@ -78,6 +79,51 @@ class MathAnswer:
 
 _PROSE = re.compile(r"(?:^|\s)[A-Za-z]{3,}(?:\s|$)")
 """A word, as no formula has it but for commands of LaTeX."""
+
+
+class ReasoningGymScore:
+    """Score of an answer by the task of reasoning-gym that made the question, from 0 to 1.
+
+    None (no opinion) on a row that is not of reasoning-gym. For `lit_rlhf.data.ReasoningGym`, or rows with the columns
+    `answer` and `metadata` of its data sets.
+
+    Args:
+        pattern: Regular expression that extracts the answer, such as `"<answer>(.*?)</answer>"`: the first group (or
+            all) of the last match. Without a match the score is that of no answer. By default the full completion is
+            the answer.
+
+    Raises:
+        ImportError: If the package reasoning-gym is not installed.
+        ValueError: If the pattern is not a regular expression.
+    """
+
+    required_columns = ("answer", "metadata")
+
+    def __init__(self, pattern: str | None = None) -> None:
+        if find_spec("reasoning_gym") is None:
+            raise MissingPackageError("the reward ReasoningGymScore needs reasoning-gym: pip install 'lit_rlhf[gym]'")
+        self.pattern = None if pattern is None else compile_pattern(pattern)
+
+    def __call__(self, completions: list[Text], answer: list[Any], metadata: list[Any]) -> list[float | None]:
+        """Return a score or None per completion."""
+        rows = zip(completions, answer, metadata, strict=True)
+        return [self._score(to_text(text), {"answer": gold, "metadata": task}) for text, gold, task in rows]
+
+    def _score(self, text: str, entry: dict[str, Any]) -> float | None:
+        task = (entry["metadata"] or {}).get("source_dataset")
+        if task is None:
+            return None
+        found = extract(text, self.pattern)
+        return float(scorer(task)(None if found is None else found.strip(), entry))
+
+
+@functools.cache
+def scorer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
+    """Return the function of reasoning-gym that scores an answer to a task."""
+    from reasoning_gym import get_score_answer_fn  # type: ignore[import-untyped]
+
+    function: Callable[[str | None, dict[str, Any]], float] = get_score_answer_fn(task)
+    return function
 
 
 class Format:

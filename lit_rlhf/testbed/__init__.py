@@ -7,9 +7,14 @@ Both models are shipped; `python -m lit_rlhf.testbed.build` rebuilds them.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lit_rlhf.data import PreferenceData, PromptData
 from lit_rlhf.models.policy import Policy
@@ -24,12 +29,14 @@ from lit_rlhf.testbed.world import Brief, briefs, demonstrations, prompts
 __all__ = [
     "POLICY",
     "REWARD_MODEL",
+    "Approval",
     "Brief",
     "Grammatical",
     "Raters",
     "ReviewPreferences",
     "ReviewPrompts",
     "ReviewReward",
+    "UnequalScale",
     "briefs",
     "coherence",
     "demonstrations",
@@ -110,3 +117,36 @@ class ReviewReward(RewardModel):
 
     def __init__(self, model: str | Path = REWARD_MODEL, batch_size: int = 128) -> None:
         super().__init__(model, batch_size=batch_size)
+
+
+class Approval(ReviewReward):
+    """1 if the shipped reward model's score is above a threshold, else 0: in many groups all completions are equal.
+
+    Args:
+        threshold: The policy after SFT exceeds 0 with three of ten samples.
+    """
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return 1 or 0 per completion."""
+        return (super().__call__(*args, **kwargs) > self.threshold).float()
+
+
+class UnequalScale(ReviewReward):
+    """Score of the shipped reward model, times a factor that depends on the prompt: prompts differ in scale alone.
+
+    Args:
+        factors: Each is that of an equal share of the prompts.
+    """
+
+    def __init__(self, factors: Sequence[float] = (0.1, 1.0, 10.0)) -> None:
+        super().__init__()
+        self.factors = list(factors)
+
+    def __call__(self, prompts: list[Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return one number per completion."""
+        factors = [self.factors[zlib.crc32(prompt.encode()) % len(self.factors)] for prompt in prompts]
+        return super().__call__(prompts, *args, **kwargs) * torch.tensor(factors)

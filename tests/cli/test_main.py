@@ -17,13 +17,8 @@ from lit_rlhf.cli import main
 from lit_rlhf.cli.config_files import CONFIGS
 
 STAND_INS = {
-    "gsm8k": [
-        "--data.train=prompts.jsonl",
-        "--data.val=4",
-        "--data.transform=null",
-        "--model.rewards=[mine.words]",
-        *SHORT,
-    ],
+    "gsm8k": ["--data.train=questions.jsonl", "--data.val=4", *SHORT],
+    "spell_backward": ["--data.train_size=32", "--data.val_size=4", *SHORT],
     "distillation": ["--data.train=prompts.jsonl", "--model.reference=tiny"],
     "quickstart": [
         "--data.train_size=32",
@@ -62,7 +57,8 @@ def test_every_shipped_configuration_runs_and_its_checkpoint_exports(given, work
     assert list(workspace.glob("here/policy/last/*.safetensors"))
     assert list(workspace.glob("here/version_0/metrics.csv"))
     assert {path.name for path in workspace.iterdir()} - {"here", "__pycache__"} == {
-        "tiny", "mine.py", "prompts.jsonl", "demonstrations.jsonl", "preferences.jsonl", "reviews.jsonl"
+        "tiny", "mine.py", "prompts.jsonl", "demonstrations.jsonl", "preferences.jsonl", "questions.jsonl",
+        "reviews.jsonl"
     }  # fmt: skip
     ckpt = next(workspace.glob("here/version_0/checkpoints/last.ckpt"))
     main(["export", "--ckpt_path", str(ckpt), "--out", "exported"])

@@ -71,26 +71,40 @@ def test_arguments_of_all_arms_are_checked_before_any_run(workspace, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["testbed", "sweep", pytest.param("ablations", marks=pytest.mark.slow), "cost", "reviews"]
+    "name",
+    [
+        "paper/testbed",
+        "paper/sweep",
+        pytest.param("paper/ablations", marks=pytest.mark.slow),
+        "paper/cost",
+        "paper/reviews",
+        "field/testbed",
+        pytest.param("field/sweep", marks=pytest.mark.slow),
+        "field/length",
+        "field/scale",
+    ],
 )
 def test_the_arguments_of_a_shipped_comparison_are_valid(name, workspace, monkeypatch):
     runs = []
     monkeypatch.setattr(compare_module, "run_all", lambda new, run_one, jobs: runs.extend(new) or [])
-    main(["compare", "--config", f"paper/{name}", *(["--learning_rates", "[1e-3]"] if name == "sweep" else [])])
-    arms = yaml.safe_load((CONFIGS / "paper" / f"{name}.yaml").read_text())["arms"]
+    main(["compare", "--config", name, *(["--learning_rates", "[1e-3]"] if name.endswith("sweep") else [])])
+    arms = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["arms"]
     assert {run.arm.partition(", lr")[0] for run in runs} == set(arms)
 
 
-def test_every_arm_of_the_testbed_comparison_samples_128_completions_per_update():
-    """A pair is two completions."""
-    config = yaml.safe_load((CONFIGS / "paper" / "testbed.yaml").read_text())
+@pytest.mark.parametrize("name", ["paper/testbed", "field/testbed"])
+def test_every_arm_of_a_testbed_comparison_samples_128_completions_per_rollout(name):
+    """A pair is two completions, and ReMax decodes one more."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     quickstart = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     for name, arm in config["arms"].items():
         fit = arm.get("fit", [])
         options = dict(zip(fit[::2], fit[1::2], strict=True))
         samples = options.get("--model.num_samples", quickstart["model"]["init_args"]["num_samples"])
         rows = options.get("--data.batch_size", quickstart["data"]["init_args"]["batch_size"])
-        assert int(rows) * (2 if name == "DPO" else int(samples)) == 128, name
+        assert int(rows) * (2 if name in ("DPO", "ReMax") else int(samples)) == 128, name
+        updates = int(options.get("--model.updates.num_minibatches", 1))
+        assert int(options.get("--trainer.max_steps", quickstart["trainer"]["max_steps"])) == 80 * updates, name
 
 
 @pytest.mark.slow

@@ -56,3 +56,9 @@ def test_the_interval_determines_the_digits_of_a_mean(values, expected, tmp_path
 def test_a_metric_that_some_seeds_lack_is_marked(tmp_path):
     results = {"a": [make_result(1, reward=2.0), make_result(2, reward=2.0), make_result(3)]}
     assert write_table(tmp_path, results, 3).endswith("| a | 3 | 2.00 ± 0.00, 2 of 3 |\n")
+
+
+def test_every_run_has_a_row(tmp_path):
+    results = {"a": [make_result(2, reward=0.5), make_result(1)], "b": []}
+    write_table(tmp_path, results, 2)
+    assert (tmp_path / "runs.csv").read_text().split() == ["method,seed,reward", "a,2,0.5", "a,1,nan"]
