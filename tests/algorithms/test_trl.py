@@ -1,7 +1,9 @@
-"""Losses of the GRPO family against those of TRL, on the same rollout; skipped where TRL is not installed.
+"""Losses of the GRPO family and of KTO against those of TRL, on the same rows; skipped where TRL is not installed.
 
 pip install trl==1.16.0
 """
+
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from datasets import Dataset
 import lit_rlhf
 from enumerable import make_completions, make_prompts, plain_logprobs
 from enumeration import ALL, BETA, LENGTH, PROMPT, flat_gradient, make_module
+from runs import make_data, make_trainer
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,3 +92,56 @@ def test_loss_and_gradient_equal_those_of_trl_in_the_second_update(name, tmp_pat
     expected = flat_gradient(module)
     assert expected.norm() > 1e-2
     assert (actual - expected).norm() < 1e-5 * expected.norm()  # TRL computes log-probabilities in float32
+
+
+def trl_kto_loss(module, models, batch, folder) -> torch.Tensor:
+    """Return TRL's loss of a batch of two rows: with more, it pairs completions with other prompts than here."""
+    arguments = trl.KTOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=2,
+        gradient_checkpointing=False, beta=module.beta, desirable_weight=2.0, undesirable_weight=0.5,
+    )  # fmt: skip
+    rows = [{"prompt": "a", "completion": "b", "label": i == 0} for i in range(2)]
+    model, reference = models
+    trainer = trl.KTOTrainer(
+        model=model,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=module.tokenizer,
+    )
+    prompts, inputs = batch.prompts, {"label": torch.tensor(batch.prompts.columns["label"])}
+    for prefix, order in (("", [0, 1]), ("KL_", [1, 0])):
+        tokens, mask = batch.tokens[order, 0], batch.mask[order, 0]
+        inputs[f"{prefix}input_ids"] = torch.cat([prompts.tokens, tokens], 1)
+        inputs[f"{prefix}attention_mask"] = torch.cat([prompts.mask, mask], 1).long()
+        inputs[f"{prefix}completion_mask"] = torch.cat([torch.zeros_like(prompts.mask), mask], 1).long()
+    model.train()
+    return trainer._compute_loss(model, inputs, return_outputs=False)
+
+
+def test_loss_and_gradient_of_kto_equal_those_of_trl(tiny, tmp_path):
+    seen = []
+
+    class Compared(lit_rlhf.KTO):
+        def training_step(self, batch, batch_idx):
+            models = deepcopy(self.policy.causal_lm), lit_rlhf.Policy.from_pretrained(str(tiny)).causal_lm
+            loss = super().training_step(batch, batch_idx)
+            own = torch.autograd.grad(loss, list(self.policy.causal_lm.parameters()), retain_graph=True)
+            with torch.enable_grad():
+                theirs = trl_kto_loss(self, models, batch, tmp_path)
+                gradient = torch.autograd.grad(theirs, list(models[0].parameters()))
+            flat = [torch.cat([part.flatten() for part in parts]) for parts in (own, gradient)]
+            seen.append((loss.detach(), theirs.detach(), *flat))
+            return loss
+
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-2)
+
+    module = Compared(str(tiny), desirable_weight=2.0, undesirable_weight=0.5, optimizer=adam)
+    trainer = make_trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    trainer.fit(module, make_data("KTO", batch_size=2))
+    for loss, theirs, own, gradient in seen:
+        assert torch.allclose(loss, theirs, atol=1e-5)
+        assert gradient.norm() > 1e-3
+        assert (own - gradient).norm() < 1e-4 * gradient.norm()
+    assert not torch.equal(seen[0][2], seen[2][2])
