@@ -18,7 +18,7 @@ from lit_rlhf.cli.config_files import CONFIGS
 
 STAND_INS = {
     "gsm8k": ["--data.train=questions.jsonl", "--data.val=4", *SHORT],
-    "spell_backward": ["--data.train_size=32", "--data.val_size=4", *SHORT],
+    "reasoning_gym": ["--data.train_size=32", "--data.val_size=4", *SHORT],
     "distillation": ["--data.train=prompts.jsonl", "--model.reference=tiny"],
     "quickstart": [
         "--data.train_size=32",

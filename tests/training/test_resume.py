@@ -61,7 +61,7 @@ def check_resumes(name, case, tiny, root, checkpoints) -> None:
             pytest.skip("only rollouts have minibatches")
         if options.pop("num_minibatches", None):
             options["trainer"] = {"accumulate_grad_batches": 3, "val_check_interval": 2}
-    if name == "RAFT":  # trains on one completion per prompt
+    if name in ("RAFT", "OnlineDPO"):  # they train on one completion, or one pair, per prompt
         options.pop("sample_minibatches", None)
     uninterrupted = run(name, tiny, root, callbacks=[SaveEverywhere(root)], **options)
     for path in sorted(root.glob("*.ckpt"))[checkpoints]:
