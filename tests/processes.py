@@ -3,6 +3,7 @@
 python processes.py FOLDER ROOT STRATEGY RANKS [CASE ...]
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from transformers import LlamaForSequenceClassification
 
 import lit_rlhf
+from lit_rlhf.models import sampling
 from lit_rlhf.models.sharding import whole
 from lit_rlhf.training.strategies import FSDP2Strategy
 from runs import ONLINE, make_data, make_module, make_trainer
@@ -192,8 +194,29 @@ class Metrics(Callback):
         self.updates[-1] = {n: float(v) for n, v in metrics if not n.startswith(("time/", "throughput/"))}
 
 
+@contextlib.contextmanager
+def recorded_draws():
+    """Yield a list that gets, of each step of sampling, the smallest distance of a draw from where its token changes."""
+    plain, distances = sampling.inverse_cdf, [1.0]
+
+    def recorded(probabilities, noise):
+        edges = probabilities.double().cumsum(-1)
+        distance = (edges[:, :-1] - noise.double().unsqueeze(-1) * edges[:, -1:]).abs()
+        distances.append(float(distance.nan_to_num(1.0).min()))
+        return plain(probabilities, noise)
+
+    sampling.inverse_cdf = recorded
+    try:
+        yield distances
+    finally:
+        sampling.inverse_cdf = plain
+
+
 def run_case(case: str, folder: Path, root: Path, devices: int, ranks: int = 2) -> dict:
-    """Return weights and metrics of three updates, of BATCH prompts for each of `ranks`, on so many devices."""
+    """Return weights and metrics of three updates, of BATCH prompts for each of `ranks`, on so many devices.
+
+    And how far the closest draw was from another token.
+    """
     name, options = CASES[case]
     torch.manual_seed(0)  # initialization of the reward model's head
     if name in ONLINE and "rewards" not in options:
@@ -224,9 +247,10 @@ def run_case(case: str, folder: Path, root: Path, devices: int, ranks: int = 2) 
         callbacks=callbacks,
         precision="bf16-mixed" if case == "bf16-mixed" else None,
     )
-    trainer.fit(module, make_data(name, rows=ROWS, batch_size=batch, val=4))
+    with recorded_draws() as distances:
+        trainer.fit(module, make_data(name, rows=ROWS, batch_size=batch, val=4))
     weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
-    return {"weights": weights, "start": start, "metrics": metrics.updates}
+    return {"weights": weights, "start": start, "metrics": metrics.updates, "closest_draw": min(distances)}
 
 
 def save_models(folder: Path) -> None:

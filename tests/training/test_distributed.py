@@ -14,6 +14,9 @@ import processes
 
 pytestmark = pytest.mark.timeout(600)
 
+ROUNDING = 1e-7
+"""Of a cumulative probability, between processes."""
+
 
 @pytest.fixture(scope="module", params=["DDP", "FSDP2"])
 def strategy(request) -> str:
@@ -101,6 +104,8 @@ def test_three_processes_equal_one_with_three_times_the_batch_size(strategy, cas
 def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> None:
     largest_change = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert largest_change > 1e-2
+    if expected["closest_draw"] < ROUNDING:
+        return  # what is sampled depends on rounding, in one or two of a hundred cases
     # bfloat16 rounds activations, and the gradients of each rank before they are added up, by up to 2^-9 of their size
     tolerance, of_metrics = (2**-7, 2**-9) if case == "bf16-mixed" else (2e-5, 1e-4)
     for name, weight in expected["weights"].items():
