@@ -196,7 +196,7 @@ class Metrics(Callback):
 
 @contextlib.contextmanager
 def recorded_draws():
-    """Yield a list that gets, of each step of sampling, the smallest distance of a draw from where its token changes."""
+    """Yield a list that gets the distance of the closest draw from where its token changes, for each token sampled."""
     plain, distances = sampling.inverse_cdf, [1.0]
 
     def recorded(probabilities, noise):
