@@ -129,6 +129,7 @@ CASES = {
     "remax": ("ReMax", {"rewards": [reward_with_none], "num_minibatches": 2}),
     "batch mean": ("ReinforceBatchMean", {"rewards": [reward_with_none], "num_minibatches": 2}),
     "dynamic sampling": ("RLOO", {"rewards": [reward_with_few_ties], "reward": "reward_with_few_ties"}),
+    "online dpo": ("OnlineDPO", {"rewards": [reward_with_few_ties], "kl_coef": 0.0}),
     "ipo": ("IPO", {"optimizer": slow_sgd}),
     "scored by a reward model": ("RLOO", {}),
     "gradient checkpointing": ("PPO", {"rewards": [checksum_reward], "vf_coef": 0.01}),
@@ -156,6 +157,7 @@ SLOW = [
     "remax",
     "batch mean",
     "dynamic sampling",
+    "online dpo",
 ]
 QUICK = [case for case in CASES if case not in SLOW]
 IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
