@@ -35,7 +35,7 @@ IF_NONZERO = ("undecided", "position_bias")
 COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak memory (MiB)"}
 """Costs of a method, with their titles: medians, with the range over the rounds."""
 
-DIFFERENCES = ("win_rate", "judge", "reward", "return")
+DIFFERENCES = ("win_rate", "judge", "reward", "return", "length")
 """Metrics in the table of differences."""
 
 ROUNDING = 1e-5

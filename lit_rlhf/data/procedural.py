@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import random
+import zlib
 from importlib.util import find_spec
 from typing import Any
 
 from lit_rlhf.data.module import PromptData
 from lit_rlhf.errors import InputError, MissingPackageError
 
-COLUMNS = ("question", "answer", "metadata")
+EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
+"""Tasks whose check runs an answer as Python code."""
 
 
 class ReasoningGym(PromptData):
     """Questions of one task of the package reasoning-gym, for the reward `ReasoningGymScore`.
 
-    Rows have the columns `question`, `answer` and `metadata`, and the same numbers and seed make the same rows. No
-    question of the validation occurs in training, and none twice, so there may be fewer than asked for.
+    Rows have the columns `question`, `answer`, `metadata` and `options`; the same numbers and seed make the same rows.
+    No question occurs twice, in training or in validation, so there may be fewer for training than asked for.
 
     Args:
         task: Name of the task, such as `spell_backward`.
         options: Options of the task, such as `{"max_word_len": 4}`.
         train_size: Number of training questions.
-        val_size: Number of validation questions.
-        seed: Seed of the validation questions; the training questions have the next one.
+        val_size: Number of validation questions; 0 for none.
+        seed: Seed of the questions.
         **kwargs: See `PromptData`; `transform`, such as `lit_rlhf.data.AsChat`, makes a prompt of a row. By default the
             prompt is the question.
 
     Raises:
         ImportError: If the package reasoning-gym is not installed.
-        ValueError: If there is no such task, or it refuses an option.
+        ValueError: If there is no such task, it refuses an option or a size, or runs answers as Python code.
     """
 
     def __init__(
@@ -42,29 +45,36 @@ class ReasoningGym(PromptData):
     ) -> None:
         if find_spec("reasoning_gym") is None:
             raise MissingPackageError("ReasoningGym needs the package reasoning-gym: pip install 'lit_rlhf[gym]'")
-        val = questions(task, options or {}, val_size, seed, set())
-        train = questions(task, options or {}, train_size, seed + 1, {row["question"] for row in val})
-        super().__init__(train=train, val=val, **kwargs)
+        if train_size < 1 or val_size < 0:
+            raise InputError(f"ReasoningGym: train_size={train_size} must be at least 1, and val_size={val_size} 0")
+        rows = questions(task, options or {}, val_size + train_size, seed)
+        super().__init__(train=rows[val_size:], val=rows[:val_size] or None, **kwargs)
 
 
-def questions(task: str, options: dict[str, Any], size: int, seed: int, seen: set[str]) -> list[dict[str, Any]]:
-    """Return the questions of a task that are not in `seen`, and add them to it.
+def questions(task: str, options: dict[str, Any], size: int, seed: int) -> list[dict[str, Any]]:
+    """Return the questions of a task, each once.
 
     Raises:
-        ValueError: If there is no such task, or it refuses an option.
+        ValueError: If there is no such task, it refuses an option, or runs answers as Python code.
     """
     from reasoning_gym import create_dataset  # type: ignore[import-untyped]
     from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
 
     if task not in DATASETS:
         raise InputError(f"task={task!r}: reasoning-gym has {', '.join(sorted(DATASETS))}")
+    if task in EVALUATED:
+        raise InputError(f"task={task!r}: reasoning-gym runs its answers as Python code, which a model would write")
+    first = zlib.crc32(f"{seed}".encode())  # question i has the seed first + i: those of near seeds would be the same
+    state = random.getstate()
     try:
-        entries = list(create_dataset(task, size=size, seed=seed, **options))
-    except (TypeError, ValueError, AssertionError) as error:
+        random.seed(first)  # some tasks use the global generator, too
+        entries = list(create_dataset(task, **{**options, "size": size, "seed": first}))
+    except Exception as error:
         raise InputError(f"reasoning-gym's task {task!r} refuses the options {options}: {error}") from error
-    rows = []
+    finally:
+        random.setstate(state)
+    rows: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        if entry["question"] not in seen:
-            seen.add(entry["question"])
-            rows.append({"prompt": entry["question"]} | {name: entry[name] for name in COLUMNS})
-    return rows
+        columns = {name: entry[name] for name in ("question", "answer", "metadata")}
+        rows.setdefault(entry["question"], {"prompt": entry["question"], **columns, "options": options})
+    return list(rows.values())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from lit_rlhf.data.procedural import EVALUATED
 from lit_rlhf.errors import InputError, MissingPackageError
 from lit_rlhf.rewards.functions import compile_pattern, extract, references, to_text
 from lit_rlhf.types import Text
@@ -85,7 +87,7 @@ class ReasoningGymScore:
     """Score of an answer by the task of reasoning-gym that made the question, from 0 to 1.
 
     None (no opinion) on a row that is not of reasoning-gym. For `lit_rlhf.data.ReasoningGym`, or rows with the columns
-    `answer` and `metadata` of its data sets.
+    `answer` and `metadata` of its data sets; a column `options` has the options of the task.
 
     Args:
         pattern: Regular expression that extracts the answer, such as `"<answer>(.*?)</answer>"`: the first group (or
@@ -104,25 +106,43 @@ class ReasoningGymScore:
             raise MissingPackageError("the reward ReasoningGymScore needs reasoning-gym: pip install 'lit_rlhf[gym]'")
         self.pattern = None if pattern is None else compile_pattern(pattern)
 
-    def __call__(self, completions: list[Text], answer: list[Any], metadata: list[Any]) -> list[float | None]:
-        """Return a score or None per completion."""
-        rows = zip(completions, answer, metadata, strict=True)
-        return [self._score(to_text(text), {"answer": gold, "metadata": task}) for text, gold, task in rows]
+    def __call__(
+        self,
+        completions: list[Text],
+        answer: list[Any],
+        metadata: list[Any],
+        options: list[dict[str, Any] | None] | None = None,
+    ) -> list[float | None]:
+        """Return a score or None per completion; 0 for an answer at which the check fails."""
+        options = [None] * len(completions) if options is None else options
+        rows = zip(completions, answer, metadata, options, strict=True)
+        return [
+            self._score(to_text(text), {"answer": gold, "metadata": task}, given) for text, gold, task, given in rows
+        ]
 
-    def _score(self, text: str, entry: dict[str, Any]) -> float | None:
+    def _score(self, text: str, entry: dict[str, Any], options: dict[str, Any] | None) -> float | None:
         task = (entry["metadata"] or {}).get("source_dataset")
         if task is None:
             return None
-        found = extract(text, self.pattern)
-        return float(scorer(task)(None if found is None else found.strip(), entry))
+        check, found = scorer(task, json.dumps(options or {}, sort_keys=True)), extract(text, self.pattern)
+        try:
+            return float(check(None if found is None else found.strip(), entry))
+        except Exception:  # checks expect a form of the answer
+            return 0.0
 
 
 @functools.cache
-def scorer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
-    """Return the function of reasoning-gym that scores an answer to a task."""
-    from reasoning_gym import get_score_answer_fn  # type: ignore[import-untyped]
+def scorer(task: str, options: str) -> Callable[[str | None, dict[str, Any]], float]:
+    """Return the function of reasoning-gym that scores an answer to a task with these options, a JSON object.
 
-    function: Callable[[str | None, dict[str, Any]], float] = get_score_answer_fn(task)
+    Raises:
+        ValueError: If that function runs the answer as Python code.
+    """
+    if task in EVALUATED:
+        raise InputError(f"ReasoningGymScore: {task!r} runs answers as Python code, which a model would write")
+    from reasoning_gym import create_dataset  # type: ignore[import-untyped]
+
+    function: Callable[[str | None, dict[str, Any]], float] = create_dataset(task, **json.loads(options)).score_answer
     return function
 
 

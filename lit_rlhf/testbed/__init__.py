@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lit_rlhf.data import PreferenceData, PromptData
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import SHIPPED
-from lit_rlhf.rewards import RewardModel
+from lit_rlhf.rewards import RewardModel, to_text
 from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
 from lit_rlhf.testbed.utility import Grammatical, coherence, gold, grammatical
 from lit_rlhf.testbed.world import Brief, briefs, demonstrations, prompts
+from lit_rlhf.types import Text
 
 __all__ = [
     "POLICY",
@@ -130,9 +132,11 @@ class Approval(ReviewReward):
         super().__init__()
         self.threshold = threshold
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], finished: list[bool] | None = None
+    ) -> Float[Tensor, " completions"]:
         """Return 1 or 0 per completion."""
-        return (super().__call__(*args, **kwargs) > self.threshold).float()
+        return (super().__call__(prompts, completions, finished) > self.threshold).float()
 
 
 class UnequalScale(ReviewReward):
@@ -146,7 +150,9 @@ class UnequalScale(ReviewReward):
         super().__init__()
         self.factors = list(factors)
 
-    def __call__(self, prompts: list[Any], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], finished: list[bool] | None = None
+    ) -> Float[Tensor, " completions"]:
         """Return one number per completion."""
-        factors = [self.factors[zlib.crc32(prompt.encode()) % len(self.factors)] for prompt in prompts]
-        return super().__call__(prompts, *args, **kwargs) * torch.tensor(factors)
+        factors = [self.factors[zlib.crc32(to_text(prompt).encode()) % len(self.factors)] for prompt in prompts]
+        return super().__call__(prompts, completions, finished) * torch.tensor(factors)

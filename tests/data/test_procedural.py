@@ -20,7 +20,11 @@ def test_questions_depend_on_the_seed_alone_and_none_of_the_validation_is_traine
     assert len(set(questions)) == len(questions)
     few = make(options={"min_word_len": 3, "max_word_len": 3}, train_size=3000, val_size=200)
     assert not {row["question"] for row in few.val} & {row["question"] for row in few.train}
-    assert len(few.train) < 3000
+    assert len(few.val) == 200 and 800 < len(few.train) < 3000
+    many = {"options": {}, "train_size": 200, "val_size": 50}
+    near = [{row["question"] for row in make(**many, seed=seed).val} for seed in (0, 1)]
+    assert len(make(**many).train) == 200 and len(near[0] & near[1]) < 3
+    assert make(val_size=0).val is None
 
 
 def test_the_prompt_is_the_question_or_what_a_transform_makes_of_it(tokenizer):
@@ -31,7 +35,7 @@ def test_the_prompt_is_the_question_or_what_a_transform_makes_of_it(tokenizer):
     question = plain.val[0]["question"]
     assert plain.val_set[0].example.prompt == question
     assert chat.val_set[0].example.prompt == [{"role": "user", "content": f"{question}\nOne word."}]
-    assert plain.columns("val") == ["question", "answer", "metadata"]
+    assert plain.columns("val") == ["question", "answer", "metadata", "options"]
 
 
 def test_answers_are_scored_by_their_task():
@@ -46,12 +50,32 @@ def test_answers_are_scored_by_their_task():
     assert ReasoningGymScore()(["nus"], answer=["nus"], metadata=[None]) == [None]
 
 
+def test_answers_are_scored_with_the_options_of_their_task():
+    options = {"min_word_length": 3, "max_word_length": 3}
+    (row,) = ReasoningGym("word_ladder", options, train_size=1, val_size=0).train
+    columns = {name: [row[name]] for name in ("answer", "metadata", "options")}
+    assert ReasoningGymScore()([row["answer"]], **columns) == [1.0]
+
+
+def test_an_answer_at_which_the_check_fails_scores_0():
+    metadata = [{"source_dataset": "game_of_life"}]
+    assert ReasoningGymScore()(['{"a": 1}'], answer=["[[1]]"], metadata=metadata) == [0.0]
+
+
+def test_a_task_that_runs_answers_as_code_is_refused():
+    with pytest.raises(ValueError, match="runs its answers as Python code"):
+        ReasoningGym("n_queens")
+    with pytest.raises(ValueError, match="runs answers as Python code"):
+        ReasoningGymScore()(["exit()"], answer=[""], metadata=[{"source_dataset": "n_queens"}])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"task": "spelling"}, r"task='spelling': reasoning-gym has .*spell_backward"),
         ({"options": {"words": 3}}, r"task 'spell_backward' refuses the options \{'words': 3\}: .*words"),
         ({"options": {"min_word_len": 5, "max_word_len": 3}}, "max_word_len must be >= min_word_len"),
+        ({"train_size": 0}, "train_size=0 must be at least 1"),
     ],
 )
 def test_an_unknown_task_or_option_is_one_sentence(options, message):

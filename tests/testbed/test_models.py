@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import torch
 
+import lit_rlhf
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import resolve
 from lit_rlhf.models.sampling import Sampling
@@ -18,6 +21,7 @@ from lit_rlhf.testbed import (
     prompts,
 )
 from lit_rlhf.testbed.build import accuracy, build, sampled_pairs
+from runs import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,14 @@ def test_approval_and_unequal_scales_are_functions_of_the_shipped_score():
     assert set(factors.round(decimals=3).tolist()) == {1.0, 100.0}
     again = {name: values[::-1] for name, values in given.items()}
     assert torch.allclose(UnequalScale((1.0, 100.0))(**again).flip(0) / scores, factors)
+
+
+@pytest.mark.parametrize("reward", [Approval, UnequalScale])
+def test_rewards_of_experiments_train(reward, tmp_path):
+    module = lit_rlhf.RLOO("testbed", rewards=[reward()], sampling=Sampling(max_new_tokens=4))
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, ReviewPrompts(train_size=8, batch_size=4, val_size=4))
+    assert math.isfinite(trainer.callback_metrics["train/reward"])
 
 
 def test_shipped_tokenizer_matches_the_code(policy):
