@@ -114,13 +114,18 @@ def test_a_signal_ends_a_run_that_waits_for_the_server(folder, tmp_path, monkeyp
     assert torch.load(keeper.last_path, weights_only=True)["global_step"] == 2
 
 
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 def test_importance_weights_are_one_where_the_server_has_the_policy(folder, tmp_path):
-    plain, _ = fit("RLOO", folder, tmp_path, FakeVLLM(folder), max_steps=2)
-    capped, rows = fit("RLOO", folder, tmp_path, FakeVLLM(folder), max_steps=2, correction="truncate")
+    options = {"max_steps": 2, "optimizer": sgd}  # where a gradient is only rounding, Adam's update is as large as elsewhere
+    plain, _ = fit("RLOO", folder, tmp_path, FakeVLLM(folder), **options)
+    capped, rows = fit("RLOO", folder, tmp_path, FakeVLLM(folder), **options, correction="truncate")
     assert rows[0]["train/importance_weight"] == pytest.approx(1.0, abs=1e-4)
     assert rows[0]["train/importance_cut"] == 0.0
     for name, value in training_state(plain).items():
-        assert torch.allclose(value, training_state(capped)[name], atol=2e-4), name
+        assert torch.allclose(value, training_state(capped)[name], rtol=0, atol=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["RLOO", "PPO"])
