@@ -119,7 +119,7 @@ def sgd(parameters):
 
 
 def test_importance_weights_are_one_where_the_server_has_the_policy(folder, tmp_path):
-    options = {"max_steps": 2, "optimizer": sgd}  # where a gradient is only rounding, Adam's update is as large as elsewhere
+    options = {"max_steps": 2, "optimizer": sgd}  # Adam turns a gradient that is rounding into a full update
     plain, _ = fit("RLOO", folder, tmp_path, FakeVLLM(folder), **options)
     capped, rows = fit("RLOO", folder, tmp_path, FakeVLLM(folder), **options, correction="truncate")
     assert rows[0]["train/importance_weight"] == pytest.approx(1.0, abs=1e-4)
