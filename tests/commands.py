@@ -9,7 +9,7 @@ from tiny import make_llama, make_tokenizer
 MODULE = """
 import lit_rlhf
 
-class OPO(lit_rlhf.RLOO):
+class ByLength(lit_rlhf.RLOO):
     def advantages(self, rollout):
         lengths = rollout.completions.lengths * rollout.valid
         total = lengths.sum(1, keepdim=True).clamp(min=1)

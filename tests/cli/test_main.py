@@ -121,10 +121,10 @@ def test_two_runs_into_one_folder_are_both_kept(workspace):
 
 
 def test_a_users_method_and_reward(workspace, capsys):
-    fit("--model=mine.OPO")
+    fit("--model=mine.ByLength")
     header = next(workspace.glob("here/version_0/metrics.csv")).read_text().splitlines()[0]
     assert "train/reward/words" in header and "train/kl" in header
-    assert "class_path: mine.OPO" in next(workspace.glob("here/version_0/config.yaml")).read_text()
+    assert "class_path: mine.ByLength" in next(workspace.glob("here/version_0/config.yaml")).read_text()
 
 
 @pytest.mark.parametrize("lora", ["null", "{r: 2}"])
