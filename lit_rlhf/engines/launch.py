@@ -88,7 +88,9 @@ class StartedServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether its process is there."""
+        """Whether its process is there, after a second in which it may end: ask when it does not answer."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
         return self._process.poll() is None
 
     @property
