@@ -51,7 +51,7 @@ NO_CLASSES = [
     "null",
     "mine",
     "mine.nothing",
-    "mini.OPO",
+    "mini.ByLength",
     "mine.words",
     "os.path",
     "{class_path: }",
