@@ -23,7 +23,7 @@ from lit_rlhf.training.strategies import FSDP2Strategy
 from runs import ONLINE, make_data, make_module, make_trainer
 from tiny import checkpoint_activations, make_llama, make_tokenizer
 
-SEED, ROWS, BATCH = 7, 24, 4
+ROWS, BATCH = 24, 4
 """Seed, rows of the data, and prompts of each rank in a rollout."""
 
 
@@ -39,7 +39,7 @@ def reward_with_none(completion_ids, **kwargs):
 def prompts_of_rank_1() -> set[str]:
     """Return the prompts of rank 1 in the first rollout."""
     words = [f"{word} {i}" for i in range(ROWS // 4) for word in ("film", "book", "play", "song")]
-    order = np.random.default_rng((SEED, 0)).permutation(ROWS)
+    order = np.random.default_rng((int(os.environ["PL_GLOBAL_SEED"]), 0)).permutation(ROWS)
     return {words[i] for i in order[BATCH : 2 * BATCH]}
 
 
@@ -130,6 +130,7 @@ CASES = {
     "batch mean": ("ReinforceBatchMean", {"rewards": [reward_with_none], "num_minibatches": 2}),
     "dynamic sampling": ("RLOO", {"rewards": [reward_with_few_ties], "reward": "reward_with_few_ties"}),
     "online dpo": ("OnlineDPO", {"rewards": [reward_with_few_ties], "kl_coef": 0.0}),
+    "kto": ("KTO", {}),
     "ipo": ("IPO", {"optimizer": slow_sgd}),
     "scored by a reward model": ("RLOO", {}),
     "gradient checkpointing": ("PPO", {"rewards": [checksum_reward], "vf_coef": 0.01}),
@@ -158,6 +159,7 @@ SLOW = [
     "batch mean",
     "dynamic sampling",
     "online dpo",
+    "kto",
 ]
 QUICK = [case for case in CASES if case not in SLOW]
 IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]

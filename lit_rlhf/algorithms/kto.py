@@ -1,7 +1,6 @@
 """KTO: learn from completions that are marked as desirable or not, one at a time, without pairs and without sampling.
 
-Ethayarajh et al., 2024, arXiv 2402.01306, section 4. Departure: each process takes the completions of other prompts
-from its batch, and at validation the KL of its batch alone, so that the KL is not exactly that of one process.
+Ethayarajh et al., 2024, arXiv 2402.01306, section 4.
 """
 
 from __future__ import annotations
@@ -15,8 +14,14 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.dpo import DPO
+from lit_rlhf.data.collate import pad
+from lit_rlhf.data.encoding import Ids
 from lit_rlhf.errors import InputError
+from lit_rlhf.training.distributed import next_rows
 from lit_rlhf.types import Demonstrations, Metrics
+
+Completion = tuple[Ids, Ids]
+"""Token ids of a completion, and 1 where a token is learned, otherwise 0."""
 
 
 class KTO(DPO):
@@ -69,9 +74,7 @@ class KTO(DPO):
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the loss of a batch of completions."""
         log_ratios, desirable = self.training_log_ratios(batch)[:, 0], self.labels(batch)
-        others = self.mismatched(batch)
-        total, count = self.sum_over_ranks(torch.stack([others.sum(), torch.ones_like(others).sum()]))
-        kl = (total / count).clamp(min=0)
+        kl = self.mismatched_kl(batch)
         self.log("train/kl_estimate", kl, batch_size=1)
         terms = self.completion_loss(log_ratios, kl, desirable)
         return self.reduce_loss(terms, torch.ones_like(desirable))
@@ -84,11 +87,17 @@ class KTO(DPO):
         return losses * torch.where(desirable, self.desirable_weight, self.undesirable_weight)
 
     @torch.no_grad()
-    def mismatched(self, batch: Demonstrations) -> Float[Tensor, " rows"]:
-        """Return `log pi / ref` of the next prompt's completion, for each prompt."""
-        learned = None if batch.learned is None else batch.learned.roll(-1, 0)
-        other = batch.replace(tokens=batch.tokens.roll(-1, 0), mask=batch.mask.roll(-1, 0), learned=learned)
-        return self.log_ratios(other)[:, 0]
+    def mismatched_kl(self, batch: Demonstrations) -> Float[Tensor, ""]:
+        """Return the mean over all ranks of `log pi / ref` of the next prompt's completion, at least 0."""
+        others = next_rows(self.trainer, completions(batch))
+        tokens, mask = pad([ids for ids, _ in others], 0, "right")
+        learned = pad([learned for _, learned in others], 0, "right")[0].bool()
+        rows = {"tokens": tokens, "mask": mask, "learned": learned}
+        rows = {name: tensor.unsqueeze(1).to(batch.tokens.device) for name, tensor in rows.items()}
+        log_ratios = self.log_ratios(batch.replace(**rows))[:, 0]
+        total, count = self.sum_over_ranks(torch.stack([log_ratios.sum(), torch.ones_like(log_ratios).sum()]))
+        kl: Tensor = torch.where(count > 1, total / count, 0.0)  # a lone completion has no other
+        return kl.clamp(min=0)
 
     def labels(self, batch: Demonstrations) -> Bool[Tensor, " rows"]:
         """Return True for desirable completions."""
@@ -98,8 +107,7 @@ class KTO(DPO):
     def held_out_metrics(self, batch: Demonstrations) -> Metrics:
         """Return loss, accuracy (whether the log-ratio is on the label's side of the KL) and rewards of completions."""
         log_ratios, desirable = self.held_out_log_ratios(batch)[:, 0], self.labels(batch)
-        others = self.mismatched(batch) if len(desirable) > 1 else torch.zeros_like(log_ratios)
-        kl = others.mean().clamp(min=0)
+        kl = self.mismatched_kl(batch)
         rewards, every = self.beta * log_ratios, torch.ones_like(desirable)
         return {
             "loss": (self.completion_loss(log_ratios, kl, desirable), every),
@@ -115,6 +123,12 @@ class KTO(DPO):
             {"index": int(prompts.index[i]), "prompt": prompts.text[i], "reward": reward}
             for i, reward in enumerate(rewards)
         ]
+
+
+def completions(batch: Demonstrations) -> list[Completion]:
+    """Return the token ids of each completion, and which are learned, without the padding."""
+    tokens, mask, learned = batch.tokens[:, 0].int().cpu(), batch.mask[:, 0].cpu(), batch.loss_mask[:, 0].int().cpu()
+    return [(tokens[i][mask[i]].numpy(), learned[i][mask[i]].numpy()) for i in range(len(tokens))]
 
 
 def read_label(columns: dict[str, Any], name: str, row: str) -> bool:

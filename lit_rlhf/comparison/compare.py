@@ -38,7 +38,7 @@ def compare(
     only: Sequence[str] = (),
     learning_rates: Sequence[float] = (),
     pairs: Sequence[tuple[str, str]] = (),
-    completions: int = 1,
+    completions: float = 1,
     cost: Cost | None = None,
     jobs: int = 1,
     parse_error: Callable[[Sequence[str]], str | None] | None = None,
@@ -54,7 +54,7 @@ def compare(
         only: Names of the arms to run; empty: all. The table shows all finished runs with these seeds.
         learning_rates: Sweep: learning rates to try with every trained arm. The table shows which has the best return.
         pairs: Pairs of arms whose difference to show, with its interval over the seeds.
-        completions: Completions sampled per update, for the axis of a figure.
+        completions: Completions sampled per update, for the axis of a figure; an arm may have another number.
         cost: If given, measure seconds and memory of an update after all runs.
         jobs: Number of runs at a time. They share the processor's cores.
         parse_error: Returns the error of a `lit-rlhf` command line, or None, without running it; None: no check.
@@ -81,7 +81,8 @@ def compare(
     failed = run_all(runs, lambda run: run_arm(run, environment), jobs) + run_all(measurements, measure_cost, 1)
     costs: Results = {run.arm: [] for run in all_measurements} | read_results(all_measurements)
     results = shown_results(arms, chosen, read_results(all_runs), costs)
-    table = report.write(folder, results, costs, len(seeds), pairs, completions, cost.rounds if cost else 0)
+    sampled = {name: completions if arm.completions is None else arm.completions for name, arm in arms.items()}
+    table = report.write(folder, results, costs, len(seeds), pairs, sampled, cost.rounds if cost else 0)
     if learning_rates:
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 REWARD = "reward, greedy, held-out prompts"
 
 
-def draw(path: Path, results: Results, completions: int, costs: Results | None = None) -> None:
+def draw(path: Path, results: Results, completions: dict[str, float], costs: Results | None = None) -> None:
     """Plot reward against completions and against seconds, and the judge's score against the KL.
 
     Lines are means over the seeds at each validation. A star shows the final test of a method whose validations sample
@@ -30,7 +30,7 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
     Args:
         path: File to write.
         results: Results of the arms.
-        completions: Completions per update.
+        completions: Completions per update of each arm.
         costs: Measured costs. The seconds axis is updates times the measured seconds per update where there are any,
             otherwise the seconds of the runs.
     """
@@ -40,16 +40,18 @@ def draw(path: Path, results: Results, completions: int, costs: Results | None =
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    _label(axes, "completions sampled" if completions > 1 else "updates")
+    _label(axes, "completions sampled" if any(count != 1 for count in completions.values()) else "updates")
     seconds = {name: statistics.median(metric_values(rows, "seconds")) for name, rows in (costs or {}).items() if rows}
     colors = plt.get_cmap("tab10" if len(results) <= 10 else "tab20")
     for i, (name, rows) in enumerate(results.items()):
         style: dict[str, Any] = {"color": colors(i % colors.N), "label": name}
         if curves := [curve for curve in (validation_curve(row["curves"]) for row in rows) if curve]:
             style["linestyle"] = ("-", ":")[i // colors.N % 2]  # more arms than colors
-            _draw_curve(axes, mean_validation_curve(curves), completions, seconds.get(name), style)
+            _draw_curve(axes, mean_validation_curve(curves), completions[name], seconds.get(name), style)
         elif metric_values(rows, "reward"):
-            _draw_point(axes, mean_point([final_point(row) for row in rows]), completions, seconds.get(name), style)
+            _draw_point(
+                axes, mean_point([final_point(row) for row in rows]), completions[name], seconds.get(name), style
+            )
     if handles := axes[2].get_legend_handles_labels()[0]:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), fontsize=8)
     figure.savefig(path, dpi=110)
@@ -68,7 +70,7 @@ def _label(axes: list[Axes], unit: str) -> None:
 def _draw_curve(
     axes: list[Axes],
     points: list[dict[str, float]],
-    completions: int,
+    completions: float,
     seconds_per_update: float | None,
     style: dict[str, Any],
 ) -> None:
@@ -85,7 +87,7 @@ def _draw_curve(
 def _draw_point(
     axes: list[Axes],
     point: dict[str, float],
-    completions: int,
+    completions: float,
     seconds_per_update: float | None,
     style: dict[str, Any],
 ) -> None:

@@ -48,7 +48,7 @@ def write(
     costs: Results,
     num_seeds: int,
     pairs: Sequence[tuple[str, str]],
-    completions: int,
+    completions: dict[str, float],
     rounds: int = 0,
 ) -> Path:
     """Write `table.md`, `table.csv`, `runs.csv` and, with matplotlib installed, `curves.png`; return the first's path.
@@ -59,7 +59,7 @@ def write(
         costs: Cost measurements of each arm.
         num_seeds: Planned number of runs per arm.
         pairs: Pairs of arms whose difference to show.
-        completions: Completions per update.
+        completions: Completions per update of each arm.
         rounds: Planned number of cost measurements per arm.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ A finished run leaves `result.json` in its folder and isn't repeated. A failed o
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -34,10 +35,16 @@ class Arm:
     Attributes:
         fit: Arguments of `lit-rlhf fit` after those that all arms share. None: no training.
         test: Arguments of `lit-rlhf test` after those that all arms share.
+        completions: Completions sampled per update, for the axis of a figure. None: as all arms.
     """
 
     fit: list[str] | None = None
     test: list[str] = field(default_factory=list)
+    completions: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.completions is not None and not (0 <= self.completions < math.inf):
+            raise InputError(f"completions={self.completions} of an arm must be 0 or more")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lit_rlhf.errors import InputError, input_error
 REJECTED = {
     "a misspelt method": (["--model=RLO"], r"--model 'RLO' is not one of .*, PPO, .*: did you mean RLOO\?"),
     "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
-    "a class that does not exist": (["--model=mine.ByLenght"], r"the module 'mine' has no 'ByLenght': did you mean ByLength\?"),
+    "a class that does not exist": (["--model=mine.Falty"], r"the module 'mine' has no 'Falty': did you mean Faulty\?"),
     "a module that does not exist": (["--model=mini.ByLength"], "--model 'mini.ByLength': there is no module 'mini'"),
     "another class": (["--model=lit_rlhf.PromptData"], r"--model 'lit_rlhf\.PromptData': it is not of type Algorithm"),
     "a misspelt option": (["--model.num_sample=4"], r"RLOO has no such option: did you mean --model\.num_samples\?"),

@@ -105,6 +105,7 @@ def test_every_arm_of_a_testbed_comparison_samples_128_completions_per_rollout(n
         assert int(rows) * (2 if name in ("DPO", "ReMax") else int(samples)) == 128, name
         updates = int(options.get("--model.updates.num_minibatches", 1))
         assert int(options.get("--trainer.max_steps", quickstart["trainer"]["max_steps"])) == 80 * updates, name
+        assert arm.get("completions", config["completions"]) == 128 / updates, name
 
 
 @pytest.mark.slow

@@ -21,12 +21,12 @@ def test_figures_show_mean_curves_and_final_points(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(plt, "close", lambda figure: None)
     costs = {"start": [], "offline": [{"metrics": {"seconds": s}} for s in (0.5, 0.75, 9.0)]}
-    draw(tmp_path / "curves.png", results, completions=10, costs=costs)
+    draw(tmp_path / "curves.png", results, completions=dict.fromkeys(results, 10) | {"offline": 20}, costs=costs)
     panels = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in plt.gcf().axes]
     monkeypatch.undo()
     plt.close("all")
     assert panels == [
-        {"online": [[0, 0.5], [50, 2.5]], "offline": [[50, 0.5]], "start": [[0, -1], [1, -1]]},
+        {"online": [[0, 0.5], [50, 2.5]], "offline": [[100, 0.5]], "start": [[0, -1], [1, -1]]},
         {"online": [[0, 0.5], [5, 2.5]], "offline": [[3.75, 0.5]], "start": [[0, -1], [1, -1]]},
         {"online": [[0, -0.5], [2, 1.5]], "offline": [[3, 0.25]], "start": [[0, -2]]},
     ]

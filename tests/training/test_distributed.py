@@ -4,7 +4,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import processes
 
 pytestmark = pytest.mark.timeout(600)
 
+SEED = 7
 ROUNDING = 1e-7
 """Of a cumulative probability, between processes."""
 
@@ -41,20 +42,27 @@ def completed_process(models, root, strategy) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def expected(models, tmp_path_factory) -> Callable[[str], dict]:
+def expected(models, tmp_path_factory) -> Callable[..., dict]:
     """Return a function that gives the result of a case in one process."""
     root = tmp_path_factory.mktemp("one")
-    return functools.cache(lambda case, ranks=2: processes.run_case(case, models, root, devices=1, ranks=ranks))
+
+    @functools.cache
+    def run(case: str, ranks: int = 2, seed: int = SEED) -> dict:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PL_GLOBAL_SEED", str(seed))
+            return processes.run_case(case, models, root, devices=1, ranks=ranks)
+
+    return run
 
 
 def run_script(
-    folder: Path, root: Path, strategy: str, ranks: int = 2, cases: Sequence[str] = ()
+    folder: Path, root: Path, strategy: str, ranks: int = 2, cases: Sequence[str] = (), seed: int = SEED
 ) -> subprocess.CompletedProcess:
     """Run the script of some cases as a user would: one command, and the Trainer starts the other processes.
 
     Without a choice of cases, all are run, and others, of which the last fails.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": str(processes.SEED)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": str(seed)}
     command = [sys.executable, processes.__file__, str(folder), str(root), strategy, str(ranks), *cases]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=root)
 
@@ -68,7 +76,8 @@ def result(name: str, root: Path, completed_process: subprocess.CompletedProcess
 @pytest.mark.filterwarnings("ignore:a prompt without a reward")
 @pytest.mark.parametrize("case", processes.QUICK)
 def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_process, root, expected):
-    check_case(case, expected(case), result(case, root, completed_process))
+    if not check_case(case, expected(case), result(case, root, completed_process)):
+        pytest.skip("what is sampled here depends on rounding")
 
 
 @pytest.mark.slow
@@ -83,9 +92,7 @@ def test_two_processes_equal_one_with_twice_the_batch_size(case, completed_proce
     ids=["FSDP2", "in step", "DDP"],
 )
 def test_two_processes_equal_one_in_slow_cases(strategy, cases, models, expected, tmp_path):
-    completed_process = run_script(models, tmp_path, strategy, cases=cases)
-    for case in cases:
-        check_case(case, expected(case), result(case, tmp_path, completed_process))
+    check_cases(cases, models, expected, tmp_path, strategy, ranks=2)
 
 
 @pytest.mark.slow
@@ -96,16 +103,28 @@ def test_two_processes_equal_one_in_slow_cases(strategy, cases, models, expected
     ids=["FSDP2", "in step", "DDP"],
 )
 def test_three_processes_equal_one_with_three_times_the_batch_size(strategy, cases, models, expected, tmp_path):
-    completed_process = run_script(models, tmp_path, strategy, 3, list(cases))
-    for case in cases:
-        check_case(case, expected(case, 3), result(case, tmp_path, completed_process), ranks=3)
+    check_cases(cases, models, expected, tmp_path, strategy, ranks=3)
 
 
-def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> None:
+def check_cases(cases: Iterable[str], models: Path, expected: Callable, root: Path, strategy: str, ranks: int) -> None:
+    """Compare cases with one process; those whose samples one seed leaves to rounding, with the next seed."""
+    for seed in (SEED, SEED + 1, SEED + 2):
+        cases, folder = list(cases), root / f"seed-{seed}"
+        folder.mkdir()
+        completed_process = run_script(models, folder, strategy, ranks, cases, seed)
+        results = {case: result(case, folder, completed_process) for case in cases}
+        cases = [case for case in cases if not check_case(case, expected(case, ranks, seed), results[case], ranks)]
+        if not cases:
+            return
+    raise AssertionError(f"what is sampled in {cases} depends on rounding with every seed")
+
+
+def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> bool:
+    """Return whether the case was compared: where a draw is within rounding of another token, it can't be."""
     largest_change = max(float((expected["weights"][n] - start).abs().max()) for n, start in expected["start"].items())
     assert largest_change > 1e-2
     if expected["closest_draw"] < ROUNDING:
-        return  # what is sampled depends on rounding, in one or two of a hundred cases
+        return False  # in one or two of a hundred cases
     # bfloat16 rounds activations, and the gradients of each rank before they are added up, by up to 2^-9 of their size
     tolerance, of_metrics = (2**-7, 2**-9) if case == "bf16-mixed" else (2e-5, 1e-4)
     for name, weight in expected["weights"].items():
@@ -120,6 +139,7 @@ def check_case(case: str, expected: dict, actual: dict, ranks: int = 2) -> None:
         assert expected["metrics"][-1]["train/prompts"] == 6 * ranks
     if case == "invalid on one rank":
         assert expected["metrics"][0]["train/skipped_groups"] == pytest.approx(1 / ranks)
+    return True
 
 
 def test_two_processes_train_a_module_again_as_one_does(completed_process, root, models, tmp_path):
