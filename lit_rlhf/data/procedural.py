@@ -46,7 +46,7 @@ class ReasoningGym(PromptData):
         if find_spec("reasoning_gym") is None:
             raise MissingPackageError("ReasoningGym needs the package reasoning-gym: pip install 'lit_rlhf[gym]'")
         if train_size < 1 or val_size < 0:
-            raise InputError(f"ReasoningGym: train_size={train_size} must be at least 1, and val_size={val_size} 0")
+            raise InputError(f"train_size={train_size} must be at least 1, and val_size={val_size} at least 0")
         rows = questions(task, options or {}, val_size + train_size, seed)
         super().__init__(train=rows[val_size:], val=rows[:val_size] or None, **kwargs)
 

@@ -79,7 +79,7 @@ def test_arguments_of_all_arms_are_checked_before_any_run(workspace, capsys):
         "paper/cost",
         "paper/reviews",
         "field/testbed",
-        pytest.param("field/sweep", marks=pytest.mark.slow),
+        pytest.param("field/testbed field/sweep", marks=pytest.mark.slow),
         "field/length",
         "field/scale",
     ],
@@ -87,8 +87,9 @@ def test_arguments_of_all_arms_are_checked_before_any_run(workspace, capsys):
 def test_the_arguments_of_a_shipped_comparison_are_valid(name, workspace, monkeypatch):
     runs = []
     monkeypatch.setattr(compare_module, "run_all", lambda new, run_one, jobs: runs.extend(new) or [])
-    main(["compare", "--config", name, *(["--learning_rates", "[1e-3]"] if name.endswith("sweep") else [])])
-    arms = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["arms"]
+    configs = [part for config in name.split() for part in ("--config", config)]
+    main(["compare", *configs, *(["--learning_rates", "[1e-3]"] if name.endswith("sweep") else [])])
+    arms = yaml.safe_load((CONFIGS / f"{name.split()[0]}.yaml").read_text())["arms"]
     assert {run.arm.partition(", lr")[0] for run in runs} == set(arms)
 
 
