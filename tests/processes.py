@@ -43,6 +43,19 @@ def prompts_of_rank_1() -> set[str]:
     return {words[i] for i in order[BATCH : 2 * BATCH]}
 
 
+def scored_again(module):
+    """Return an `evaluate` that scores the rollout once more, without gradient, after the pass with gradient."""
+    evaluate = module.evaluate
+
+    def evaluate_twice(part):
+        part = evaluate(part)
+        with torch.no_grad():
+            again = module.policy.logprobs(part.prompts, part.completions)
+        return part.replace(logprobs=part.logprobs + 0 * again)
+
+    return evaluate_twice
+
+
 def reward_with_few_ties(completion_ids, **kwargs):
     """Reward with few ties: RAFT breaks ties by the KL, which is only rounding error at first."""
     sums = [sum(i * token for i, token in enumerate(ids, start=1)) for ids in completion_ids]
@@ -106,6 +119,7 @@ CASES = {
     ),
     "both minibatches": ("RLOO", {"rewards": [checksum_reward], "num_minibatches": 2, "sample_minibatches": 3}),
     "adaptive KL": ("RLOO", {"rewards": [checksum_reward], "kl_coef": 0.5}),
+    "scored again": ("RLOO", {"rewards": [checksum_reward]}),
     "raft": ("RAFT", {"rewards": [reward_with_few_ties]}),
     "ppo": ("PPO", {"rewards": [checksum_reward], "num_minibatches": 2, "vf_coef": 0.01}),
     "vanilla_pg": ("VanillaPG", {"rewards": [reward_with_none], "critic": "head", "vf_coef": 0.01}),
@@ -162,7 +176,7 @@ SLOW = [
     "kto",
 ]
 QUICK = [case for case in CASES if case not in SLOW]
-IN_STEP = ["rloo", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
+IN_STEP = ["rloo", "scored again", "one token on rank 1", "ppo", "dpo", "bf16-mixed"]
 """Cases that are run with passes in step, too."""
 
 REWARD_MODEL = "reward_model"
@@ -229,6 +243,8 @@ def run_case(case: str, folder: Path, root: Path, devices: int, ranks: int = 2) 
     module.configure_model()
     if case == "one token on rank 1":
         module.sample = first_token_of_rank_1(module.sample)
+    if case == "scored again":
+        module.evaluate = scored_again(module)
     if case == "gradient checkpointing":
         checkpoint_activations(module.policy.model)
         checkpoint_activations(module.critic.model)

@@ -73,9 +73,9 @@ class KTO(DPO):
 
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the loss of a batch of completions."""
-        log_ratios, desirable = self.training_log_ratios(batch)[:, 0], self.labels(batch)
         kl = self.mismatched_kl(batch)
         self.log("train/kl_estimate", kl, batch_size=1)
+        log_ratios, desirable = self.training_log_ratios(batch)[:, 0], self.labels(batch)
         terms = self.completion_loss(log_ratios, kl, desirable)
         return self.reduce_loss(terms, torch.ones_like(desirable))
 

@@ -96,11 +96,13 @@ class ShardedWeights:
                 yield
             return
         self.root._get_fsdp_state()._lazy_init()
+        sharded = [] if has_whole_weights(self.root) else [self.root]
         self.root.unshard()
         try:
             yield
         finally:
-            self.root.reshard()
+            for part in sharded:
+                part.reshard()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -113,6 +115,7 @@ class ShardedWeights:
             return
         self.root._get_fsdp_state()._lazy_init()  # otherwise a layer that runs first becomes the root
         parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        sharded = [part for part in parts if not has_whole_weights(part)]
         self._stay_gathered(True)
         for part in parts:
             part.unshard()
@@ -121,7 +124,7 @@ class ShardedWeights:
             yield
         finally:
             self.is_gathered = False
-            for part in parts:
+            for part in sharded:
                 part.reshard()
             self._stay_gathered(False)
 
@@ -130,6 +133,12 @@ class ShardedWeights:
         self.root.set_reshard_after_forward(False, recurse=False)
         self.root.set_reshard_after_backward(not stay)
         self.root.set_requires_gradient_sync(not stay)
+
+
+def has_whole_weights(part: Any) -> bool:
+    """Whether the weights of a sharded part are gathered: of a model after a pass whose gradient is still to come."""
+    group = part._get_fsdp_state()._fsdp_param_group
+    return group is not None and bool(group.is_unsharded)
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
