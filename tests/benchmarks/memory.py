@@ -19,7 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-METHODS = ("RLOO", "Reinforce", "RAFT", "VanillaPG", "PPO", "DPO", "SFT", "RewardModeling")
+OFFLINE = {"SFT": 1, "KTO": 1, "DPO": 2, "RewardModeling": 2}
+"""Completions of a row, by method."""
+METHODS = ("RLOO", "Reinforce", "ReMax", "RAFT", "OnlineDPO", "GRPO", "GSPO", "VanillaPG", "PPO", *OFFLINE)
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -65,7 +67,7 @@ def make(case: dict[str, Any], model: str) -> Any:
         from bitsandbytes.optim import AdamW8bit
 
         options["optimizer"] = lambda params: AdamW8bit(params, lr=1e-6)
-    if case["method"] not in ("DPO", "SFT", "RewardModeling"):
+    if case["method"] not in OFFLINE:
         tokens = case["completion_tokens"]
         options["sampling"] = lit_rlhf.Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
         options |= {"rewards": [lit_rlhf.rewards.Length(maximum=9)], "num_samples": case["samples"]}
@@ -107,10 +109,10 @@ def fit(case: dict[str, Any], model: str) -> dict[str, int]:
     texts = make_prompts(algorithm.tokenizer, count, case["prompt_tokens"])
     texts = [text.rpartition(" ")[0] if i % rows == 0 else text for i, text in enumerate(texts)]  # one is padded
     ends = make_prompts(algorithm.tokenizer, 2 * count, length - 1)
-    if case["method"] == "SFT":
-        data: Any = lit_rlhf.DemonstrationData(
-            [{"prompt": p, "completion": c} for p, c in zip(texts, ends, strict=False)], batch_size=rows
-        )
+    if case["method"] in ("SFT", "KTO"):
+        shown = enumerate(zip(texts, ends, strict=False))
+        demonstrations = [{"prompt": p, "completion": c, "label": i % 2} for i, (p, c) in shown]
+        data: Any = lit_rlhf.DemonstrationData(demonstrations, batch_size=rows)
     elif case["method"] in ("DPO", "RewardModeling"):
         pairs = zip(texts, ends, ends[count:], strict=False)
         data = lit_rlhf.PreferenceData(
@@ -144,7 +146,7 @@ def calculate(case: dict[str, Any]) -> dict[str, int]:
     from lit_rlhf.memory.passes import Shape
 
     algorithm = make(case, case["model"])
-    of_a_row = {"SFT": 1, "DPO": 2, "RewardModeling": 2}.get(case["method"], case["samples"])
+    of_a_row = OFFLINE.get(case["method"], case["samples"])
     shape = Shape(case["prompts"], of_a_row, case["prompt_tokens"], case["completion_tokens"])
     setting = Setting(
         case["precision"],
