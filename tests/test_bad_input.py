@@ -197,6 +197,13 @@ def test_row_longer_than_the_positions_is_refused(name, tmp_path):
         make_trainer(tmp_path, max_steps=1).fit(make_module(name, folder), make_data(name))
 
 
+def test_a_pair_of_the_longest_prompt_and_the_longest_completion_must_fit(tmp_path):
+    rows = [{"prompt": "x" * 20, "completion": "b", "label": 1}, {"prompt": "a", "completion": "y" * 20, "label": 0}]
+    folder, data = write_policy(tmp_path, max_position_embeddings=32), lit_rlhf.DemonstrationData(rows, batch_size=2)
+    with pytest.raises(ValueError, match=r"a row of 4\d tokens exceeds the 32 positions"):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("KTO", folder), data)
+
+
 def test_adapter_loaded_frozen_is_refused(folder, tmp_path):
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")

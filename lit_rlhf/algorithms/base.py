@@ -168,8 +168,13 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         """Choose gradient checkpointing for a model that is trained."""
         model.model_forward.checkpoint(self.gradient_checkpointing)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence that the models read, without what is sampled."""
+        return getattr(self.data_module, "max_sequence_length", 0)
+
     def _check_positions(self, config: Any, role: str) -> None:
-        check_positions(config, role, getattr(self.data_module, "max_sequence_length", 0), self.max_new_tokens)
+        check_positions(config, role, self.longest_row, self.max_new_tokens)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameters to train, as groups with a name, the policy's first."""

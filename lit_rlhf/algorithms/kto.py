@@ -71,6 +71,13 @@ class KTO(DPO):
         if stage == "fit" and getattr(data, "batch_size", 2) < 2:
             raise InputError("KTO compares with the completions of other prompts: give data.batch_size of 2 or more")
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt and the longest completion together: they may become a pair."""
+        sets = [getattr(self.data_module, name, None) or () for name in ("train_set", "val_set")]
+        lengths = [[(len(row.prompt), len(row.completions[0])) for row in rows] for rows in sets if rows]
+        return max((sum(map(max, zip(*rows, strict=True))) for rows in lengths), default=0)
+
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the loss of a batch of completions."""
         kl = self.mismatched_kl(batch)

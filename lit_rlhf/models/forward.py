@@ -155,7 +155,9 @@ class ModelForward:
         if cache is not None:  # transformers 5.24 has renamed the argument
             arguments["cache" if forward_accepts(forward, "cache") else "past_key_values"] = cache
         if forward_accepts(forward, "position_ids"):
-            arguments["position_ids"] = positions
+            limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+            # every row fits, but the padding of a short completion after a long prompt may not
+            arguments["position_ids"] = positions if limit is None else positions.clamp(max=limit - 1)
         return arguments
 
 

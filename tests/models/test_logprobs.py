@@ -11,7 +11,7 @@ from lit_rlhf.models import logprobs as logprobs_module
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference
 from lit_rlhf.models.sampling import Sampling
-from lit_rlhf.types import Completions, Prompts
+from lit_rlhf.types import Completions, Demonstrations, Prompts
 from runs import make_data, make_trainer
 from tiny import checkpoint_activations, make_llama, make_tokenizer
 
@@ -242,6 +242,28 @@ def test_an_undefined_embedding_of_padding_is_harmless(checkpointing):
         policy.causal_lm.get_input_embeddings().weight[0] = torch.nan
     assert_alike(value_and_gradient(policy, prompts, completions), expected)
     assert policy.sample(prompts, 2, Sampling(max_new_tokens=6)).ids() == drawn.ids()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_padding_may_exceed_learned_positions(shared):
+    """Of two rows that fill all positions, one has a long prompt, the other a long completion."""
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=12, pad_token_id=0, eos_token_id=2
+    )
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
+    policy.probe()
+    if not shared:
+        policy.model_forward.shares_prompt = False
+    prompts = make_prompts(list(range(5, 15)), [3, 4])
+    tokens = torch.arange(20, 40).view(2, 1, 10)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :, 2:] = False
+    together = policy.logprobs(prompts, Demonstrations(prompts, tokens, mask))
+    for i in range(2):
+        row = prompts.rows(slice(i, i + 1)).trim()
+        length = int(mask[i].sum())
+        alone = Demonstrations(row, tokens[i : i + 1, :, :length], mask[i : i + 1, :, :length])
+        torch.testing.assert_close(together[i, :, :length], policy.logprobs(row, alone)[0], atol=1e-5, rtol=0)
 
 
 # Dropout
