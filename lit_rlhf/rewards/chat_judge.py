@@ -157,7 +157,7 @@ class ChatJudge:
         Raises:
             RuntimeError: If it has none, or one outside the scale.
         """
-        found = re.findall(r"rating\W{0,9}?(-?\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+        found = _RATING.findall(reply)
         bare = re.fullmatch(r"\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*", reply.strip())
         text = found[-1] if found else bare[1] if bare else ""
         if not text or not self.low <= float(text) <= self.high:
@@ -170,7 +170,7 @@ class ChatJudge:
         Raises:
             RuntimeError: If it does not say.
         """
-        found = re.findall(r"better\W{0,9}?\b(A|B|tie)\b", reply, re.IGNORECASE)
+        found = _VERDICT.findall(reply)
         bare = re.fullmatch(r"\W*(A|B|tie)\W*", reply.strip(), re.IGNORECASE)
         text = found[-1] if found else bare[1] if bare else ""
         if not text:
@@ -191,6 +191,15 @@ class ChatJudge:
         if not isinstance(reply, str):
             raise ServiceError(f"{self._shown} answered {short(text)}, which is not a chat completion", retry=False)
         return reply.rpartition("</think>")[2]
+
+
+_KEY = r"[*_`]*\s*(?:\([^)\n]*\))?\s*[:=]\s*[*_`\"']*\s*"
+_END = r"[*_`\"']*\s*(?=$|[.;](?:\s|$))"
+_RATING = re.compile(
+    rf"rating{_KEY}(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+|\s+out of\s+\d+)?{_END}", re.IGNORECASE | re.MULTILINE
+)
+"""A rating as it was asked for, in Markdown or not: not a number in a sentence, nor the first one of a stated scale."""
+_VERDICT = re.compile(rf"(?i:better{_KEY}(?:answer\s+)?)(A|B|(?i:tie)){_END}", re.MULTILINE)
 
 
 def _shown_prompt(prompt: Text) -> str:

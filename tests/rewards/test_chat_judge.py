@@ -90,13 +90,19 @@ def test_ratings_are_scaled_from_0_to_1():
         ("rating: 3 at first, but then Rating: 5.5", 4.5 / 9),
         ("<think>Rating: 1</think>Rating: 10", 1.0),
         ("`Rating: 4`", 3 / 9),
+        ("Rating (1-10): 7", 6 / 9),
+        ("**Rating:** 7/10", 6 / 9),
+        ("Rating: 7 out of 10.", 6 / 9),
+        ("Rating: 10\nReason: a rating 1 answer would be worse", 1.0),
     ],
 )
 def test_replies_that_are_read(reply, expected):
     assert make(Chat(lambda text: reply))(["p"], ["c"]) == [pytest.approx(expected)]
 
 
-@pytest.mark.parametrize("reply", ["", "I can't say", "Rating: 11", "Rating: good", "There are 3 reasons."])
+@pytest.mark.parametrize(
+    "reply", ["", "I can't say", "Rating: 11", "Rating: good", "There are 3 reasons.", "Rating: 1-10", "Rating: 1,5"]
+)
 def test_a_reply_without_a_rating_is_no_opinion_and_counted(reply):
     server = Chat(lambda text: reply if part(text, "answer") == "bad" else "Rating: 10")
     with pytest.warns(UserWarning, match="chat_judge' failed for 1 of 2 completions"):
@@ -148,6 +154,28 @@ def test_pairs_are_asked_in_both_orders_and_equal_questions_once(tiny, tmp_path)
     differ = lengths.amax(1) > lengths.amin(1)
     best = module.rollout.ranking.argmax(1, keepdim=True)
     assert differ.any() and torch.equal(lengths.gather(1, best).squeeze(1)[differ], lengths.amax(1)[differ])
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("Better: A", 1.0),
+        ("It is short.\n**Better:** B", 0.0),
+        ("Better: Answer A.", 1.0),
+        ("better: tie", 0.5),
+        ("Better: B\n\nB would be better a second time.", 0.0),
+        ("B is better. A is too long.", None),
+        ("Answer B is clearly better: a more complete answer.", None),
+        ("Better: A or B", None),
+    ],
+)
+def test_verdicts_that_are_read(reply, expected):
+    judge = make(Chat(lambda text: reply), pairwise=True)
+    if expected is None:
+        with pytest.raises(RuntimeError, match="which has not a verdict: A, B or tie"):
+            judge.read_comparison(reply)
+    else:
+        assert judge(["p"], ["c"], opponents=["d"]) == [expected]
 
 
 def test_a_pairwise_judge_gives_the_win_rate(tiny, tmp_path):
