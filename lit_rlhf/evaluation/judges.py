@@ -98,7 +98,7 @@ class SymmetricJudge:
         """
         first = self._ask(completions, opponents, prompts, columns, state)
         second = self._ask(opponents, completions, prompts, columns, state)
-        return (first + 1 - second) / 2, (first + second - 1) / 2
+        return 0.5 + (first - second) / 2, (first + second - 1) / 2  # exactly 0.5 for a tie
 
     def _ask(
         self,
@@ -139,4 +139,4 @@ def mean_wins(
     found = torch.full((n, k, k), torch.nan, dtype=wins.dtype)
     for (row, i, j), win in zip(pairs, wins, strict=True):
         found[row, i, j], found[row, j, i] = win, 1 - win
-    return found.nanmean(-1)
+    return found.nanmean(-1).round(decimals=6)  # equal ranks are equal numbers, whatever the order of the sum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
@@ -128,13 +129,13 @@ class ExactMatch:
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
         """Return 1, 0 or None per completion."""
         pairs = zip(completions, columns[self.column], strict=True)
-        return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
+        return [self._value(to_text(text), answer) for text, answer in pairs]
 
-    def _value(self, text: str, answer: Any) -> float:
-        found = extract(text, self.pattern)
-        if found is None:
-            return 0.0
+    def _value(self, text: str, answer: Any) -> float | None:
         golds = [extract(reference, self.pattern) or reference for reference in references(answer)]
+        found = extract(text, self.pattern)
+        if not golds or found is None:
+            return 0.0 if golds else None
         return float(self._normalise(found) in map(self._normalise, golds))
 
     def _normalise(self, text: str) -> str:
@@ -155,7 +156,12 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
 
 
 def references(answer: Any) -> list[str]:
-    """Return the texts that count as right: of messages, of each answer in a list, or of one value."""
+    """Return the texts that count as right: of messages, of each answer in a list, or of one value; [] for none.
+
+    NaN is none: an empty field of a table.
+    """
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        return []
     if isinstance(answer, list):
         messages = bool(answer) and isinstance(answer[0], dict)
         return [to_text(answer)] if messages else [text for item in answer for text in references(item)]

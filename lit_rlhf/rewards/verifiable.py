@@ -19,9 +19,10 @@ from lit_rlhf.types import Text
 class MathAnswer:
     r"""1 if the mathematical answer of a completion equals the reference answer, else 0, by the package math-verify.
 
-    Numbers, fractions, expressions, sets and LaTeX are compared by value: `\boxed{\frac{1}{2}}` equals `0.5`. Of
-    several answers, one in a box counts, or else the last. None (no opinion) if a row has no reference answer, or one
-    that is not mathematical.
+    Numbers, fractions, expressions, sets and LaTeX are compared by value: `\boxed{\frac{1}{2}}` equals `0.5`. Among
+    words, anything but a number must be in `$...$` or a box. Of several answers, one in a box counts, or else the last;
+    boxes with hardly a word between them are one answer of several values. None (no opinion) if a row has no reference
+    answer, or one that is not mathematical.
 
     Args:
         column: Name of the column of reference answers.
@@ -49,7 +50,7 @@ class MathAnswer:
     def __call__(self, completions: list[Text], **columns: Any) -> list[float | None]:
         """Return 1, 0 or None per completion."""
         pairs = zip(completions, columns[self.column], strict=True)
-        return [None if answer is None else self._value(to_text(text), answer) for text, answer in pairs]
+        return [self._value(to_text(text), answer) for text, answer in pairs]
 
     def _value(self, text: str, answer: Any) -> float | None:
         golds = [gold for reference in references(answer) if (gold := self._parse_reference(reference))]
@@ -57,15 +58,17 @@ class MathAnswer:
             return None
         from math_verify import verify  # type: ignore[import-untyped]
 
-        found = self._parse(text)
+        found = self._parse(text) if _WORD.search(text) else self._parse_formula(text)
         return float(any(verify(gold, found, timeout_seconds=self._seconds) for gold in golds))
 
     def _parse_reference(self, text: str) -> list[Any]:
         found = extract(text, self.pattern)
         text = text if found is None else found
-        if "$" in text or "\\boxed" in text or _PROSE.search(text):
-            return self._parse(text)
-        return self._parse(f"${text}$") or self._parse(text)
+        return self._parse(text) if _PROSE.search(text) else self._parse_formula(text)
+
+    def _parse_formula(self, text: str) -> list[Any]:
+        marked = "$" in text or "\\boxed" in text
+        return self._parse(text if marked else f"${text}$") or self._parse(text)
 
     def _parse(self, text: str) -> list[Any]:
         from math_verify import parse
@@ -81,6 +84,8 @@ class MathAnswer:
 
 _PROSE = re.compile(r"(?:^|\s)[A-Za-z]{3,}(?:\s|$)")
 """A word, as no formula has it but for commands of LaTeX."""
+_WORD = re.compile(r"(?:^|\s)[A-Za-z]{2,}(?:\s|$)")
+"""The same; shorter ones occur in a formula of a reference, such as `2 or 3`."""
 
 
 class ReasoningGymScore:

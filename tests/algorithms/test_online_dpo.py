@@ -53,6 +53,18 @@ def test_a_judge_that_decides_nothing_leaves_the_prompt_out():
         assert not step_gradient(module, GROUP[:3]).any()
 
 
+@pytest.mark.parametrize("answer", [0.3, 0.55, 0.07])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_a_judge_that_prefers_a_place_leaves_the_prompt_out(answer, k):
+    def biased(prompts, completions, opponents):
+        return [answer] * len(prompts)
+
+    biased.pairwise = True
+    module = make_module(lit_rlhf.OnlineDPO, num_samples=k, kl_coef=0.0, ranking_judge=biased)
+    with pytest.warns(UserWarning, match="no completion of this update counts"):
+        assert not step_gradient(module, GROUP[:k]).any()
+
+
 def test_completions_that_are_all_alike_are_left_out():
     def same(completions, **kwargs):
         return [1.0] * len(completions)

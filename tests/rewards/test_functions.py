@@ -96,6 +96,7 @@ def test_exact_match_with_integers_from_a_table_with_an_empty_field(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\na,42\nb,\nc,7\nd,-1\n")
     answers = [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))]
     assert ExactMatch()(["42", "x", "7", "-1"], answer=answers) == [1, None, 1, 1]
+    assert ExactMatch()(["nan", "x", "5"], answer=[float("nan"), [], [None, "5"]]) == [None, None, 1]
 
 
 def test_exact_match_reports_a_missing_column_before_the_first_call():
