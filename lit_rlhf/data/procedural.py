@@ -48,6 +48,11 @@ class ReasoningGym(PromptData):
         if train_size < 1 or val_size < 0:
             raise InputError(f"train_size={train_size} must be at least 1, and val_size={val_size} at least 0")
         rows = questions(task, options or {}, val_size + train_size, seed)
+        if len(rows) <= val_size:
+            raise InputError(
+                f"reasoning-gym's task {task!r} has {len(rows)} different questions with the options {options or {}}, "
+                f"and val_size={val_size} leaves none for training: lower it, or choose other options"
+            )
         super().__init__(train=rows[val_size:], val=rows[:val_size] or None, **kwargs)
 
 

@@ -21,6 +21,11 @@ def check_clip_range(low: float | None, high: float | None) -> None:
     for name, value in {"clip_range": low, "clip_range_high": high}.items():
         if value is not None and not value > 0:
             raise InputError(f"{name}={value} must be above 0, or null for none")
+    if low is not None and low >= 1:
+        raise InputError(
+            f"clip_range={low} is no lower bound, since every ratio is above 0: choose one below 1, or null for none; "
+            "the upper bound is 1 + clip_range_high"
+        )
 
 
 def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:

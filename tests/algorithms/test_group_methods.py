@@ -227,6 +227,7 @@ def test_every_reduction_weighs_the_kl_as_it_weighs_the_policy_loss(reduction):
     [
         ({"num_samples": 1}, "num_samples=1"),
         ({"clip_range": 0.0}, "clip_range=0.0"),
+        ({"clip_range": 20.0}, "clip_range=20.0 is no lower bound"),
         ({"clip_range_high": -1.0}, "clip_range_high=-1.0"),
     ],
     ids=str,

@@ -81,3 +81,9 @@ def test_a_task_that_runs_answers_as_code_is_refused():
 def test_an_unknown_task_or_option_is_one_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         ReasoningGym(**{"task": "spell_backward", **options})
+
+
+def test_too_few_different_questions_are_one_sentence():
+    one_digit = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    with pytest.raises(ValueError, match=r"'chain_sum' has \d+ different questions .* val_size=500 leaves none"):
+        ReasoningGym("chain_sum", one_digit, train_size=100, val_size=500)
