@@ -131,7 +131,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     """Return the bytes beyond those after a small run of the same kind."""
     import torch
 
-    small = {"prompts": 1, "samples": 2, "prompt_tokens": 4, "completion_tokens": 4}
+    small = {"prompts": 2, "samples": 2, "prompt_tokens": 4, "completion_tokens": 4}
     fit({**case, **small}, "testbed")
     gc.collect()
     base = 0 if torch.cuda.is_available() else status("VmRSS")
