@@ -54,7 +54,7 @@ def compare(
         only: Names of the arms to run; empty: all. The table shows all finished runs with these seeds.
         learning_rates: Sweep: learning rates to try with every trained arm. The table shows which has the best return.
         pairs: Pairs of arms whose difference to show, with its interval over the seeds.
-        completions: Completions sampled per update, for the axis of a figure; an arm may have another number.
+        completions: Completions sampled per update, for the axis of a figure, where an arm has no other number.
         cost: If given, measure seconds and memory of an update after all runs.
         jobs: Number of runs at a time. They share the processor's cores.
         parse_error: Returns the error of a `lit-rlhf` command line, or None, without running it; None: no check.
@@ -80,9 +80,8 @@ def compare(
         check_arguments([*runs, *measurements], parse_error)
     failed = run_all(runs, lambda run: run_arm(run, environment), jobs) + run_all(measurements, measure_cost, 1)
     costs: Results = {run.arm: [] for run in all_measurements} | read_results(all_measurements)
-    results = shown_results(arms, chosen, read_results(all_runs), costs)
-    sampled = {name: completions if arm.completions is None else arm.completions for name, arm in arms.items()}
-    table = report.write(folder, results, costs, len(seeds), pairs, sampled, cost.rounds if cost else 0)
+    results, counts = shown_results(arms, chosen, read_results(all_runs), costs), sampled(arms, completions)
+    table = report.write(folder, results, costs, len(seeds), pairs, counts, cost.rounds if cost else 0)
     if learning_rates:
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
@@ -104,6 +103,11 @@ def unfinished(runs: Iterable[Run], chosen: Iterable[str]) -> list[Run]:
 def shown_results(arms: Iterable[str], chosen: Iterable[str], results: Results, costs: Results) -> Results:
     """Return the results for the table: of the chosen arms, and of all others that have results or costs."""
     return {name: results.get(name, []) for name in arms if name in results or name in chosen or costs.get(name)}
+
+
+def sampled(arms: dict[str, Arm], completions: float) -> dict[str, float]:
+    """Return the completions per update of each arm."""
+    return {name: completions if arm.completions is None else arm.completions for name, arm in arms.items()}
 
 
 def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Arm]:
