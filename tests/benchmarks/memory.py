@@ -70,7 +70,8 @@ def make(case: dict[str, Any], model: str) -> Any:
     if case["method"] not in OFFLINE:
         tokens = case["completion_tokens"]
         options["sampling"] = lit_rlhf.Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
-        options |= {"rewards": [lit_rlhf.rewards.Length(maximum=9)], "num_samples": case["samples"]}
+        reward = lit_rlhf.rewards.Length(maximum=9, unit="chars")  # without differences OnlineDPO makes no update
+        options |= {"rewards": [reward], "num_samples": case["samples"]}
     return getattr(lit_rlhf, case["method"])(model, **options)
 
 
