@@ -86,6 +86,11 @@ class ModelForward:
         """The model's configuration."""
         return self.model.config
 
+    @functools.cached_property
+    def _last_position(self) -> int | None:
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit) - 1
+
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
@@ -155,9 +160,9 @@ class ModelForward:
         if cache is not None:  # transformers 5.24 has renamed the argument
             arguments["cache" if forward_accepts(forward, "cache") else "past_key_values"] = cache
         if forward_accepts(forward, "position_ids"):
-            limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
             # every row fits, but the padding of a short completion after a long prompt may not
-            arguments["position_ids"] = positions if limit is None else positions.clamp(max=limit - 1)
+            last = self._last_position
+            arguments["position_ids"] = positions if last is None else positions.clamp(max=last)
         return arguments
 
 
