@@ -9,19 +9,16 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.dpo import DPO
-from lit_rlhf.data.collate import pad
-from lit_rlhf.data.encoding import Ids
 from lit_rlhf.errors import InputError
-from lit_rlhf.training.distributed import next_rows
+from lit_rlhf.training import method_checks
+from lit_rlhf.training.distributed import gather_over_ranks
 from lit_rlhf.types import Demonstrations, Metrics
-
-Completion = tuple[Ids, Ids]
-"""Token ids of a completion, and 1 where a token is learned, otherwise 0."""
 
 
 class KTO(DPO):
@@ -67,7 +64,7 @@ class KTO(DPO):
         data = self.data_module
         for name in ("train_set", "val_set"):
             for i, row in enumerate(getattr(data, name, None) or ()):
-                read_label(row.example.columns, self.label_column, f"row {i} of {name}")
+                method_checks.check_label(row.example.columns, self.label_column, f"row {i} of {name}")
         if stage == "fit" and getattr(data, "batch_size", 2) < 2:
             raise InputError("KTO compares with the completions of other prompts: give data.batch_size of 2 or more")
 
@@ -96,12 +93,7 @@ class KTO(DPO):
     @torch.no_grad()
     def mismatched_kl(self, batch: Demonstrations) -> Float[Tensor, ""]:
         """Return the mean over all ranks of `log pi / ref` of the next prompt's completion, at least 0."""
-        others = next_rows(self.trainer, completions(batch))
-        tokens, mask = pad([ids for ids, _ in others], 0, "right")
-        learned = pad([learned for _, learned in others], 0, "right")[0].bool()
-        rows = {"tokens": tokens, "mask": mask, "learned": learned}
-        rows = {name: tensor.unsqueeze(1).to(batch.tokens.device) for name, tensor in rows.items()}
-        log_ratios = self.log_ratios(batch.replace(**rows))[:, 0]
+        log_ratios = self.log_ratios(with_next_completions(self.trainer, batch))[:, 0]
         total, count = self.sum_over_ranks(torch.stack([log_ratios.sum(), torch.ones_like(log_ratios).sum()]))
         kl: Tensor = torch.where(count > 1, total / count, 0.0)  # a lone completion has no other
         return kl.clamp(min=0)
@@ -132,20 +124,19 @@ class KTO(DPO):
         ]
 
 
-def completions(batch: Demonstrations) -> list[Completion]:
-    """Return the token ids of each completion, and which are learned, without the padding."""
-    tokens, mask, learned = batch.tokens[:, 0].int().cpu(), batch.mask[:, 0].cpu(), batch.loss_mask[:, 0].int().cpu()
-    return [(tokens[i][mask[i]].numpy(), learned[i][mask[i]].numpy()) for i in range(len(tokens))]
+def with_next_completions(trainer: Trainer, batch: Demonstrations) -> Demonstrations:
+    """Return a batch with the completion of each next row, in the batch of all ranks; the first follows the last.
 
-
-def read_label(columns: dict[str, Any], name: str, row: str) -> bool:
-    """Return the label of a row.
-
-    Raises:
-        ValueError: If there is none, or it is neither a truth value nor 0 or 1.
+    Collective.
     """
-    if name not in columns:
-        raise InputError(f"KTO reads the column {name!r}, and {row} has {sorted(columns) or 'no columns'}: give it")
-    if columns[name] not in (True, False):
-        raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
-    return bool(columns[name])
+    own = {"tokens": batch.tokens, "mask": batch.mask, "learned": batch.loss_mask}
+    ranks = gather_over_ranks(trainer, {name: tensor[:1].cpu() for name, tensor in own.items()})
+    following = ranks[(trainer.global_rank + 1) % len(ranks)]
+    length = max(batch.tokens.shape[2], following["tokens"].shape[2])
+    rows = {name: (tensor[1:], following[name].to(tensor.device)) for name, tensor in own.items()}
+    return batch.replace(**{name: torch.cat([padded(x, length) for x in parts]) for name, parts in rows.items()})
+
+
+def padded(tensor: Shaped[Tensor, "*rows tokens"], length: int) -> Shaped[Tensor, "*rows length"]:
+    """Return a tensor with zeros after its last axis, up to a length."""
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]))

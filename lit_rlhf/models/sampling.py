@@ -49,7 +49,7 @@ class Sampling:
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
-            "temperature": (self.temperature > 0, "above 0"),
+            "temperature": (self.temperature > 0, "above 0; for the most likely token, give greedy: true"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "batch_size": (self.batch_size is None or self.batch_size >= 1, "at least 1, or null for all at once"),

@@ -38,19 +38,6 @@ def gather_over_ranks(trainer: Trainer, state: dict[Any, Any]) -> list[dict[Any,
     return states
 
 
-def next_rows(trainer: Trainer, own: list[Any]) -> list[Any]:
-    """Return the row after each of this rank's in the batch of all ranks; the first row follows the last. Collective.
-
-    Args:
-        trainer: The Trainer.
-        own: Rows of this rank's batch, picklable and on the CPU.
-    """
-    ranks = [state["rows"] for state in gather_over_ranks(trainer, {"rows": own})]
-    rows: list[Any] = [row for rank in ranks for row in rank]
-    start = sum(map(len, ranks[: trainer.global_rank])) + 1
-    return [rows[i % len(rows)] for i in range(start, start + len(own))]
-
-
 def gather_on_rank_zero(trainer: Trainer, state: dict[Any, Any]) -> list[dict[Any, Any]]:
     """Return the states of all ranks on rank 0, and empty ones on the others.
 

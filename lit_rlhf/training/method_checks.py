@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,14 @@ def check_clip_range(low: float | None, high: float | None) -> None:
             f"clip_range={low} is no lower bound, since every ratio is above 0: choose one below 1, or null for none; "
             "the upper bound is 1 + clip_range_high"
         )
+
+
+def check_label(columns: dict[str, Any], name: str, row: str) -> None:
+    """Check that a row has a label that is a truth value, or 0 or 1."""
+    if name not in columns:
+        raise InputError(f"KTO reads the column {name!r}, and {row} has {sorted(columns) or 'no columns'}: give it")
+    if columns[name] not in (True, False):
+        raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
 
 
 def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
