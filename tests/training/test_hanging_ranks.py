@@ -88,8 +88,11 @@ class Run:
                 return found
         raise AssertionError(self.errors.read_text()[-3000:])
 
-    def end(self, seconds: float) -> str:
-        """Wait for the end of both processes, which both hold the pipe of the output; return their errors."""
+    def end(self, seconds: float = 60) -> str:
+        """Wait for the end of both processes, which both hold the pipe of the output; return their errors.
+
+        By their timeout alone they would end after five minutes, or 20 seconds where it is shorter.
+        """
         start = time.monotonic()
         self.launcher.communicate(timeout=90)
         errors = self.errors.read_text()
@@ -131,7 +134,7 @@ def test_a_reward_that_hangs_on_one_process_ends_all_after_the_timeout(run):
 def test_a_signal_to_one_process_ends_all(run, hangs, signalled):
     started = run("sleeps", hangs=hangs)
     os.kill(started.wait_until_it_hangs()[signalled], signal.SIGTERM)
-    errors = started.end(seconds=20)
+    errors = started.end()
     assert started.launcher.returncode == 128 + signal.SIGTERM, errors
     assert "SIGTERM ended the run while it waited for the reward 'sleeps'" in errors and "Traceback" not in errors
     assert started.saved_step() == 2
@@ -142,7 +145,7 @@ def test_a_process_whose_launcher_is_killed_ends(run):
     started = run("sleeps", hangs=1)
     started.wait_until_it_hangs()
     started.launcher.kill()
-    assert "process 1 ends: the one that started it is gone" in started.end(seconds=20)
+    assert "process 1 ends: the one that started it is gone" in started.end()
 
 
 @pytest.mark.slow
@@ -165,7 +168,8 @@ def test_a_process_that_cannot_be_interrupted_is_ended(run):
 )
 def test_a_failure_on_one_process_ends_all(run, reward, sentence):
     started = run(reward, hangs=1)
-    errors = started.end(seconds=60)
+    started.wait_until_it_hangs()
+    errors = started.end()
     assert started.launcher.returncode not in (0, None)
     assert sentence in errors
     if reward == "raises":
