@@ -19,6 +19,8 @@ from lit_rlhf.models.export import flush
 
 PARTIAL = "partial-"
 """Prefix of files that are being written."""
+REREADS = 10
+"""How often a checkpoint is read that is replaced each time."""
 _whole: set[tuple[int, ...]] = set()  # files of which every byte has been checked
 
 
@@ -106,6 +108,8 @@ def write_durably(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
     """Read a training checkpoint onto the CPU, without tensors that are in a folder of shards.
 
+    A file that a run replaces in the meantime is read again: it is opened more than once.
+
     Args:
         path: The file.
         weights_only: Refuse anything but tensors and plain data.
@@ -114,6 +118,20 @@ def read_checkpoint(path: Path, weights_only: bool = True, mmap: bool = False) -
     Raises:
         ValueError: If the file is missing, damaged, or not a training checkpoint.
     """
+    for _ in range(REREADS):
+        version = _version(path)
+        try:
+            checkpoint = _read(path, weights_only, mmap)
+        except InputError:
+            if _version(path) == version:
+                raise
+        else:
+            if _version(path) == version:
+                return checkpoint
+    raise InputError(f"the checkpoint {str(path)!r} is replaced faster than it can be read: copy it first")
+
+
+def _read(path: Path, weights_only: bool, mmap: bool) -> dict[str, Any]:
     check_file(path, every_byte=not mmap)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
@@ -179,8 +197,11 @@ def check_on_all_ranks(path: str | Path | None) -> None:
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written to or replaced."""
-    stat = path.stat()
+    """Return what changes when a file is written to or replaced; empty if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 

@@ -115,6 +115,7 @@ def run(tmp_path):
     for started in runs:
         with contextlib.suppress(OSError):
             started.launcher.kill()
+        started.launcher.wait()
         started.launcher.stdout.close()
         print(started.errors.read_text()[-3000:])
 
