@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -134,9 +134,8 @@ def with_next_completions(trainer: Trainer, batch: Demonstrations) -> Demonstrat
     following = ranks[(trainer.global_rank + 1) % len(ranks)]
     length = max(batch.tokens.shape[2], following["tokens"].shape[2])
     rows = {name: (tensor[1:], following[name].to(tensor.device)) for name, tensor in own.items()}
-    return batch.replace(**{name: torch.cat([padded(x, length) for x in parts]) for name, parts in rows.items()})
-
-
-def padded(tensor: Shaped[Tensor, "*rows tokens"], length: int) -> Shaped[Tensor, "*rows length"]:
-    """Return a tensor with zeros after its last axis, up to a length."""
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]))
+    padded = {
+        name: [torch.nn.functional.pad(tensor, (0, length - tensor.shape[2])) for tensor in parts]
+        for name, parts in rows.items()
+    }
+    return batch.replace(**{name: torch.cat(parts) for name, parts in padded.items()})

@@ -157,6 +157,7 @@ def check_file(path: Path, every_byte: bool = True) -> None:
         raise InputError(f"{str(path)!r} is a folder, not a checkpoint")
     if not path.is_file():
         raise InputFileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    version = _version(path)  # before it is opened: a file that replaces it then is not taken for a checked one
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
@@ -165,7 +166,7 @@ def check_file(path: Path, every_byte: bool = True) -> None:
             with zipfile.ZipFile(path) as archive:
                 # torch writes no attributes; one that marks an entry as a folder would leave its tensor uninitialized
                 damaged = any(entry.external_attr for entry in archive.infolist())
-                if every_byte and (version := _version(path)) not in _whole:
+                if every_byte and version not in _whole:
                     damaged |= archive.testzip() is not None
                     _whole.update([] if damaged else [version])
     except PermissionError as error:

@@ -1,4 +1,4 @@
-"""Checks of a method's options, and of what its functions return."""
+"""Checks of a method's options, of the column that it reads, and of what its functions return."""
 
 from __future__ import annotations
 
