@@ -81,6 +81,20 @@ def test_ratings_are_scaled_from_0_to_1():
     assert "Rate the answer from 1 (worst) to 10 (best)." in body["messages"][0]["content"]
 
 
+def test_no_line_of_the_instruction_is_a_rating():
+    server = Chat(lambda text: text.splitlines()[-1])
+    with pytest.raises(InputError, match="which has no rating"):
+        score(make(server), prompts=["p"], completions=["c"])
+
+
+def test_further_fields_of_a_request():
+    server = Chat(lambda text: "7")
+    extra = {"max_tokens": None, "max_completion_tokens": 4, "structured_outputs": {"choice": ["1", "7"]}}
+    assert make(server, extra_body=extra)(["p"], ["c"]) == [pytest.approx(6 / 9)]
+    body = server.requests[0]
+    assert "max_tokens" not in body and {name: body.get(name) for name in extra} == extra
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
@@ -114,7 +128,7 @@ def test_a_reply_without_a_rating_is_no_opinion_and_counted(reply):
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (lambda text: "rubbish", "replied 'rubbish', which has not a rating from 1 to 10"),
+        (lambda text: "rubbish", "replied 'rubbish', which has no rating from 1 to 10"),
         (lambda text: (200, "{}"), "which is not a chat completion"),
         (lambda text: (200, chat(None)), "which is not a chat completion"),
         (lambda text: (404, "no model judge"), "status 404: no model judge"),
@@ -172,7 +186,7 @@ def test_pairs_are_asked_in_both_orders_and_equal_questions_once(tiny, tmp_path)
 def test_verdicts_that_are_read(reply, expected):
     judge = make(Chat(lambda text: reply), pairwise=True)
     if expected is None:
-        with pytest.raises(RuntimeError, match="which has not a verdict: A, B or tie"):
+        with pytest.raises(RuntimeError, match="which has no verdict: A, B or tie"):
             judge.read_comparison(reply)
     else:
         assert judge(["p"], ["c"], opponents=["d"]) == [expected]
@@ -229,6 +243,9 @@ def test_copies_keep_the_options_and_no_replies():
         ({"low": 5, "high": 5}, "low=5 must be below high=5"),
         ({"timeout": 0}, "timeout=0 must be above 0"),
         ({"cache_size": -1}, "cache_size=-1 must be 0 or more"),
+        ({"extra_body": {"messages": []}}, "extra_body has messages, which are the question: give a rubric"),
+        ({"extra_body": {"stop": {1}}}, "can't be sent as JSON"),
+        ({"extra_body": {"top_p": float("nan")}}, "can't be sent as JSON"),
         ({"api_key_env": "LIT_RLHF_NO_KEY"}, "LIT_RLHF_NO_KEY of ChatJudge's api_key_env is not set"),
     ],
     ids=str,
