@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
-from lit_rlhf.errors import InputError
 from lit_rlhf.training import method_checks
 from lit_rlhf.training.normalization import moments_over_ranks
 from lit_rlhf.types import Metrics, Rollout
@@ -45,7 +44,6 @@ class GRPO(OnlineAlgorithm):
     uses_importance_ratio = True
     published_kl_penalty = "k3_loss"
     min_samples = 2
-    """Smallest group that the method learns from."""
 
     def __init__(
         self,
@@ -58,10 +56,6 @@ class GRPO(OnlineAlgorithm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, kl_penalty=kl_penalty, **kwargs)
-        if self.num_samples < self.min_samples:
-            raise InputError(
-                f"{type(self).__name__} compares a group, so num_samples={self.num_samples} must be at least 2"
-            )
         method_checks.check_clip_range(clip_range, clip_range_high)
         method_checks.check_choice("advantage_std", advantage_std, ("group", "batch", "none"))
         method_checks.check_choice("reduction", reduction, F.REDUCTIONS)

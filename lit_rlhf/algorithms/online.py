@@ -80,6 +80,8 @@ class OnlineAlgorithm(Collection, Algorithm):
     """Whether the loss is linear in the advantages, so that importance weights can scale them."""
     reduction = "sums"
     """How `reduce_tokens`, and a KL in the loss, weigh tokens: one of `functional.REDUCTIONS`."""
+    min_samples = 1
+    """Smallest `num_samples` that the method learns from."""
     extra_samples = 0
     """Completions of a prompt that are sampled beside `num_samples`, and that nothing is learned from."""
     published_kl_penalty = "k1_reward"
@@ -114,7 +116,8 @@ class OnlineAlgorithm(Collection, Algorithm):
         groups |= {"engine": engine, "importance": importance, "dynamic_sampling": dynamic_sampling}
         checks.check_groups(groups, options)
         super().__init__(policy, **options)
-        checks.check_samples(num_samples, kl_coef, updates)
+        checks.check_samples(type(self).__name__, num_samples, self.min_samples, updates)
+        checks.check_kl_coef(kl_coef)
         self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.initial_kl_coef = kl_coef  # a controller changes the other

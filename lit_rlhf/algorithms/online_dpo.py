@@ -56,6 +56,7 @@ class OnlineDPO(OnlineAlgorithm):
 
     rollout_type = RankedRollout
     weighs_advantages = False
+    min_samples = 2
 
     def __init__(
         self,
@@ -68,8 +69,6 @@ class OnlineDPO(OnlineAlgorithm):
         super().__init__(*args, kl_coef=kl_coef, **kwargs)
         if not (beta > 0 and math.isfinite(beta)):
             raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
-        if self.num_samples < 2:
-            raise InputError(f"OnlineDPO compares completions, so num_samples={self.num_samples} must be at least 2")
         if self.reference_source is None:
             raise InputError("OnlineDPO compares the policy with a reference, so reference can't be null")
         if self.updates.sample_minibatches > 1:

@@ -28,13 +28,10 @@ class RAFT(OnlineAlgorithm):
     """
 
     weighs_advantages = False
+    min_samples = 2
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.num_samples < 2:
-            raise InputError(
-                f"RAFT imitates the best completion of a prompt, so num_samples={self.num_samples} must be at least 2"
-            )
         if self.kl_place == "loss":
             raise InputError("RAFT ranks by the return, which the KL must be part of: use kl_penalty='k1_reward'")
         if self.updates.sample_minibatches > 1:

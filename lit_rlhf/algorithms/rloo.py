@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.reinforce import Reinforce
-from lit_rlhf.errors import InputError
 from lit_rlhf.types import Rollout
 
 
@@ -26,13 +25,10 @@ class RLOO(Reinforce):
         ValueError: If `num_samples` is 1: there is no other completion to compare with.
     """
 
+    min_samples = 2
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
-        if self.num_samples < 2:
-            raise InputError(
-                f"RLOO compares completions of one prompt, so num_samples={self.num_samples} must be at least 2; "
-                "Reinforce learns from one"
-            )
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return of each completion minus the mean of the others; token-level rewards per token, by reward-to-go."""

@@ -184,12 +184,21 @@ def check_groups(groups: Mapping[str, Any], others: Iterable[str]) -> None:
                 raise InputTypeError(f"{field.name} is an option of {name}: give {name}={kind}({field.name}=...)")
 
 
-def check_samples(num_samples: int, kl_coef: float, updates: Updates) -> None:
-    """Check the size of a group and the KL coefficient."""
+def check_samples(algorithm: str, num_samples: int, least: int, updates: Updates) -> None:
+    """Check how many completions of a prompt are sampled."""
     if num_samples < 1:
         raise InputError(f"num_samples={num_samples} must be at least 1")
+    if num_samples < least:
+        raise InputError(
+            f"{algorithm} compares completions of one prompt, so num_samples={num_samples} must be at least {least}; "
+            "Reinforce learns from one"
+        )
     if updates.sample_minibatches > num_samples:
         raise InputError(f"sample_minibatches={updates.sample_minibatches} is more than num_samples={num_samples}")
+
+
+def check_kl_coef(kl_coef: float) -> None:
+    """Check the KL coefficient."""
     if not 0 <= kl_coef < math.inf:
         raise InputError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
 
