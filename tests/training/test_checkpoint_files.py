@@ -1,11 +1,13 @@
 """The checksums of a checkpoint are computed once, and again after a change."""
 
+import itertools
 import zipfile
 
 import pytest
 import torch
 
 from lit_rlhf.cli.checkpoints import resolve_checkpoint
+from lit_rlhf.errors import InputError
 from lit_rlhf.training.checkpoint_files import CheckpointFiles, read_checkpoint
 
 
@@ -27,22 +29,38 @@ def test_a_resume_reads_every_byte_once_and_again_after_a_change(tmp_path, monke
             read_checkpoint(path)
 
 
+@pytest.fixture
+def replaced(tmp_path, monkeypatch):
+    """Return a function that makes a checkpoint which is replaced each time it is mapped, up to a number of times."""
+    path, from_file = tmp_path / "last.ckpt", torch.UntypedStorage.from_file
+
+    def make(size, times):
+        steps = iter(range(2, 2 + times))
+
+        def save(step, size):
+            content = {"state_dict": {"w": torch.full((size,), float(step))}, "global_step": step, "epoch": 0}
+            CheckpointFiles().save_checkpoint(content, path)
+
+        def map_the_next(*args):
+            for step in itertools.islice(steps, 1):
+                save(step, size)
+            return from_file(*args)
+
+        save(1, 500)
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", map_the_next)
+        return path
+
+    return make
+
+
 @pytest.mark.parametrize("size", [500, 300])
-def test_a_checkpoint_that_is_replaced_meanwhile_is_read_whole(size, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_replaced_meanwhile_is_read_whole(size, replaced):
     """Its tensors are mapped from a file that is opened anew: not from another one than its structure."""
-    path, from_file, replaced = tmp_path / "last.ckpt", torch.UntypedStorage.from_file, []
+    found = read_checkpoint(replaced(size, times=2), mmap=True)
+    assert found["global_step"] == 3
+    assert found["state_dict"]["w"].tolist() == size * [3.0]
 
-    def save(step, size):
-        content = {"state_dict": {"w": torch.full((size,), float(step))}, "global_step": step, "epoch": 0}
-        CheckpointFiles().save_checkpoint(content, path)
 
-    def map_the_next(*args):
-        if not replaced:
-            replaced.append(save(2, size))
-        return from_file(*args)
-
-    save(1, 500)
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", map_the_next)
-    found = read_checkpoint(path, mmap=True)
-    assert replaced and found["global_step"] == 2
-    assert found["state_dict"]["w"].tolist() == size * [2.0]
+def test_a_checkpoint_that_is_replaced_each_time_is_one_sentence(replaced):
+    with pytest.raises(InputError, match="is replaced faster than it can be read: copy it first"):
+        read_checkpoint(replaced(300, times=100), mmap=True)
