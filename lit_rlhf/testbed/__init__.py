@@ -24,15 +24,15 @@ from lit_rlhf.rewards import RewardModel, to_text
 from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
-from lit_rlhf.testbed.utility import Grammatical, coherence, gold, grammatical
+from lit_rlhf.testbed.utility import GoodReview, Grammatical, coherence, gold, grammatical
 from lit_rlhf.testbed.world import Brief, briefs, demonstrations, prompts
 from lit_rlhf.types import Text
 
 __all__ = [
     "POLICY",
     "REWARD_MODEL",
-    "Approval",
     "Brief",
+    "GoodReview",
     "Grammatical",
     "Raters",
     "ReviewPreferences",
@@ -119,24 +119,6 @@ class ReviewReward(RewardModel):
 
     def __init__(self, model: str | Path = REWARD_MODEL, batch_size: int = 128) -> None:
         super().__init__(model, batch_size=batch_size)
-
-
-class Approval(ReviewReward):
-    """1 if the shipped reward model's score is above a threshold, else 0: in many groups all completions are equal.
-
-    Args:
-        threshold: The policy after SFT exceeds 0 with three of ten samples.
-    """
-
-    def __init__(self, threshold: float = 0.0) -> None:
-        super().__init__()
-        self.threshold = threshold
-
-    def __call__(
-        self, prompts: list[Text], completions: list[Text], finished: list[bool] | None = None
-    ) -> Float[Tensor, " completions"]:
-        """Return 1 or 0 per completion."""
-        return (super().__call__(prompts, completions, finished) > self.threshold).float()
 
 
 class UnequalScale(ReviewReward):

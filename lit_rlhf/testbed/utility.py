@@ -123,6 +123,21 @@ def gold(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) 
     return [utility(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
+class GoodReview:
+    """Reward that can be verified: 1 if the hidden utility of a completion is above a threshold, else 0.
+
+    Args:
+        threshold: The policy after SFT exceeds 0.5 with three of ten samples.
+    """
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self.threshold = threshold
+
+    def __call__(self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Return 1 or 0 per completion."""
+        return [float(value > self.threshold) for value in gold(prompts=prompts, completions=completions)]
+
+
 def coherence(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
     """Delayed reward: fraction of sentences that are on topic and contradict neither themselves nor the majority.
 

@@ -3,7 +3,7 @@ from random import Random
 import pytest
 
 from lit_rlhf.rewards import Scorer
-from lit_rlhf.testbed import Brief, Grammatical, briefs, coherence, gold, grammatical, make_tokenizer
+from lit_rlhf.testbed import Brief, GoodReview, Grammatical, briefs, coherence, gold, grammatical, make_tokenizer
 from lit_rlhf.testbed.utility import FLOOR
 from lit_rlhf.testbed.world import write
 
@@ -43,6 +43,12 @@ def utility(prompt, completion):
 )
 def test_better_reviews_have_higher_gold(prompt, better, worse):
     assert utility(prompt, better) > utility(prompt, worse) + 0.3
+
+
+def test_good_reviews_are_those_above_the_threshold():
+    given = {"prompts": [KIND, KIND, HARSH], "completions": [GOOD, GRIM, GRIM]}
+    assert GoodReview()(**given, anything=[0] * 3) == [1.0, 0.0, 1.0]
+    assert GoodReview(threshold=10.0)(**given) == [0.0, 0.0, 0.0]
 
 
 def test_repetition_lowers_gold():
