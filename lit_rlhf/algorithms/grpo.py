@@ -25,7 +25,8 @@ TokenTerms = tuple[Float[Tensor, "prompts samples tokens"], Bool[Tensor, "prompt
 class GRPO(OnlineAlgorithm):
     """GRPO: `A_i = (R_i - mean) / std` of the group, loss `-mean_t min(w_t A_i, clamp(w_t) A_i) + beta * mean_t k3_t`.
 
-    With `w_t = pi / pi_old`. At one update per rollout the ratio is 1, and the clip has no effect.
+    With `w_t = pi / pi_old`. At one update per rollout the ratio is 1, and the clip has no effect. The base
+    class adds the KL.
 
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is the size of the group.

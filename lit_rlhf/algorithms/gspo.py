@@ -1,6 +1,6 @@
 """GSPO: GRPO with one ratio per completion, the geometric mean of its tokens' ratios.
 
-Zheng et al., 2025, arXiv 2507.18071, section 4. Departures: none.
+Zheng et al., 2025, arXiv 2507.18071, section 4. Departures: as in `GRPO`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class GSPO(GRPO):
 
     Args:
         *args: See `GRPO`.
-        kl_coef: See `OnlineAlgorithm`; the paper's is 0.
+        kl_coef: See `OnlineAlgorithm`; the paper leaves the KL out.
         clip_range: See `GRPO`; the ratio of a completion varies less than that of a token.
         clip_range_high: See `GRPO`.
         **kwargs: See `GRPO`.

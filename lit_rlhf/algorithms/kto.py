@@ -31,8 +31,8 @@ class KTO(DPO):
         *args: See `DPO`.
         label_column: Column of the data that is true for desirable completions.
         desirable_weight: Weight of desirable completions.
-        undesirable_weight: Weight of the others. The paper advises weights for which weight times number is of one
-            size, up to a factor of 4/3, for both.
+        undesirable_weight: Weight of the others. The paper advises that weight times number of desirable completions
+            is 1 to 4/3 times that of the others.
         **kwargs: See `DPO`.
 
     Raises:

@@ -57,8 +57,8 @@ class OnlineAlgorithm(Collection, Algorithm):
             same tokenizer; or null, with `kl_coef=0`, for none: nothing is held, and no KL is measured.
         offload_reference: Whether the reference stays in main memory between uses.
         kl_penalty: Estimator of the KL, and whether it is subtracted from the reward or added to the loss:
-            `k1_reward` has the exact gradient of the KL in the first update of a rollout, and so has `k2_loss` where
-            the loss does not divide by lengths; `k3_loss` has a different gradient. `train/kl` is always k1.
+            `k1_reward` and `k2_loss` have the gradient of the KL in the first update of a rollout, where the method
+            divides by no standard deviation or length; `k3_loss` has another. `train/kl` is always k1.
         sampling: How completions are sampled.
         updates: How a rollout is split into minibatches, and how often it is reused.
         shaping: Reward shaping.

@@ -22,7 +22,8 @@ from lit_rlhf.types import Metrics, Rollout
 class PPO(VanillaPG):
     """PPO: `A_t` by GAE(lambda), loss `-min(w_t A_t, clamp(w_t) A_t) + c (V - G)^2 / 2`, `w_t = pi / pi_old`.
 
-    With `gae_lambda=1` and without clipping, ratio and whitening it is `VanillaPG`.
+    With `G_t = V_old(s_t) + A_t` before whitening; of the value loss and that of the clipped value, the larger one
+    counts. With `gae_lambda=1` and without clipping, ratio and whitening it is `VanillaPG`.
 
     Args:
         *args: See `VanillaPG`.

@@ -50,7 +50,7 @@ OPTION_GROUPS: dict[str, type] = {
 KL_PENALTIES = {
     "k1_reward": None,
     "k2_loss": None,
-    "k3_loss": "its gradient is that of KL(reference || policy), not of KL(policy || reference)",
+    "k3_loss": "its gradient is that of KL(reference || policy), and with k1_reward that of KL(policy || reference)",
 }
 """Estimators of the KL and where they enter, with the reason why the gradient is not that of the KL, if it is not."""
 
@@ -68,7 +68,7 @@ def parse_kl_penalty(kl_penalty: str, published: str) -> tuple[str, str]:
     if kl_penalty not in KL_PENALTIES:
         raise InputError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
     if kl_penalty != published and (reason := KL_PENALTIES[kl_penalty]):
-        rank_zero_warn(f"kl_penalty={kl_penalty!r}: {reason}; k1_reward and k2_loss are exact")
+        rank_zero_warn(f"kl_penalty={kl_penalty!r}: {reason}")
     estimator, _, place = kl_penalty.partition("_")
     return estimator, place
 
