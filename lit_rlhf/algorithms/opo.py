@@ -1,8 +1,8 @@
 """OPO: REINFORCE whose baseline is the mean return of the group, weighted by the length of its completions.
 
 Hao et al., 2025, arXiv 2505.23585, section 3: the baseline of least variance, if the squared norm of a completion's
-score is proportional to its length. It contains the completion's own return, so the gradient is biased. Departure: the KL is
-in the return; the paper has none (`kl_coef=0`).
+score is proportional to its length. It contains the completion's own return, so the gradient is biased. Departure: the
+KL is in the return; the paper has none (`kl_coef=0`).
 """
 
 from __future__ import annotations
