@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.training import method_checks
-from lit_rlhf.training.normalization import moments_over_ranks
+from lit_rlhf.training.normalization import whiten_over_ranks
 from lit_rlhf.types import Metrics, Rollout
 
 Spread = Literal["group", "batch", "none"]
@@ -71,8 +71,7 @@ class GRPO(OnlineAlgorithm):
         centered = F.group_centered_advantages(returns, valid)
         if self.advantage_std == "none":
             return centered
-        mean, variance = moments_over_ranks(centered, valid, self.sum_over_ranks)
-        return F.whiten(centered, mean, variance).masked_fill(~valid, 0.0)
+        return whiten_over_ranks(centered, valid, self.sum_over_ranks)
 
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
         """Surrogate loss, reduced over tokens."""

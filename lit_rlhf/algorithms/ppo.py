@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.vanilla_pg import ValuedRollout, VanillaPG
 from lit_rlhf.errors import InputError
-from lit_rlhf.training.normalization import moments_over_ranks
+from lit_rlhf.training.normalization import whiten_over_ranks
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -66,11 +66,7 @@ class PPO(VanillaPG):
     def advantages(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """GAE advantages, whitened by default."""
         advantages = super().advantages(rollout)
-        if not self.whiten:
-            return advantages
-        mask = rollout.loss_mask
-        mean, variance = moments_over_ranks(advantages, mask, self.sum_over_ranks)
-        return F.whiten(advantages, mean, variance).masked_fill(~mask, 0.0)
+        return whiten_over_ranks(advantages, rollout.loss_mask, self.sum_over_ranks) if self.whiten else advantages
 
     def policy_loss(self, part: ValuedRollout) -> tuple[Float[Tensor, "prompts samples"], Metrics]:
         """Clipped surrogate loss per completion, and the clip fraction."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.grpo import GRPO
-from lit_rlhf.training.normalization import moments_over_ranks
+from lit_rlhf.training.normalization import whiten_over_ranks
 from lit_rlhf.types import Rollout
 
 
@@ -36,9 +36,8 @@ class ReinforcePlusPlus(GRPO):
     def advantages(self, rollout: Rollout) -> Float[Tensor, "prompts samples tokens"]:
         """Reward-to-go of each token including its KL, normalized over all tokens of all ranks."""
         rewards = F.token_rewards_with_kl(rollout.rewards, self.token_penalties(rollout), rollout.completions.mask)
-        to_go, mask = F.reward_to_go(rewards, rollout.completions.mask), rollout.loss_mask
-        mean, variance = moments_over_ranks(to_go, mask, self.sum_over_ranks)
-        return F.whiten(to_go, mean, variance).masked_fill(~mask, 0.0)
+        to_go = F.reward_to_go(rewards, rollout.completions.mask)
+        return whiten_over_ranks(to_go, rollout.loss_mask, self.sum_over_ranks)
 
 
 class ReinforcePlusPlusBaseline(GRPO):

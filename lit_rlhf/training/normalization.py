@@ -25,3 +25,14 @@ def moments_over_ranks(
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
     return mean.to(values), variance.to(values)
+
+
+def whiten_over_ranks(values: Tensor, mask: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Normalize the values that count to mean 0 and variance 1 over all ranks, as `functional.whiten`; others are 0.
+
+    Args:
+        values: Numbers of any shape.
+        mask: True where a number counts, of the same shape.
+        sum_over_ranks: Adds up a tensor over all ranks.
+    """
+    return F.whiten(values, *moments_over_ranks(values, mask, sum_over_ranks)).masked_fill(~mask, 0.0)
