@@ -204,8 +204,8 @@ def rloo_advantages(
 ) -> Shaped[Tensor, "prompts samples *tokens"]:
     """Leave-one-out advantages: `A_i = R_i - mean_{j != i} R_j`. Back to Basics, section 3.2; Kool et al., 2019.
 
-    With a tokens axis, the baseline is computed per token position. Rewards past a completion's end must be 0 and
-    still count in the divisor; otherwise the gradient is biased.
+    With a tokens axis, the baseline is computed per token position, over all other completions: one that has ended
+    counts with a token-level reward-to-go of 0. Without it the gradient would be biased.
 
     Args:
         rewards: One number per completion or per token.

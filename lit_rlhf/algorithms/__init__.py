@@ -1,4 +1,4 @@
-"""The methods, one file each, and their two bases."""
+"""The methods, one file each, and their bases."""
 
 from lit_rlhf.algorithms.base import Algorithm
 from lit_rlhf.algorithms.batch_mean import ReinforceBatchMean
@@ -12,6 +12,7 @@ from lit_rlhf.algorithms.kto import KTO
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.algorithms.online_dpo import OnlineDPO
 from lit_rlhf.algorithms.opo import OPO
+from lit_rlhf.algorithms.policy_gradient import PolicyGradient
 from lit_rlhf.algorithms.ppo import PPO
 from lit_rlhf.algorithms.raft import RAFT
 from lit_rlhf.algorithms.reinforce import Reinforce
@@ -39,6 +40,7 @@ __all__ = [
     "DrGRPO",
     "OnlineAlgorithm",
     "OnlineDPO",
+    "PolicyGradient",
     "ReMax",
     "Reinforce",
     "ReinforceBatchMean",

@@ -6,25 +6,20 @@ expected gradient by `1 - 1/N` for N completions, and does not turn it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from lit_rlhf.algorithms.reinforce import Reinforce
+from lit_rlhf.algorithms.policy_gradient import PolicyGradient
 from lit_rlhf.training.normalization import moments_over_ranks
 from lit_rlhf.types import Rollout
 
 
-class ReinforceBatchMean(Reinforce):
+class ReinforceBatchMean(PolicyGradient):
     """REINFORCE with a batch-mean baseline: `A_i = R_i - mean` of all returns, loss `-A_i log pi(y_i|x)`.
 
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` may be 1.
         **kwargs: See `OnlineAlgorithm`.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return of each completion minus the mean over all ranks."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lit_rlhf import functional as F
-from lit_rlhf.algorithms.online import OnlineAlgorithm
+from lit_rlhf.algorithms.policy_gradient import PolicyGradient
 from lit_rlhf.errors import InputError
-from lit_rlhf.types import Metrics, Rollout
+from lit_rlhf.types import Rollout
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MovingAverage:
         return self.total / self.weight if self.weight > 0 else 0.0
 
 
-class Reinforce(OnlineAlgorithm):
+class Reinforce(PolicyGradient):
     """REINFORCE with a moving-average baseline: `A = R - b`, loss `-A log pi(y|x)`.
 
     Args:
@@ -73,23 +73,6 @@ class Reinforce(OnlineAlgorithm):
         to_go = self.returns_to_go(rollout)
         self.update_baseline(to_go if to_go.ndim == 2 else to_go[..., 0], rollout.valid)
         return to_go - baseline
-
-    def returns_to_go(self, rollout: Rollout, baseline: Tensor | float = 0.0) -> Tensor:
-        """Return what each completion, or with token-level rewards what each token and those after it, brought in.
-
-        Args:
-            rollout: The rollout.
-            baseline: Number to subtract, which broadcasts to completions.
-        """
-        if rollout.token_rewards is None:
-            return rollout.returns - baseline
-        to_go = F.reward_to_go(rollout.token_rewards, rollout.completions.mask)
-        return (rollout.returns - baseline).unsqueeze(-1) + to_go
-
-    def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
-        """Negative log-probability of each completion, weighted by its advantage."""
-        assert part.logprobs is not None and part.advantages is not None
-        return F.reinforce_loss(part.logprobs, part.advantages, part.completions.mask), {}
 
     def update_baseline(self, returns: Tensor, valid: Tensor) -> None:
         """Add a rollout's returns to the moving average, over all ranks."""

@@ -6,12 +6,11 @@ Li et al., 2023, arXiv 2310.10505, section 4. Departures: none; the greedy compl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_rlhf.algorithms.reinforce import Reinforce
+from lit_rlhf.algorithms.policy_gradient import PolicyGradient
 from lit_rlhf.types import Completions, Prompts, Rollout
 
 
@@ -26,7 +25,7 @@ class GreedyRollout(Rollout):
     greedy_rewards: Float[Tensor, " prompts"] | None = None
 
 
-class ReMax(Reinforce):
+class ReMax(PolicyGradient):
     """ReMax: `A_i = R_i - r(x, greedy y)`, loss `-A_i log pi(y_i|x)`.
 
     Args:
@@ -36,9 +35,6 @@ class ReMax(Reinforce):
 
     rollout_type = GreedyRollout
     extra_samples = 1
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, baseline="none", baseline_decay=0.0, **kwargs)
 
     def sample(self, prompts: Prompts) -> Completions:
         """Sample `num_samples` completions of each prompt, and its greedy one."""
