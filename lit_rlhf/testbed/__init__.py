@@ -7,26 +7,19 @@ Both models are shipped; `python -m lit_rlhf.testbed.build` rebuilds them.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from lit_rlhf.data import PreferenceData, PromptData
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.pretrained import SHIPPED
-from lit_rlhf.rewards import RewardModel, to_text
+from lit_rlhf.rewards import RewardModel
 from lit_rlhf.testbed.pairs import sampled_pairs, with_preferred
 from lit_rlhf.testbed.raters import Raters
 from lit_rlhf.testbed.tokenizer import make_tokenizer
-from lit_rlhf.testbed.utility import GoodReview, Grammatical, coherence, gold, grammatical
+from lit_rlhf.testbed.utility import GoodReview, Grammatical, UnequalScale, coherence, gold, grammatical
 from lit_rlhf.testbed.world import Brief, briefs, demonstrations, prompts
-from lit_rlhf.types import Text
 
 __all__ = [
     "POLICY",
@@ -119,22 +112,3 @@ class ReviewReward(RewardModel):
 
     def __init__(self, model: str | Path = REWARD_MODEL, batch_size: int = 128) -> None:
         super().__init__(model, batch_size=batch_size)
-
-
-class UnequalScale(ReviewReward):
-    """Score of the shipped reward model, times a factor that depends on the prompt: prompts differ in scale alone.
-
-    Args:
-        factors: Each is that of an equal share of the prompts.
-    """
-
-    def __init__(self, factors: Sequence[float] = (0.1, 1.0, 10.0)) -> None:
-        super().__init__()
-        self.factors = list(factors)
-
-    def __call__(
-        self, prompts: list[Text], completions: list[Text], finished: list[bool] | None = None
-    ) -> Float[Tensor, " completions"]:
-        """Return one number per completion."""
-        factors = [self.factors[zlib.crc32(to_text(prompt).encode()) % len(self.factors)] for prompt in prompts]
-        return super().__call__(prompts, completions, finished) * torch.tensor(factors)

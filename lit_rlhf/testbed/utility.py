@@ -6,6 +6,7 @@ trained on their preferences. So reward over-optimization, a rising reward with 
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,6 +137,23 @@ class GoodReview:
     def __call__(self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
         """Return 1 or 0 per completion."""
         return [float(value > self.threshold) for value in gold(prompts=prompts, completions=completions)]
+
+
+class UnequalScale:
+    """Hidden utility times a factor that depends on the prompt: prompts differ in the scale of their rewards alone.
+
+    Args:
+        factors: Each is that of an equal share of the prompts.
+    """
+
+    def __init__(self, factors: Sequence[float] = (0.1, 1.0, 10.0)) -> None:
+        self.factors = list(factors)
+
+    def __call__(self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Return one number per completion."""
+        factors = [self.factors[zlib.crc32(prompt.encode()) % len(self.factors)] for prompt in prompts]
+        values = gold(prompts=prompts, completions=completions)
+        return [factor * value for factor, value in zip(factors, values, strict=True)]
 
 
 def coherence(*, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:

@@ -57,16 +57,6 @@ def test_shipped_models_are_small_and_load_in_float32(policy):
     assert {p.dtype for p in reward._scorer.parameters()} == {torch.float32}
 
 
-def test_unequal_scales_are_factors_of_the_shipped_score():
-    rows = prompts(12)
-    given = {"prompts": [row["prompt"] for row in rows], "completions": ["I liked it.", "I wrong the."] * 6}
-    scores = ReviewReward()(**given)
-    factors = UnequalScale((1.0, 100.0))(**given) / scores
-    assert set(factors.round(decimals=3).tolist()) == {1.0, 100.0}
-    again = {name: values[::-1] for name, values in given.items()}
-    assert torch.allclose(UnequalScale((1.0, 100.0))(**again).flip(0) / scores, factors)
-
-
 @pytest.mark.parametrize("reward", [GoodReview, UnequalScale])
 def test_rewards_of_experiments_train(reward, tmp_path):
     module = lit_rlhf.RLOO("testbed", rewards=[reward()], sampling=Sampling(max_new_tokens=4))

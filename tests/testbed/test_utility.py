@@ -3,7 +3,17 @@ from random import Random
 import pytest
 
 from lit_rlhf.rewards import Scorer
-from lit_rlhf.testbed import Brief, GoodReview, Grammatical, briefs, coherence, gold, grammatical, make_tokenizer
+from lit_rlhf.testbed import (
+    Brief,
+    GoodReview,
+    Grammatical,
+    UnequalScale,
+    briefs,
+    coherence,
+    gold,
+    grammatical,
+    make_tokenizer,
+)
 from lit_rlhf.testbed.utility import FLOOR
 from lit_rlhf.testbed.world import write
 
@@ -49,6 +59,15 @@ def test_good_reviews_are_those_above_the_threshold():
     given = {"prompts": [KIND, KIND, HARSH], "completions": [GOOD, GRIM, GRIM]}
     assert GoodReview()(**given, anything=[0] * 3) == [1.0, 0.0, 1.0]
     assert GoodReview(threshold=10.0)(**given) == [0.0, 0.0, 0.0]
+
+
+def test_unequal_scales_are_factors_of_gold_by_prompt():
+    asked = [brief.text for brief in briefs(60)] * 2
+    given = {"prompts": asked, "completions": [GOOD] * 60 + [GRIM] * 60}
+    pairs = zip(UnequalScale()(**given), gold(**given), strict=True)
+    factors = [round(scaled / value, 3) if value else None for scaled, value in pairs]
+    assert {factor for factor in factors if factor} == {0.1, 1.0, 10.0}
+    assert all(a is None or b is None or a == b for a, b in zip(factors[:60], factors[60:], strict=True))
 
 
 def test_repetition_lowers_gold():
