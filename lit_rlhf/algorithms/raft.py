@@ -1,6 +1,7 @@
 """RAFT: imitate the best completion of each prompt, drop the others.
 
-Dong et al., 2023, arXiv 2304.06767, as Back to Basics, section 3.3, runs it: online, with the KL in the ranking.
+Dong et al., 2023, arXiv 2304.06767, as Back to Basics (arXiv 2402.14740), section 3.3, runs it: online, with the KL in
+the ranking.
 """
 
 from __future__ import annotations

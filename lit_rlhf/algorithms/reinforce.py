@@ -1,7 +1,7 @@
 """REINFORCE: the whole completion is one action; the baseline is a moving average of earlier returns.
 
-Back to Basics, section 3.1. One departure: besides the mean of all earlier returns, which the paper uses, the baseline
-can be an exponential moving average or none.
+Back to Basics (Ahmadian et al., 2024, arXiv 2402.14740), section 3.1. One departure: besides the mean of all
+earlier returns, which the paper uses, the baseline can be an exponential moving average or none.
 """
 
 from __future__ import annotations

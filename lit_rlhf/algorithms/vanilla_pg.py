@@ -1,6 +1,7 @@
 """Vanilla policy gradient: each token is an action, and a critic learns the expected return before it.
 
-Back to Basics, section 2.2: PPO at lambda = 1 without ratio, clipping and whitening.
+Back to Basics (Ahmadian et al., 2024, arXiv 2402.14740), section 2.2: PPO at lambda = 1 without ratio, clipping
+and whitening.
 """
 
 from __future__ import annotations
