@@ -1,7 +1,7 @@
 """RLOO: REINFORCE whose baseline is the mean return of the other completions of the same prompt.
 
-Back to Basics (Ahmadian et al., 2024, arXiv 2402.14740), section 3.2, after Kool et al., 2019, "Buy 4 REINFORCE samples,
-get a baseline for free!".
+Back to Basics (Ahmadian et al., 2024, arXiv 2402.14740), section 3.2, after Kool et al., 2019, "Buy 4 REINFORCE
+samples, get a baseline for free!".
 """
 
 from __future__ import annotations
