@@ -130,7 +130,7 @@ class ChatJudge:
         )
         reply = self._reply(status, answer)
         number = self.read_comparison(reply) if self.pairwise else self.read_rating(reply)
-        if self.temperature == 0:
+        if body["temperature"] == 0:
             with self._lock:
                 self._cache[content] = number
                 while len(self._cache) > self.cache_size:

@@ -81,6 +81,13 @@ def test_ratings_are_scaled_from_0_to_1():
     assert "Rate the answer from 1 (worst) to 10 (best)." in body["messages"][0]["content"]
 
 
+@pytest.mark.parametrize(("temperature", "requests"), [(0, 1), (1.0, 2), (None, 2)])
+def test_replies_are_kept_only_at_the_temperature_0_that_is_sent(temperature, requests):
+    server = Chat(rates_length)
+    judge = make(server, extra_body={"temperature": temperature})
+    assert judge(["p"], ["c"]) == judge(["p"], ["c"]) and len(server.requests) == requests
+
+
 def test_no_line_of_the_instruction_is_a_rating():
     server = Chat(lambda text: text.splitlines()[-1])
     with pytest.raises(InputError, match="which has no rating"):
