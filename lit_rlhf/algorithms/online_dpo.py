@@ -21,6 +21,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation import SymmetricJudge
 from lit_rlhf.evaluation.judges import mean_wins
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
+from lit_rlhf.training import method_checks
 from lit_rlhf.training.distributed import raise_on_all_ranks
 from lit_rlhf.types import Metrics, Prompts, Rollout
 
@@ -71,8 +72,7 @@ class OnlineDPO(OnlineAlgorithm):
             raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
         if self.reference_source is None:
             raise InputError("OnlineDPO compares the policy with a reference, so reference can't be null")
-        if self.updates.sample_minibatches > 1:
-            raise InputError("OnlineDPO trains on pairs of completions, which sample_minibatches splits: leave it at 1")
+        method_checks.check_whole_groups("OnlineDPO", self.updates.sample_minibatches)
         self.beta = beta
         self.ranking_judge = None if ranking_judge is None else SymmetricJudge(ranking_judge)
 

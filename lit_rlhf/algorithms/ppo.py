@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.vanilla_pg import ValuedRollout, VanillaPG
 from lit_rlhf.errors import InputError
+from lit_rlhf.training import method_checks
 from lit_rlhf.training.normalization import whiten_over_ranks
 from lit_rlhf.types import Metrics, Rollout
 
@@ -51,9 +52,9 @@ class PPO(VanillaPG):
         super().__init__(*args, **kwargs)
         if not 0 <= gae_lambda <= 1:
             raise InputError(f"gae_lambda={gae_lambda} must be between 0 and 1")
-        for name, value in {"clip_range": clip_range, "clip_range_vf": clip_range_vf}.items():
-            if value is not None and not value > 0:
-                raise InputError(f"{name}={value} must be above 0, or null for none")
+        method_checks.check_clip_range(clip_range)
+        if clip_range_vf is not None and not clip_range_vf > 0:
+            raise InputError(f"clip_range_vf={clip_range_vf} must be above 0, or null for none")
         self.gae_lambda, self.clip_range, self.clip_range_vf = gae_lambda, clip_range, clip_range_vf
         self.uses_importance_ratio, self.whiten = importance_ratio, whiten
 

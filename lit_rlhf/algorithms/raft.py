@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
+from lit_rlhf.training import method_checks
 from lit_rlhf.types import Metrics, Rollout
 
 
@@ -35,11 +36,7 @@ class RAFT(OnlineAlgorithm):
         super().__init__(*args, **kwargs)
         if self.kl_place == "loss":
             raise InputError("RAFT ranks by the return, which the KL must be part of: use kl_penalty='k1_reward'")
-        if self.updates.sample_minibatches > 1:
-            raise InputError(
-                "RAFT trains on one completion of a prompt, which "
-                f"sample_minibatches={self.updates.sample_minibatches} can't split: use num_minibatches"
-            )
+        method_checks.check_whole_groups("RAFT", self.updates.sample_minibatches)
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """1 for the completion of each prompt with the highest return (the first of equals), 0 for the others."""

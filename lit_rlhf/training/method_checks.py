@@ -17,15 +17,23 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
-def check_clip_range(low: float | None, high: float | None) -> None:
+def check_clip_range(low: float | None, high: float | None = None) -> None:
     """Check the bounds of a clipped ratio."""
     for name, value in {"clip_range": low, "clip_range_high": high}.items():
         if value is not None and not value > 0:
             raise InputError(f"{name}={value} must be above 0, or null for none")
     if low is not None and low >= 1:
         raise InputError(
-            f"clip_range={low} is no lower bound, since every ratio is above 0: choose one below 1, or null for none; "
-            "the upper bound is 1 + clip_range_high"
+            f"clip_range={low} is no lower bound, since every ratio is above 0: choose one below 1, or null for none"
+        )
+
+
+def check_whole_groups(algorithm: str, sample_minibatches: int) -> None:
+    """Check that groups are not split, for a method that chooses completions by comparing them."""
+    if sample_minibatches > 1:
+        raise InputError(
+            f"{algorithm} trains on completions chosen from the whole group, which "
+            f"sample_minibatches={sample_minibatches} can't split: use num_minibatches"
         )
 
 

@@ -91,7 +91,7 @@ def test_it_learns_and_logs(tiny, tmp_path):
         ({"beta": 0.0}, "beta=0.0 must be a number above 0"),
         ({"num_samples": 1}, "num_samples=1 must be at least 2"),
         ({"reference": None, "kl_coef": 0.0}, "reference can't be null"),
-        ({"sample_minibatches": 3}, "sample_minibatches splits: leave it at 1"),
+        ({"sample_minibatches": 3}, "sample_minibatches=3 can't split"),
         ({"correction": "mask"}, "OnlineDPO learns from completions, whoever sampled them"),
     ],
     ids=str,

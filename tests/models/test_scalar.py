@@ -211,6 +211,8 @@ def test_unsuitable_critics_are_refused(tiny, tmp_path):
     [
         ("PPO", {"gae_lambda": 1.5}, "gae_lambda=1.5 must be between 0 and 1"),
         ("PPO", {"clip_range": 0.0}, "clip_range=0.0 must be above 0"),
+        ("PPO", {"clip_range": 1.5}, "clip_range=1.5 is no lower bound"),
+        ("PPO", {"clip_range_vf": 0.0}, "clip_range_vf=0.0 must be above 0"),
         ("PPO", {"clip_range": float("nan")}, "clip_range=nan must be above 0"),
         ("VanillaPG", {"vf_coef": float("nan")}, "vf_coef=nan must be above 0"),
         ("RLOO", {"missing_eos_penalty": float("nan")}, "missing_eos_penalty=nan must be 0 or more"),
