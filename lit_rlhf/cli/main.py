@@ -60,8 +60,12 @@ class RLHFCommandLine(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's commands; a checkpoint is read as data, so there is no option `weights_only`."""
-        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        """Return the command that was given, or else all of Lightning's: the options of each take time to set up.
+
+        A checkpoint is read as data, so there is no option `weights_only`.
+        """
+        every = {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+        return {name: skip for name, skip in every.items() if [name] == sys.argv[1:2]} or every
 
     def _parse_ckpt_path(self) -> None:
         """Resolve `--ckpt_path`; nothing in the checkpoint reaches the configuration, where Lightning merges it."""
@@ -200,8 +204,7 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], called: str = "")
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
-    names = ("fit", "validate", "test", "predict")
-    usage = {name: {"usage": f"{PROGRAM} {called or name} {options}"} for name in names}
+    usage = {name: {"usage": f"{PROGRAM} {called or name} {options}"} for name in kind.subcommands()}
     return kind(
         Algorithm,
         TextData,
