@@ -14,7 +14,7 @@ A group is a row of an array, so indexing the first axis never splits it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -69,6 +69,10 @@ class Record:
     def rows(self: R, index: slice) -> R:
         """Return the prompts that `index` selects, with everything that belongs to them."""
         return self.map(lambda tensor: tensor[index], lambda items: items[index])
+
+    def at(self: R, rows: Sequence[int]) -> R:
+        """Return the prompts at these positions, in this order."""
+        return self.map(lambda tensor: tensor[list(rows)], lambda items: [items[row] for row in rows if items])
 
     def to(self: R, device: torch.device | str) -> R:
         """Return the record with every tensor on `device`."""
@@ -253,12 +257,10 @@ class Rollout(Record):
         rows = [now.index(i) for i in before if i in now] if some else list(range(len(now)))
         if before != [now[row] for row in rows]:
             raise InputError(
-                f"the checkpoint was saved inside a rollout of the rows {before[:4]}, but the data module yields the "
-                f"rows {now[:4]} ({len(before)} and {len(now)} rows): resume with the data and the data.batch_size of "
-                "the run, or from a checkpoint between two rollouts"
+                f"the checkpoint was saved inside a rollout of {len(before)} rows {before[:4]}, but the data yield "
+                f"{len(now)} rows {now[:4]}: resume with the data and data.batch_size of the run, or between rollouts"
             )
-        chosen = prompts.map(lambda tensor: tensor[rows], lambda items: [items[row] for row in rows])
-        return cls(prompts=chosen, **fields)
+        return cls(prompts=prompts.at(rows), **fields)
 
 
 def _plain(record: Record, skip: set[str]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Rafailov et al., 2023, arXiv 2305.18290. `IPO` overrides one equation.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.models.policy import Policy
 from lit_rlhf.models.reference import Reference, load_reference
+from lit_rlhf.training import method_checks
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks
 from lit_rlhf.training.held_out import HeldOutMetrics
 from lit_rlhf.types import Demonstrations, Metrics, Preferences
@@ -55,8 +55,7 @@ class DPO(HeldOutMetrics, Algorithm):
         **options: Any,
     ) -> None:
         super().__init__(policy, **options)
-        if not (beta > 0 and math.isfinite(beta)):
-            raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
+        method_checks.check_beta(beta)
         if reference is None:
             raise InputError(
                 f"{type(self).__name__} compares the policy with a reference, so reference can't be null: leave it out "

@@ -35,8 +35,9 @@ class GRPO(OnlineAlgorithm):
         advantage_std: Divide advantages by the standard deviation of the `group`, of the whole `batch`, or by `none`.
         reduction: How tokens are weighed: `completions` (the mean of each), `tokens` (all alike), `constant_length`
             (the sum of each over `max_new_tokens`), or `sums`.
+        kl_coef: See `OnlineAlgorithm`; the paper's is 0.04.
         kl_penalty: See `OnlineAlgorithm`; the paper's is `k3_loss`.
-        **kwargs: See `OnlineAlgorithm`. The paper's `kl_coef` is 0.04.
+        **kwargs: See `OnlineAlgorithm`.
 
     Raises:
         ValueError: If a number is out of its range, or an option has no effect.
@@ -53,10 +54,11 @@ class GRPO(OnlineAlgorithm):
         clip_range_high: float | None = None,
         advantage_std: Spread = "group",
         reduction: Reduction = "completions",
+        kl_coef: float = 0.04,
         kl_penalty: str = "k3_loss",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, kl_penalty=kl_penalty, **kwargs)
+        super().__init__(*args, kl_coef=kl_coef, kl_penalty=kl_penalty, **kwargs)
         method_checks.check_clip_range(clip_range, clip_range_high)
         method_checks.check_choice("advantage_std", advantage_std, ("group", "batch", "none"))
         method_checks.check_choice("reduction", reduction, F.REDUCTIONS)

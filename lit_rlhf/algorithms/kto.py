@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf import functional as F
@@ -65,6 +66,12 @@ class KTO(DPO):
         for name in ("train_set", "val_set"):
             for i, row in enumerate(getattr(data, name, None) or ()):
                 method_checks.check_label(row.example.columns, self.label_column, f"row {i} of {name}")
+        labels = {bool(row.example.columns[self.label_column]) for row in getattr(data, "train_set", None) or ()}
+        if stage == "fit" and len(labels) == 1:
+            rank_zero_warn(
+                f"{self.label_column} is {str(labels.pop()).lower()} in every row of the training data: KTO is meant "
+                "for both kinds, and the weight of the other has no effect"
+            )
         if stage == "fit" and getattr(data, "batch_size", 2) < 2:
             raise InputError("KTO compares with the completions of other prompts: give data.batch_size of 2 or more")
 

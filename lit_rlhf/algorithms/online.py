@@ -118,7 +118,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         super().__init__(policy, **options)
         checks.check_samples(type(self).__name__, num_samples, self.min_samples, updates)
         checks.check_kl_coef(kl_coef)
-        self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty)
+        self.kl_estimator, self.kl_place = checks.parse_kl_penalty(kl_penalty, self.published_kl_penalty, kl_coef)
         self.num_samples, self.kl_coef = num_samples, kl_coef
         self.initial_kl_coef = kl_coef  # a controller changes the other
         self.reference_source, self.offload_reference = reference, offload_reference
@@ -127,7 +127,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
-        dynamic_sampling.check(self.scorer.names, num_samples)
+        dynamic_sampling.check(self.scorer.names, num_samples, self.min_samples > 1)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
         check_importance(type(self).__name__, importance, self.weighs_advantages)
         check_reference(reference, kl_coef, offload_reference)

@@ -6,9 +6,8 @@ pair.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation import SymmetricJudge
 from lit_rlhf.evaluation.judges import mean_wins
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
+from lit_rlhf.rewards import RewardShaping
 from lit_rlhf.training import method_checks
 from lit_rlhf.training.distributed import raise_on_all_ranks
 from lit_rlhf.types import Metrics, Prompts, Rollout
@@ -52,7 +52,7 @@ class OnlineDPO(OnlineAlgorithm):
         **kwargs: See `OnlineAlgorithm`.
 
     Raises:
-        ValueError: If a number is out of its range, or there is no reference.
+        ValueError: If a number is out of its range or has no effect, or there is no reference.
     """
 
     rollout_type = RankedRollout
@@ -68,11 +68,13 @@ class OnlineDPO(OnlineAlgorithm):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, kl_coef=kl_coef, **kwargs)
-        if not (beta > 0 and math.isfinite(beta)):
-            raise InputError(f"beta={beta} must be a number above 0: at 0 nothing is learned")
+        method_checks.check_beta(beta)
         if self.reference_source is None:
             raise InputError("OnlineDPO compares the policy with a reference, so reference can't be null")
         method_checks.check_whole_groups("OnlineDPO", self.updates.sample_minibatches)
+        shapes = replace(self.shaping, mask_truncated_completions=False) != RewardShaping()
+        if ranking_judge is not None and (kl_coef or shapes):
+            raise InputError("the ranking_judge ranks, not the return: kl_coef and shaping of rewards have no effect")
         self.beta = beta
         self.ranking_judge = None if ranking_judge is None else SymmetricJudge(ranking_judge)
 

@@ -36,7 +36,7 @@ class PPO(VanillaPG):
         **kwargs: See `VanillaPG`.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or has no effect.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class PPO(VanillaPG):
         if not 0 <= gae_lambda <= 1:
             raise InputError(f"gae_lambda={gae_lambda} must be between 0 and 1")
         method_checks.check_clip_range(clip_range)
+        if not importance_ratio and clip_range not in (0.2, None):
+            raise InputError(f"clip_range={clip_range} has no effect with importance_ratio=False: leave one out")
         if clip_range_vf is not None and not clip_range_vf > 0:
             raise InputError(f"clip_range_vf={clip_range_vf} must be above 0, or null for none")
         self.gae_lambda, self.clip_range, self.clip_range_vf = gae_lambda, clip_range, clip_range_vf

@@ -50,6 +50,9 @@ class Reinforce(PolicyGradient):
         baseline: `mean` of all earlier returns, their `exponential` moving average, or `none`.
         baseline_decay: Weight of the past in the exponential average, after each rollout.
         **kwargs: See `OnlineAlgorithm`.
+
+    Raises:
+        ValueError: If a value is outside its range, or has no effect.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Reinforce(PolicyGradient):
             raise InputError(f"baseline={baseline!r} must be one of {', '.join(known)}")
         if not 0 <= baseline_decay < 1:
             raise InputError(f"baseline_decay={baseline_decay} must be at least 0 and below 1")
+        if baseline != "exponential" and baseline_decay != 0.9:
+            raise InputError(f"baseline_decay={baseline_decay} has no effect with baseline={baseline!r}: leave it out")
         self.baseline, self.baseline_decay = baseline, baseline_decay
         self.baseline_average = self.running_statistics["baseline"] = MovingAverage()
 

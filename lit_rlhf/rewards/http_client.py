@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_rlhf.errors import InputError, MissingPackageError
 
 T = TypeVar("T")
@@ -16,6 +18,8 @@ T = TypeVar("T")
 MAX_ANSWER_BYTES = 2**24
 MAX_WAIT = 60.0
 """Longest pause before a retry, in seconds."""
+QUIET_RETRIES = 3
+"""Retries before a warning says that a service is still being tried."""
 
 
 class ServiceError(RuntimeError):
@@ -125,6 +129,8 @@ def attempt(
 ) -> T:
     """Call a service, again after failures, with pauses that double up to 60 seconds, and return its answer.
 
+    A warning says that it is still being tried, before the fourth retry.
+
     Args:
         call: Calls it.
         retries: Further attempts after one that failed.
@@ -142,6 +148,8 @@ def attempt(
         except Exception as error:
             if i == retries or not may_retry(error):
                 raise
+            if i == QUIET_RETRIES:
+                rank_zero_warn(f"{error}: tried {i + 1} times, and up to {retries - i} times more")
             wait = max(backoff * 2**i, getattr(error, "wait", 0.0))
         if stop.wait(min(wait, MAX_WAIT)):
             break

@@ -31,7 +31,7 @@ class RewardShaping:
         missing_eos_penalty: Subtract this from the reward of truncated completions, after the steps above.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or has no effect.
     """
 
     normalize: bool = False
@@ -48,6 +48,11 @@ class RewardShaping:
         if not 0 <= self.missing_eos_penalty < math.inf:
             raise InputError(
                 f"shaping: missing_eos_penalty={self.missing_eos_penalty} must be 0 or more: it is subtracted"
+            )
+        if self.mask_truncated_completions and self.missing_eos_penalty:
+            raise InputError(
+                f"shaping: missing_eos_penalty={self.missing_eos_penalty} has no effect with "
+                "mask_truncated_completions, which leaves the same completions out: choose one"
             )
 
 

@@ -55,19 +55,22 @@ KL_PENALTIES = {
 """Estimators of the KL and where they enter, with the reason why the gradient is not that of the KL, if it is not."""
 
 
-def parse_kl_penalty(kl_penalty: str, published: str) -> tuple[str, str]:
-    """Return estimator and place of the KL penalty; warn if its gradient is not that of the KL.
+def parse_kl_penalty(kl_penalty: str, published: str, kl_coef: float) -> tuple[str, str]:
+    """Return estimator and place of the KL penalty; warn if its gradient is not that of the KL, or it has no effect.
 
     Args:
         kl_penalty: `k1_reward`, `k2_loss` or `k3_loss`.
         published: What the method's paper uses, which gives no warning.
+        kl_coef: The coefficient; at 0 there is no penalty.
 
     Raises:
         ValueError: If there is no such penalty.
     """
     if kl_penalty not in KL_PENALTIES:
         raise InputError(f"kl_penalty={kl_penalty!r} must be one of {', '.join(KL_PENALTIES)}")
-    if kl_penalty != published and (reason := KL_PENALTIES[kl_penalty]):
+    if kl_penalty != published and kl_coef == 0:
+        rank_zero_warn(f"kl_penalty={kl_penalty!r} has no effect with kl_coef=0: raise kl_coef, or leave it out")
+    elif kl_penalty != published and (reason := KL_PENALTIES[kl_penalty]):
         rank_zero_warn(f"kl_penalty={kl_penalty!r}: {reason}")
     estimator, _, place = kl_penalty.partition("_")
     return estimator, place
@@ -200,7 +203,7 @@ def check_samples(algorithm: str, num_samples: int, least: int, updates: Updates
 def check_kl_coef(kl_coef: float) -> None:
     """Check the KL coefficient."""
     if not 0 <= kl_coef < math.inf:
-        raise InputError(f"kl_coef={kl_coef} must be 0 or more: the KL is subtracted from the reward")
+        raise InputError(f"kl_coef={kl_coef} must be a number of 0 or more: the KL is subtracted from the reward")
 
 
 def check_num_minibatches(num_minibatches: int, batch_size: int) -> None:

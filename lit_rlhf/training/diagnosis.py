@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,10 @@ class RolloutDiagnosis:
         rollouts: Number of rollouts so far.
         completions: Number of completions in them.
         finished: Number of completions that ended by themselves.
-        varied: Number of groups (rollouts if there is one sample of each prompt) with more than one reward.
+        compares_groups: Whether the method compares the completions of one prompt, not those of all rollouts.
+        varied: Number of groups with more than one reward; without groups, whether any two completions differ.
+        lowest: Lowest reward so far.
+        highest: Highest reward so far.
         has_teacher: Whether the KL is to another model, from which the policy learns whatever the rewards are.
         hopeless: Whether a warning has already explained why the policy stays as it is.
         kl_known: Whether the KL to the reference has been seen or found missing, or there is no reference.
@@ -93,7 +97,10 @@ class RolloutDiagnosis:
     rollouts: int = 0
     completions: int = 0
     finished: int = 0
+    compares_groups: bool = True
     varied: int = 0
+    lowest: float = math.inf
+    highest: float = -math.inf
     hopeless: bool = False
     has_teacher: bool = False
     kl_known: bool = False
@@ -114,14 +121,16 @@ class RolloutDiagnosis:
         """
         ranks = list(ranks)
         total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
-        spread = max(rank["highest"] for rank in ranks) - min(rank["lowest"] for rank in ranks)
+        self.lowest = min(self.lowest, *(rank["lowest"] for rank in ranks))
+        self.highest = max(self.highest, *(rank["highest"] for rank in ranks))
+        grouped = self.compares_groups and bool(total["groups"])
         self.rollouts += 1
         self.completions += int(total["completions"])
         self.finished += int(total["finished"])
-        self.varied += int(total["varied_groups"]) if total["groups"] else int(spread != 0)
+        self.varied += int(total["varied_groups"] if grouped else self.highest > self.lowest)
         if self.rollouts == PATIENCE:
             self._check_eos(max_new_tokens)
-            self._check_rewards(grouped=bool(total["groups"]))
+            self._check_rewards(grouped)
         if not self.kl_known:
             self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates, rate)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
@@ -47,11 +48,16 @@ class DynamicSampling:
         if self.rounds > 1 and self.reward is None:
             raise InputError(f"dynamic_sampling: rounds={self.rounds} has no effect without a reward: give its name")
 
-    def check(self, rewards: Sequence[str], num_samples: int) -> None:
-        """Check that there is such a reward, and a group to compare.
+    def check(self, rewards: Sequence[str], num_samples: int, compares_groups: bool) -> None:
+        """Check that there is such a reward, and a group to compare; warn if a group that is left out has a gradient.
+
+        Args:
+            rewards: Names of the rewards.
+            num_samples: Completions of each prompt.
+            compares_groups: Whether a group whose rewards are all equal has no gradient.
 
         Raises:
-            ValueError: If not.
+            ValueError: If a check fails.
         """
         if self.reward is None:
             return
@@ -61,6 +67,11 @@ class DynamicSampling:
             )
         if num_samples < 2:
             raise InputError("dynamic_sampling compares completions of a prompt: give num_samples of 2 or more")
+        if not compares_groups:
+            rank_zero_warn(
+                "dynamic_sampling leaves out groups whose rewards are all equal, and the method, whose baseline is not "
+                "the group's, learns from them: the objective changes"
+            )
 
     def check_batch(self, batch_size: int, num_minibatches: int) -> None:
         """Check that a batch can be cut into the rounds.
@@ -93,13 +104,8 @@ class DynamicSampling:
         """Return `count` prompts of a rollout: the first that differ, and invalid ones where these are too few."""
         differing = self.differing(rollout)
         order = torch.argsort((~differing).int(), stable=True)[:count].sort().values
-        chosen = select(rollout, order.tolist())
+        chosen = rollout.at(order.tolist())
         return chosen.replace(valid=chosen.valid & differing[order].unsqueeze(1))
-
-
-def select(record: RecordT, rows: Sequence[int]) -> RecordT:
-    """Return the prompts at these positions."""
-    return record.map(lambda tensor: tensor[list(rows)], lambda items: [items[row] for row in rows])
 
 
 def concatenate(parts: Sequence[RecordT]) -> RecordT:

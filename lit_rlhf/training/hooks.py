@@ -52,6 +52,7 @@ class OnlineHooks(EngineHooks):
     kl_coef: float
     load_options: dict[str, Any]
     uses_importance_ratio: bool
+    min_samples: int
     importance: Importance
     dynamic_sampling: DynamicSampling
     data_module: Any
@@ -150,6 +151,7 @@ class OnlineHooks(EngineHooks):
         facts = gather_over_ranks(self.trainer, diagnosis.rollout_facts(self.rollout))
         self._diagnosis.hopeless |= self._movement.nothing_moves
         self._diagnosis.kl_known |= self.reference is None
+        self._diagnosis.compares_groups = self.min_samples > 1
         self._diagnosis.has_teacher = bool(self.kl_coef) and self.reference_source != "policy"
         ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -32,7 +32,7 @@ class Importance:
         floor: Smallest weight that `mask` keeps.
 
     Raises:
-        ValueError: If a value is outside its range.
+        ValueError: If a value is outside its range, or has no effect.
     """
 
     correction: Literal["none", "truncate", "mask"] = "none"
@@ -50,6 +50,17 @@ class Importance:
         for name, (valid, rule) in rules.items():
             if not valid:
                 raise InputError(f"importance: {name}={getattr(self, name)!r} must be {rule}")
+        read = {"none": (), "truncate": ("level", "cap"), "mask": ("level", "cap", "floor")}[self.correction]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("correction", *read) and value != field.default:
+                other = "truncate or mask" if self.correction == "none" else "mask"
+                raise InputError(
+                    f"importance: {field.name}={value!r} has no effect with correction={self.correction!r}: choose "
+                    f"{other}, or leave it out"
+                )
+        if self.correction == "mask" and self.floor == self.cap:
+            raise InputError(f"importance: floor={self.floor:g} and cap={self.cap:g} mask all that differs")
 
     def weights(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -15,6 +16,12 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Check that an option is one of its values."""
     if value not in choices:
         raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def check_beta(beta: float) -> None:
+    """Check the strength of the KL constraint of a loss on pairs or labels."""
+    if not 0 < beta < math.inf:
+        raise InputError(f"beta={beta} must be a finite number above 0")
 
 
 def check_clip_range(low: float | None, high: float | None = None) -> None:

@@ -103,7 +103,7 @@ def test_training_prefers_the_chosen_completions(tiny, tmp_path):
 
 
 def test_beta_must_be_positive(tiny):
-    with pytest.raises(ValueError, match="beta=0 must be a number above 0"):
+    with pytest.raises(ValueError, match="beta=0 must be a finite number above 0"):
         lit_rlhf.DPO(str(tiny), beta=0)
 
 

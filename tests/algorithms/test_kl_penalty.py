@@ -60,6 +60,15 @@ ALGORITHMS = {
 }
 
 
+@pytest.mark.parametrize("kl_penalty", ["k2_loss", "k3_loss"])
+def test_a_penalty_without_a_coefficient_gives_one_warning(kl_penalty):
+    with pytest.warns(UserWarning) as caught:
+        make_module(lit_rlhf.RLOO, num_samples=2, kl_coef=0.0, kl_penalty=kl_penalty)
+    assert [str(warning.message) for warning in caught] == [
+        f"kl_penalty={kl_penalty!r} has no effect with kl_coef=0: raise kl_coef, or leave it out"
+    ]
+
+
 def penalty_and_kl_gradient(kl_penalty: str, name: str = "RLOO") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the change in the expected gradient due to a KL penalty, and the gradient of the KL."""
     algorithm, options = getattr(lit_rlhf, name), ALGORITHMS[name]

@@ -70,6 +70,15 @@ def test_it_learns_the_labels(tiny, tmp_path):
     assert trainer.predict(trainer.lightning_module, data)[0][0].keys() == {"index", "prompt", "reward"}
 
 
+def test_labels_of_one_kind_give_a_warning(tiny, tmp_path):
+    rows = [{"prompt": f"p {i}", "completion": "good", "label": True} for i in range(8)]
+    data = lit_rlhf.DemonstrationData(train=rows, val=None, batch_size=4)
+    with pytest.warns(
+        UserWarning, match="label is true in every row of the training data: KTO is meant for both kinds"
+    ):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("KTO", tiny), data)
+
+
 @pytest.mark.parametrize(
     ("options", "rows", "message"),
     [

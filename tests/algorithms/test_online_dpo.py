@@ -10,6 +10,12 @@ from lit_rlhf.errors import InputError
 from runs import make_data, make_trainer
 from runs import make_module as make_tiny
 
+
+def longer(prompts, completions, opponents):
+    return [float(len(a) > len(b)) if len(a) != len(b) else 0.5 for a, b in zip(completions, opponents, strict=True)]
+
+
+longer.pairwise = True
 GROUP = [ALL[4], ALL[1], ALL[5], ALL[0]]
 
 
@@ -32,12 +38,6 @@ def test_it_is_dpo_on_the_best_and_the_worst_completion():
 
 
 def test_a_judge_ranks_in_place_of_the_rewards():
-    def longer(prompts, completions, opponents):
-        return [
-            float(len(a) > len(b)) if len(a) != len(b) else 0.5 for a, b in zip(completions, opponents, strict=True)
-        ]
-
-    longer.pairwise = True
     module = make_module(lit_rlhf.OnlineDPO, num_samples=3, kl_coef=0.0, ranking_judge=longer)
     assert_same(step_gradient(module, [ALL[1], ALL[3], ALL[0]]), pair_gradient(module, ALL[3], ALL[0]))
     assert module.rollout.ranking.tolist() == [[0.5, 1.0, 0.0]]
@@ -88,10 +88,12 @@ def test_it_learns_and_logs(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.0}, "beta=0.0 must be a number above 0"),
+        ({"beta": 0.0}, "beta=0.0 must be a finite number above 0"),
         ({"num_samples": 1}, "num_samples=1 must be at least 2"),
         ({"reference": None, "kl_coef": 0.0}, "reference can't be null"),
         ({"sample_minibatches": 3}, "sample_minibatches=3 can't split"),
+        ({"ranking_judge": longer, "kl_coef": 0.1}, "the ranking_judge ranks, not the return: kl_coef"),
+        ({"ranking_judge": longer, "kl_coef": 0.0, "clip": 1.0}, "kl_coef and shaping of rewards have no effect"),
         ({"correction": "mask"}, "OnlineDPO learns from completions, whoever sampled them"),
     ],
     ids=str,
@@ -106,6 +108,6 @@ def test_a_judge_that_reads_a_missing_column_is_refused_before_sampling(tiny, tm
         return [0.5] * len(prompts)
 
     judge.pairwise = True
-    module = make_tiny("OnlineDPO", tiny, ranking_judge=judge)
+    module = make_tiny("OnlineDPO", tiny, kl_coef=0.0, ranking_judge=judge)
     with pytest.raises(InputError, match="rubric"):
         make_trainer(tmp_path, max_steps=1).fit(module, make_data("OnlineDPO"))

@@ -125,6 +125,12 @@ def test_transient_failures_are_retried(serve, failure):
     assert len(server.requests) == 3
 
 
+def test_a_server_that_is_tried_for_long_is_named_in_a_warning(serve):
+    server = serve(*[reply("busy", 503)] * 4, lengths)
+    with pytest.warns(UserWarning, match=r"status 503: busy: tried 4 times, and up to \d+ times more"):
+        assert flat(score([reward(server, retries=5)])) == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

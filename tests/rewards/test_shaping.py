@@ -85,6 +85,11 @@ def test_options_out_of_range_are_refused(options):
         RewardShaping(**options)
 
 
+def test_a_penalty_of_completions_that_are_left_out_is_refused():
+    with pytest.raises(ValueError, match=r"missing_eos_penalty=0.5 has no effect with mask_truncated_completions"):
+        RewardShaping(mask_truncated_completions=True, missing_eos_penalty=0.5)
+
+
 def test_noise_is_gaussian_and_depends_on_its_counter_only():
     rewards, valid = torch.full((500, 4), 2.0), torch.ones(500, 4, dtype=torch.bool)
     index = list(range(500))

@@ -86,6 +86,13 @@ def test_single_samples_differ_from_prompt_to_prompt(ending, tmp_path):
     assert signs("Reinforce", ending, tmp_path, rewards=[of_the_prompt], **options) == []
 
 
+@pytest.mark.parametrize(("name", "options"), [("Reinforce", {"num_samples": 1}), ("PPO", {"num_samples": 2})])
+def test_a_baseline_of_other_prompts_learns_from_groups_without_differences(name, options, ending, tmp_path):
+    data = lit_rlhf.PromptData(train=chat().train, batch_size=1)
+    options = dict(data=data, max_new_tokens=12, rewards=[of_the_prompt], **options)
+    assert signs(name, ending, tmp_path, **options) == []
+
+
 @pytest.mark.parametrize("lr", [0.0, 1e-12])
 def test_a_learning_rate_that_moves_nothing(lr, ending, tmp_path):
     assert signs("RLOO", ending, tmp_path, lr=lr, data=chat(), max_new_tokens=12) == ["nothing is learned"]

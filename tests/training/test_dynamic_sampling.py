@@ -8,6 +8,7 @@ import torch
 import lit_rlhf
 from lit_rlhf.errors import InputError
 from lit_rlhf.training.dynamic_sampling import concatenate
+from lit_rlhf.types import Prompts
 from runs import differing_tensors, make_data, make_module, make_trainer, training_state
 
 
@@ -82,6 +83,7 @@ def test_further_rounds_are_sampled_only_where_prompts_are_missing(tiny, tmp_pat
         assert kept == 2 or count == 6
 
 
+@pytest.mark.filterwarnings("ignore:dynamic_sampling leaves out groups")
 @pytest.mark.parametrize("name", ["RLOO", "PPO", "ReMax"])
 def test_a_run_resumes_bitwise_inside_a_rollout(name, tiny, tmp_path):
     class Save(lit_rlhf.callbacks.SampleLogger):
@@ -133,6 +135,20 @@ def test_records_are_joined_with_padding(tiny, tmp_path):
 def test_bad_options_are_one_sentence(options, message, tiny, tmp_path):
     with pytest.raises(InputError, match=message):
         fit(tiny, tmp_path, **options)
+
+
+def test_a_method_with_another_baseline_gives_a_warning(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="whose baseline is not the group's, learns from them"):
+        make_module("Reinforce", tiny, rewards=[evens], reward="evens")
+
+
+def test_positions_of_records_without_some_of_the_lists():
+    prompts = Prompts(
+        torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool), torch.arange(3), columns={"a": [1, 2, 3]}
+    )
+    chosen = prompts.at([2, 0])
+    assert chosen.tokens.tolist() == [[4, 5], [0, 1]] and chosen.index.tolist() == [2, 0]
+    assert chosen.columns == {"a": [3, 1]} and chosen.text == [] and chosen.template_kwargs == []
 
 
 @pytest.mark.filterwarnings("ignore:no completion of this update counts")

@@ -94,7 +94,7 @@ def test_the_second_update_is_unbiased_with_sequence_weights(method):
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("correction", ["truncate", "mask"])
 def test_rloo_is_weighed_completion_by_completion_or_token_by_token(correction, level):
-    options = dict(correction=correction, level=level, cap=1.05, floor=0.9)
+    options = dict(correction=correction, level=level, cap=1.05, **({"floor": 0.9} if correction == "mask" else {}))
     module = make_module(lit_rlhf.RLOO, num_samples=4, kl_coef=0.0, update_epochs=2, **options)
     logged = {}
     module.log_dict = lambda metrics, **kwargs: logged.update(metrics)
@@ -135,9 +135,16 @@ def test_a_correction_without_effect_gives_a_warning(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"cap": 0.5}, "cap=0.5 must be at least 1"), ({"floor": 1.5}, "floor=1.5 must be between 0 and 1")],
+    [
+        ({"cap": 0.5}, "cap=0.5 must be at least 1"),
+        ({"floor": 1.5}, "floor=1.5 must be between 0 and 1"),
+        ({"cap": 3.0}, "cap=3.0 has no effect with correction='none': choose truncate or mask"),
+        ({"level": "token"}, "level='token' has no effect with correction='none'"),
+        ({"correction": "truncate", "floor": 0.1}, "floor=0.1 has no effect with correction='truncate': choose mask"),
+        ({"correction": "mask", "cap": 1.0, "floor": 1.0}, "floor=1 and cap=1 mask all that differs"),
+    ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_options_out_of_range_or_without_effect_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Importance(**options)
