@@ -63,8 +63,9 @@ def test_returns_include_the_kl_penalty(temperature, ending, tmp_path):
 
 @pytest.mark.parametrize("baseline", ["mean", "exponential"])
 def test_moving_average_baseline_uses_earlier_rollouts_only(baseline, ending, tmp_path):
+    decay = {"baseline_decay": 0.75} if baseline == "exponential" else {}
     _, recorder = train(
-        "Reinforce", ending, tmp_path, updates=3, baseline=baseline, baseline_decay=0.75, rewards=[reward_with_none]
+        "Reinforce", ending, tmp_path, updates=3, baseline=baseline, rewards=[reward_with_none], **decay
     )
     first, second, third = recorder.rollouts
     means = [rollout.returns[rollout.valid].double().mean() for rollout in recorder.rollouts]
