@@ -10,8 +10,11 @@ from typing import Any
 from lit_rlhf.data.module import PromptData
 from lit_rlhf.errors import InputError, MissingPackageError
 
-EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
-"""Tasks whose check runs an answer as Python code."""
+RUN_CODE = frozenset(
+    "binary_matrix bitwise_arithmetic composite countdown intermediate_integration n_queens number_sorting "
+    "polynomial_multiplication puzzle24 simple_integration spiral_matrix string_insertion".split()
+)
+"""Tasks whose check runs the answer, or a column of the row, as Python code; `composite` may hold one of them."""
 
 
 class ReasoningGym(PromptData):
@@ -31,7 +34,7 @@ class ReasoningGym(PromptData):
 
     Raises:
         ImportError: If the package reasoning-gym is not installed.
-        ValueError: If there is no such task, it refuses an option or a size, or runs answers as Python code.
+        ValueError: If there is no such task, it refuses an option or a size, or its check runs Python code.
     """
 
     def __init__(
@@ -60,15 +63,17 @@ def questions(task: str, options: dict[str, Any], size: int, seed: int) -> list[
     """Return the questions of a task, each once.
 
     Raises:
-        ValueError: If there is no such task, it refuses an option, or runs answers as Python code.
+        ValueError: If there is no such task, it refuses an option or the seed and size, or its check runs Python code.
     """
     from reasoning_gym import create_dataset  # type: ignore[import-untyped]
     from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
 
     if task not in DATASETS:
         raise InputError(f"task={task!r}: reasoning-gym has {', '.join(sorted(DATASETS))}")
-    if task in EVALUATED:
-        raise InputError(f"task={task!r}: reasoning-gym runs its answers as Python code, which a model would write")
+    if task in RUN_CODE:
+        raise InputError(f"task={task!r}: reasoning-gym may run its answers or rows as Python code, which others wrote")
+    if fixed := options.keys() & {"seed", "size"}:
+        raise InputError(f"options has {min(fixed)!r}: give seed, train_size and val_size beside the options")
     first = zlib.crc32(f"{seed}".encode())  # question i has the seed first + i: those of near seeds would be the same
     state = random.getstate()
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from lit_rlhf.data.procedural import EVALUATED
+from lit_rlhf.data.procedural import RUN_CODE
 from lit_rlhf.errors import InputError, MissingPackageError
 from lit_rlhf.rewards.functions import compile_pattern, extract, references, to_text
 from lit_rlhf.types import Text
@@ -141,10 +141,10 @@ def scorer(task: str, options: str) -> Callable[[str | None, dict[str, Any]], fl
     """Return the function of reasoning-gym that scores an answer to a task with these options, a JSON object.
 
     Raises:
-        ValueError: If that function runs the answer as Python code.
+        ValueError: If that function may run Python code.
     """
-    if task in EVALUATED:
-        raise InputError(f"ReasoningGymScore: {task!r} runs answers as Python code, which a model would write")
+    if task in RUN_CODE:
+        raise InputError(f"ReasoningGymScore: {task!r} may run answers or rows as Python code, which others wrote")
     from reasoning_gym import create_dataset  # type: ignore[import-untyped]
 
     function: Callable[[str | None, dict[str, Any]], float] = create_dataset(task, **json.loads(options)).score_answer

@@ -1,8 +1,13 @@
 """Questions of reasoning-gym as prompts, and their score as a reward."""
 
+import contextlib
+
 import pytest
+from reasoning_gym import create_dataset
+from reasoning_gym.factory import DATASETS
 
 from lit_rlhf.data import AsChat, ReasoningGym
+from lit_rlhf.data.procedural import RUN_CODE
 from lit_rlhf.rewards import ReasoningGymScore
 
 WORDS = {"max_word_len": 4}
@@ -62,11 +67,45 @@ def test_an_answer_at_which_the_check_fails_scores_0():
     assert ReasoningGymScore()(['{"a": 1}'], answer=["[[1]]"], metadata=metadata) == [0.0]
 
 
-def test_a_task_that_runs_answers_as_code_is_refused():
-    with pytest.raises(ValueError, match="runs its answers as Python code"):
-        ReasoningGym("n_queens")
-    with pytest.raises(ValueError, match="runs answers as Python code"):
-        ReasoningGymScore()(["exit()"], answer=[""], metadata=[{"source_dataset": "n_queens"}])
+@pytest.mark.parametrize("task", sorted(RUN_CODE))
+def test_a_task_that_runs_code_is_refused(task):
+    with pytest.raises(ValueError, match="may run its answers or rows as Python code"):
+        ReasoningGym(task)
+    with pytest.raises(ValueError, match="may run answers or rows as Python code"):
+        ReasoningGymScore()(["exit()"], answer=[""], metadata=[{"source_dataset": task}])
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its files
+def test_no_other_task_runs_an_answer_or_a_row(tmp_path):
+    """Each task checks an answer that is code, and with the right one a row whose strings are."""
+    code = f"__import__('os').mkdir({str(tmp_path / 'made')!r})"
+
+    def replaced(value):
+        if isinstance(value, str):
+            return code
+        if isinstance(value, dict):
+            return {name: replaced(item) for name, item in value.items()}
+        return [replaced(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    checked = 0
+    for task in sorted(DATASETS.keys() - RUN_CODE):
+        data = create_dataset(task, size=1, seed=1)
+        entry, metadata = data[0], data[0]["metadata"]
+        rows = [(code, entry), (f"[{code}]", entry), (entry["answer"], {**entry, "answer": code})]
+        rows += [
+            (entry["answer"], {**entry, "metadata": {**metadata, name: replaced(metadata[name])}}) for name in metadata
+        ]
+        for answer, row in rows:
+            with contextlib.suppress(Exception):
+                data.score_answer(answer, row)
+            assert not list(tmp_path.iterdir()), (task, row)
+        checked += 1
+    assert checked > 90
+
+
+def test_seed_and_size_are_no_options_of_a_task():
+    with pytest.raises(ValueError, match="options has 'seed': give seed, train_size and val_size beside"):
+        ReasoningGym("spell_backward", options={"seed": 3})
 
 
 @pytest.mark.parametrize(
