@@ -58,16 +58,18 @@ class MathAnswer:
             return None
         from math_verify import verify  # type: ignore[import-untyped]
 
-        found = self._parse(text) if _WORD.search(text) else self._parse_formula(text)
+        found = self._read(text, _WORD)
         return float(any(verify(gold, found, timeout_seconds=self._seconds) for gold in golds))
 
     def _parse_reference(self, text: str) -> list[Any]:
         found = extract(text, self.pattern)
-        text = text if found is None else found
-        return self._parse(text) if _PROSE.search(text) else self._parse_formula(text)
+        return self._read(text if found is None else found, _LONGER_WORD)
 
-    def _parse_formula(self, text: str) -> list[Any]:
-        marked = "$" in text or "\\boxed" in text
+    def _read(self, text: str, word: re.Pattern[str]) -> list[Any]:
+        text = _EMPHASIS.sub(r"\2", text)
+        if word.search(text):
+            return self._parse(_TOUCHING.sub(" ", text))
+        marked = any(mark in text for mark in ("$", "\\boxed", "\\[", "\\("))
         return self._parse(text if marked else f"${text}$") or self._parse(text)
 
     def _parse(self, text: str) -> list[Any]:
@@ -82,10 +84,20 @@ class MathAnswer:
         return self.timeout if threading.current_thread() is threading.main_thread() else None
 
 
-_PROSE = re.compile(r"(?:^|\s)[A-Za-z]{3,}(?:\s|$)")
-"""A word, as no formula has it but for commands of LaTeX."""
-_WORD = re.compile(r"(?:^|\s)[A-Za-z]{2,}(?:\s|$)")
-"""The same; shorter ones occur in a formula of a reference, such as `2 or 3`."""
+_FUNCTIONS = "sqrt|cbrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi"
+_FOREIGN = r"[^\W\d_A-Za-z]"
+_WORD, _LONGER_WORD = (
+    re.compile(
+        rf"(?:^|[\s(<\"'])(?:(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{{least},}}(?=$|[\s,.:;!?'\")>])|[A-Za-z]:(?=\s))"
+        rf"|{_FOREIGN}{{2}}"
+    )
+    for least in (2, 3)
+)
+"""A word of prose, or a label such as `A:`; in a reference of three letters, since `2 or 3` is a formula there."""
+_TOUCHING = re.compile(rf"(?<=[^\W\d_]:)(?=[-\d])|(?<=>)(?=[-\d])|(?<=\d)(?=</)|(?<={_FOREIGN})(?=[-\d])")
+"""Where a number touches a word, a tag or a label, as in `Answer:42`."""
+_EMPHASIS = re.compile(r"(?<![\w*`)])([*_`]{1,3})(?=\S)([^*_`]+)(?<=\S)\1(?![\w*`(])")
+"""What Markdown emphasizes; `x**2` and `a_1` are none."""
 
 
 class ReasoningGymScore:
