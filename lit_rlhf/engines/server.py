@@ -132,7 +132,7 @@ class VLLMServer:
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
         try:
-            status, text = send(method, self.url + path, content, self.options.timeout, f"{self.shown}{path}")
+            status, text, _ = send(method, self.url + path, content, self.options.timeout, f"{self.shown}{path}")
         except ServiceError as error:
             if path == "/collective_rpc" and "status 500" in str(error):
                 raise ServiceError(f"{error}: {START}") from error

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -51,31 +51,58 @@ def check_url(url: str, example: str) -> str:
     """Return an address for messages, without what may be secret.
 
     Raises:
-        ValueError: If it is not the address of a server, or holds a password.
+        ValueError: If it is not the address of a server, or holds a user or a password.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{url!r} is not the address of a server: give a url such as {example}")
-    if parts.password:
-        raise InputError(f"the url of {parts.hostname} holds a password: give it in an environment variable")
+        harmless = url.partition("?")[0].rpartition("@")[2]
+        raise InputError(f"{harmless!r} is not the address of a server: give a url such as {example}")
+    if parts.username is not None:
+        raise InputError(
+            f"the url of {parts.hostname} holds a user or a password: give a key in an environment variable"
+        )
     return f"{parts.scheme}://{parts.netloc}{parts.path}"  # a query may hold a secret
+
+
+def at_path(url: str, path: str) -> str:
+    """Return an address with a path added to its own, before a query."""
+    parts = urlsplit(url)
+    return parts._replace(path=parts.path.rstrip("/") + path).geturl()
 
 
 def read_key(variable: str | None, user: str) -> str:
     """Return the API key in an environment variable, empty without one.
 
     Raises:
-        ValueError: If the variable is not set.
+        ValueError: If the variable is not set, or holds what no header can.
     """
     if variable is None:
         return ""
     if not (key := os.environ.get(variable, "").strip()):
         raise InputError(f"the environment variable {variable} of {user}'s api_key_env is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"the environment variable {variable} of {user}'s api_key_env is no key: it has other characters"
+        )
     return key
 
 
-def send(method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = "") -> tuple[int, str]:
-    """Send one request, and return status and text of the answer.
+class Answer(NamedTuple):
+    """What a server answered.
+
+    Attributes:
+        status: The HTTP status.
+        text: The body.
+        excerpt: Its beginning on one line for messages, without the key.
+    """
+
+    status: int
+    text: str
+    excerpt: str
+
+
+def send(method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = "") -> Answer:
+    """Send one request, and return the answer.
 
     Args:
         method: `GET` or `POST`.
@@ -92,32 +119,32 @@ def send(method: str, url: str, content: bytes | None, timeout: float, shown: st
 
     end = time.monotonic() + timeout
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    answer = bytearray()
+    received = bytearray()
     try:
         with (
             httpx2.Client(timeout=timeout) as client,
             client.stream(method, url, content=content, headers=headers) as response,
         ):
             for chunk in response.iter_bytes():
-                answer += chunk
+                received += chunk
                 if time.monotonic() > end:  # the client's own time-out starts again with each chunk
                     raise httpx2.ReadTimeout("")
-                if len(answer) > MAX_ANSWER_BYTES:
+                if len(received) > MAX_ANSWER_BYTES:
                     raise ServiceError(f"{shown} sent more than {MAX_ANSWER_BYTES} bytes", retry=False)
     except httpx2.TimeoutException as error:
         raise ServiceError(f"{shown} did not answer within {timeout:g} s") from error
     except httpx2.RequestError as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise ServiceError(f"{shown} can't be reached or broke off ({reason})") from error
-    text = answer.decode("utf-8", errors="replace")
-    text = text.replace(key, "***") if key else text
-    if response.status_code == 429 or response.status_code >= 500:
+    text = received.decode("utf-8", errors="replace")
+    answer = Answer(response.status_code, text, short(without(text, key)))
+    if answer.status == 429 or answer.status >= 500:
         wait = response.headers.get("Retry-After", "")
         raise ServiceError(
-            f"{shown} answered with status {response.status_code}: {short(text)}",
+            f"{shown} answered with status {answer.status}: {answer.excerpt}",
             wait=float(wait) if wait.isdecimal() else 0.0,
         )
-    return response.status_code, text
+    return answer
 
 
 def attempt(
@@ -154,6 +181,11 @@ def attempt(
         if stop.wait(min(wait, MAX_WAIT)):
             break
     raise TimeoutError("the call was given up")
+
+
+def without(text: str, key: str) -> str:
+    """Return a text for a message, without a key that a server has repeated."""
+    return text.replace(key, "***") if key else text
 
 
 def short(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.guard import Guarded
-from lit_rlhf.rewards.http_client import ServiceError, check_client, check_url, read_key, send, short
+from lit_rlhf.rewards.http_client import Answer, ServiceError, check_client, check_url, read_key, send, short, without
 from lit_rlhf.types import Text
 
 
@@ -34,8 +34,8 @@ class HTTPReward:
             itself is in no configuration and no message.
 
     Raises:
-        ValueError: If the URL is not an HTTP address or holds a password, the environment variable is not set, or a
-            number is out of its range.
+        ValueError: If the URL is not an HTTP address or holds a user, the environment variable is not set or no key,
+            or a number is out of its range.
         ImportError: If the package httpx2 is not installed.
     """
 
@@ -75,16 +75,14 @@ class HTTPReward:
             content = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise ServiceError(f"{self._shown}: the request is not JSON: {error}; see columns", retry=False) from error
-        status, answer = send(
-            "POST", self.url, content, self.timeout, self._shown, read_key(self.api_key_env, "HTTPReward")
-        )
-        return self._read(status, answer, len(completions))
+        key = read_key(self.api_key_env, "HTTPReward")
+        return self._read(send("POST", self.url, content, self.timeout, self._shown, key), len(completions), key)
 
-    def _read(self, status: int, text: str, count: int) -> list[float | None]:
-        if status != 200:
-            raise ServiceError(f"{self._shown} answered with status {status}: {short(text)}", retry=False)
+    def _read(self, answer: Answer, count: int, key: str) -> list[float | None]:
+        if answer.status != 200:
+            raise ServiceError(f"{self._shown} answered with status {answer.status}: {answer.excerpt}", retry=False)
         try:
-            scores = json.loads(text)["scores"]
+            scores = json.loads(answer.text)["scores"]
         except (ValueError, KeyError, TypeError, RecursionError):
             scores = None
         if not isinstance(scores, list):
@@ -92,10 +90,10 @@ class HTTPReward:
         elif len(scores) != count:
             problem = f"which has {len(scores)} scores for {count} completions"
         elif wrong := [score for score in scores if not _is_score(score)]:
-            problem = f"where {short(repr(wrong[0]))} is neither a finite number nor null"
+            problem = f"where {short(without(repr(wrong[0]), key))} is neither a finite number nor null"
         else:
             return scores
-        raise ServiceError(f"{self._shown} answered {short(text)}, {problem}", retry=False)
+        raise ServiceError(f"{self._shown} answered {answer.excerpt}, {problem}", retry=False)
 
 
 def _is_score(score: Any) -> bool:

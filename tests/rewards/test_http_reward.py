@@ -191,7 +191,10 @@ def test_the_api_key_is_sent_and_not_shown(serve, monkeypatch):
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "'localhost:8000' is not the address of a server"),
-        ({"url": "https://me:pw@host/score"}, "holds a password"),
+        ({"url": "https://me:pw@host/score"}, "^the url of host holds a user or a password: give"),
+        ({"url": "https://SECRET@host/score"}, "^the url of host holds a user or a password: give"),
+        ({"url": "htps://me:pw@host/score?key=SECRET"}, "^'host/score' is not the address of a server"),
+        ({"url": "host:80/score?key=SECRET"}, "^'host:80/score' is not the address of a server"),
         ({"url": "http://host/", "api_key_env": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY .* is not set"),
         ({"url": "http://host/", "timeout": 0.0}, "timeout=0.0"),
     ],
