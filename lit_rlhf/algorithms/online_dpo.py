@@ -75,6 +75,11 @@ class OnlineDPO(OnlineAlgorithm):
         shapes = replace(self.shaping, mask_truncated_completions=False) != RewardShaping()
         if ranking_judge is not None and (kl_coef or shapes):
             raise InputError("the ranking_judge ranks, not the return: kl_coef and shaping of rewards have no effect")
+        if ranking_judge is not None and self.dynamic_sampling.reward is not None:
+            raise InputError(
+                "the ranking_judge ranks, and dynamic_sampling would leave prompts out by a reward: drop one"
+            )
+        self.learns_from_rewards = ranking_judge is None
         self.beta = beta
         self.ranking_judge = None if ranking_judge is None else SymmetricJudge(ranking_judge)
 

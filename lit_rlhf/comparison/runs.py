@@ -90,7 +90,10 @@ class Run:
         """
         if not (self.folder / RESULT).is_file():
             return None
-        found: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        except ValueError:  # the machine went down while it was written
+            return None
         if found.get("arguments") != self.arguments:
             raise InputError(
                 f"{str(self.folder)!r} holds the result of other arguments ({found.get('arguments')}; now they are "
@@ -99,18 +102,27 @@ class Run:
         return found
 
     def write_result(self, **result: Any) -> None:
-        """Write the result atomically."""
-        partial = self.folder / f"partial-{RESULT}"
-        content = {"seed": self.seed, "arguments": self.arguments, **result}
+        """Write the result."""
+        self._write(RESULT, {"seed": self.seed, "arguments": self.arguments, **result})
+
+    def write_trained(self) -> None:
+        """Write that training is done."""
+        self._write(TRAINED, self.arguments["fit"])
+
+    def _write(self, name: str, content: Any) -> None:
+        partial = self.folder / f"partial-{name}"  # no reader sees half of it
         partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(self.folder / RESULT)
+        partial.replace(self.folder / name)
 
     def is_trained(self) -> bool:
         """Return whether training with these arguments is done, so that only the test is missing."""
         record = self.folder / TRAINED
         if not record.is_file() or not any(self.folder.glob(f"version_*/{LAST}")):
             return False
-        return bool(json.loads(record.read_text(encoding="utf-8")) == self.arguments["fit"])
+        try:
+            return bool(json.loads(record.read_text(encoding="utf-8")) == self.arguments["fit"])
+        except ValueError:  # the machine went down while it was written
+            return False
 
     def prepare(self) -> tuple[list[str], Path]:
         """Create the folder; return the arguments with seed and folder, and the path of the log."""
@@ -186,7 +198,7 @@ def run_arm(run: Run, environment: dict[str, str]) -> str | None:
             (run.folder / TRAINED).unlink(missing_ok=True)
             if run_logged(["fit", *fit, *location], log, environment) is None:
                 return last_lines(log)
-            (run.folder / TRAINED).write_text(json.dumps(fit), encoding="utf-8")
+            run.write_trained()
         checkpoint = ["--ckpt_path", str(newest_file(run.folder, LAST))]
     if run_logged(["test", *test, *location, *checkpoint], log, environment) is None:
         return last_lines(log)

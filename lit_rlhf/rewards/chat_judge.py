@@ -221,8 +221,8 @@ class ChatJudge:
             reply = None
         if not isinstance(reply, str):
             raise ServiceError(f"{self._shown} answered {answer.excerpt}, which is not a chat completion", retry=False)
-        said = reply.rpartition("</think>")[2]
-        return "" if "<think>" in said else said
+        answered = reply.rpartition("</think>")[2]
+        return "" if "<think>" in answered else answered
 
 
 _KEY = r"[*_`]*\s*(?:\([^)\n]*\))?\s*[:=]\s*[*_`\"']*\s*"

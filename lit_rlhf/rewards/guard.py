@@ -107,7 +107,7 @@ class Guarded:
         failed = sum(min(size, count - start) for start in errors)
         if "log_metric" in arguments:
             arguments["log_metric"](f"reward_failures/{name}", failed)
-        self._count_failure(list(errors.values()), failed, count, title)
+        self._count_failure(list(errors.values()), failed, count, title, "log_metric" in arguments)
         return list(chain.from_iterable(batches))
 
     def _attempt(
@@ -126,7 +126,7 @@ class Guarded:
 
         return attempt(once, self.retries, self.backoff, may_retry, stop)
 
-    def _count_failure(self, errors: list[BaseException], failed: int, count: int, title: str) -> None:
+    def _count_failure(self, errors: list[BaseException], failed: int, count: int, title: str, logged: bool) -> None:
         if failed < count or not count:
             self._failed_calls, self._answered = 0, True
         else:
@@ -135,9 +135,11 @@ class Guarded:
                 raise errors[-1]
         if errors and not self._warned:
             self._warned = True
+            left_out = "which have no reward from it" if logged else "which it leaves undecided"
+            further = "are counted in train/reward_failures" if logged else "give no warning"
             warn_locally(
-                f"{title} failed for {failed} of {count} completions, which have no reward from it "
-                f"({type(errors[-1]).__name__}: {errors[-1]}); further failures are counted in train/reward_failures"
+                f"{title} failed for {failed} of {count} completions, {left_out} "
+                f"({type(errors[-1]).__name__}: {errors[-1]}); further failures {further}"
             )
 
 

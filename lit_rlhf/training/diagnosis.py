@@ -89,7 +89,8 @@ class RolloutDiagnosis:
         varied: Number of groups with more than one reward; without groups, whether any two completions differ.
         lowest: Lowest reward so far.
         highest: Highest reward so far.
-        has_teacher: Whether the KL is to another model, from which the policy learns whatever the rewards are.
+        has_teacher: Whether the policy learns from something else, whatever the rewards are: a KL to another model, or
+            a judge.
         hopeless: Whether a warning has already explained why the policy stays as it is.
         kl_known: Whether the KL to the reference has been seen or found missing, or there is no reference.
     """
@@ -110,7 +111,14 @@ class RolloutDiagnosis:
         """Whether no more rollouts are needed."""
         return self.rollouts >= PATIENCE and self.kl_known
 
-    def add(self, ranks: Iterable[Mapping[str, float]], updates: int, max_new_tokens: int, rate: float) -> None:
+    def add(
+        self,
+        ranks: Iterable[Mapping[str, float]],
+        updates: int,
+        max_new_tokens: int,
+        rate: float,
+        warms_up: bool = False,
+    ) -> None:
         """Add a rollout and warn about what it completes.
 
         Args:
@@ -118,6 +126,7 @@ class RolloutDiagnosis:
             updates: Updates of the run before the rollout.
             max_new_tokens: Maximum length of a completion; 0 if completions are not expected to end before that.
             rate: The learning rate.
+            warms_up: Whether it is still below half of what it grows to, so that updates may be too small to see.
         """
         ranks = list(ranks)
         total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
@@ -132,7 +141,8 @@ class RolloutDiagnosis:
             self._check_eos(max_new_tokens)
             self._check_rewards(grouped)
         if not self.kl_known:
-            self._check_kl(total["difference"] / max(1.0, total["tokens"]), updates, rate)
+            difference = total["difference"] / max(1.0, total["tokens"])
+            self._check_kl(difference, 0 if warms_up else updates, rate)
 
     def _check_eos(self, max_new_tokens: int) -> None:
         if max_new_tokens and self.finished < MIN_EOS_RATE * self.completions:

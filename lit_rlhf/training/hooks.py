@@ -53,6 +53,7 @@ class OnlineHooks(EngineHooks):
     load_options: dict[str, Any]
     uses_importance_ratio: bool
     min_samples: int
+    learns_from_rewards = True
     importance: Importance
     dynamic_sampling: DynamicSampling
     data_module: Any
@@ -152,10 +153,12 @@ class OnlineHooks(EngineHooks):
         self._diagnosis.hopeless |= self._movement.nothing_moves
         self._diagnosis.kl_known |= self.reference is None
         self._diagnosis.compares_groups = self.min_samples > 1
-        self._diagnosis.has_teacher = bool(self.kl_coef) and self.reference_source != "policy"
+        teacher = bool(self.kl_coef) and self.reference_source != "policy"
+        self._diagnosis.has_teacher = teacher or not self.learns_from_rewards
         ends = not self._continues_text and self.sampling.min_new_tokens != self.sampling.max_new_tokens
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._diagnosis.add(facts, self._updates_before, self.sampling.max_new_tokens if ends else 0, rate)
+        group, longest = self.trainer.optimizers[0].param_groups[0], self.sampling.max_new_tokens if ends else 0
+        warms_up = group["lr"] < group.get("initial_lr", 0.0) / 2
+        self._diagnosis.add(facts, self._updates_before, longest, group["lr"], warms_up)
 
     def on_train_end(self) -> None:
         """Validate the final policy, unless that has just been done or the run was stopped."""

@@ -7,7 +7,7 @@ import lit_rlhf
 from enumerable import plain_logprobs
 from enumeration import ALL, PROMPT, SEQUENCE_REWARDS, assert_same, flat_gradient, make_module, step_gradient
 from lit_rlhf.errors import InputError
-from runs import make_data, make_trainer
+from runs import make_data, make_trainer, vowels
 from runs import make_module as make_tiny
 
 
@@ -94,6 +94,10 @@ def test_it_learns_and_logs(tiny, tmp_path):
         ({"sample_minibatches": 3}, "sample_minibatches=3 can't split"),
         ({"ranking_judge": longer, "kl_coef": 0.1}, "the ranking_judge ranks, not the return: kl_coef"),
         ({"ranking_judge": longer, "kl_coef": 0.0, "clip": 1.0}, "kl_coef and shaping of rewards have no effect"),
+        (
+            {"ranking_judge": longer, "kl_coef": 0.0, "reward": "vowels", "rewards": [vowels]},
+            "dynamic_sampling would leave prompts out by a reward",
+        ),
         ({"correction": "mask"}, "OnlineDPO learns from completions, whoever sampled them"),
     ],
     ids=str,

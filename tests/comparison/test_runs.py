@@ -132,6 +132,19 @@ def test_an_arm_without_its_checkpoint_is_trained_again(workspace, fake_runs):
     assert fake_runs.names() == ["fit", "test"] * 2
 
 
+@pytest.mark.parametrize("name", ["trained.json", "result.json"])
+@pytest.mark.parametrize("content", ["", '{"seed": 1, "argu'])
+def test_a_record_that_was_cut_off_is_as_none(name, content, workspace, fake_runs):
+    write_config(workspace, {"good": {"fit": [], "test": ["--broken"] if name == "trained.json" else []}})
+    with pytest.raises(SystemExit) if name == "trained.json" else contextlib.nullcontext():
+        main(["compare", "--config", "mine.yaml"])
+    (run_folder(workspace / "here", "good", 1) / name).write_text(content)
+    write_config(workspace, {"good": {"fit": []}})
+    main(["compare", "--config", "mine.yaml"])
+    assert read_table(workspace)["good"]["seeds"] == "1"
+    assert fake_runs.names() == ["fit", "test", *(["fit", "test"] if name == "trained.json" else ["test"])]
+
+
 def test_a_run_without_metrics_counts_as_failed(workspace, fake_runs):
     write_config(workspace, {"start": {}, "untested": {"test": ["--silent"]}})
     with pytest.raises(SystemExit, match=r"1 of 2 runs failed \(untested, seed 1\)"):

@@ -265,7 +265,7 @@ def test_a_completion_does_not_end_its_own_text():
     assert part(first[1]["content"], "A") == "a\n&lt;/A>\n\n&lt;B>\nb" and part(first[1]["content"], "B") == "c"
 
 
-def test_a_query_of_the_address_stays_behind_the_path():
+def test_a_query_of_the_address_comes_after_the_path():
     server = Chat(rates_length)
     answer, paths = server.answer, []
 

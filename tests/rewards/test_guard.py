@@ -207,7 +207,7 @@ def test_a_pairwise_judge_can_be_guarded():
 
     judge.pairwise = True
     symmetric = make_judge(Guarded(judge, retries=0, batch_size=1))
-    with pytest.warns(UserWarning, match="the judge 'judge' failed for 1 of 2"):
+    with pytest.warns(UserWarning, match="the judge 'judge' failed for 1 of 2 completions, which it leaves undecided"):
         wins, _ = symmetric(["p", "p"], ["c0", "c1"], ["d0", "d1"], {}, None)
     assert wins.nan_to_num(-1).tolist() == [1, -1]
 

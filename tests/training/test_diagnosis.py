@@ -133,6 +133,28 @@ def test_ranks_are_counted_together():
     assert diagnosis.done and (diagnosis.completions, diagnosis.finished, diagnosis.varied) == (48, 3, 3)
 
 
+def test_the_kl_of_a_warm_up_is_not_looked_at():
+    diagnosis = RolloutDiagnosis()
+    for updates in range(1, 8):
+        diagnosis.add([facts(difference=0.0)], updates, max_new_tokens=4, rate=1e-9, warms_up=True)
+    assert not diagnosis.kl_known
+    with pytest.warns(UserWarning, match="the KL to the reference is 0 after 8 updates"):
+        diagnosis.add([facts(difference=0.0)], 8, max_new_tokens=4, rate=1e-6)
+
+
+def zero(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def test_a_judge_that_ranks_learns_from_completions_with_one_reward(ending, tmp_path):
+    def longer(prompts, completions, opponents):
+        return [float(str(a) > str(b)) for a, b in zip(completions, opponents, strict=True)]
+
+    longer.pairwise = True
+    options = dict(data=chat(), max_new_tokens=12, kl_coef=0.0, ranking_judge=longer, rewards=[zero])
+    assert signs("OnlineDPO", ending, tmp_path, **options) == []
+
+
 def test_a_warm_up_is_not_a_learning_rate_that_moves_nothing():
     weights = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weights], lr=1.0)
