@@ -20,18 +20,18 @@ class GrowingBatch(Callback):
     `max_epochs`, growth shortens the run; a warm-up given as a fraction counts the updates without growth.
 
     Args:
-        maximum: Largest number of prompts per rollout and device.
+        maximum: Largest number of prompts per rollout and device, times `dynamic_sampling.rounds`.
 
     Raises:
         ValueError: At `fit` if the data module is not a `lit_rlhf.PromptData`, loads in worker processes (which would
-            prefetch batches of the old size), or has too few rows.
+            prefetch batches of the old size), or has too few rows, or if `maximum` can't be cut into the rounds.
     """
 
     def __init__(self, maximum: int) -> None:
         if maximum < 1:
             raise InputError(f"maximum={maximum} must be at least 1")
         self.maximum = maximum
-        self.start = 0
+        self.start, self.rounds = 0, 1
         self.sizes: list[tuple[int, int]] = []
 
     @abstractmethod
@@ -68,6 +68,12 @@ class GrowingBatch(Callback):
                 f"{loader.blocks.size}: lower it, or add rows"
             )
 
+        self.rounds = getattr(getattr(pl_module, "dynamic_sampling", None), "rounds", 1)
+        if self.maximum % self.rounds:
+            raise InputError(
+                f"maximum={self.maximum} is sampled in dynamic_sampling.rounds={self.rounds} parts: give a multiple"
+            )
+
         # Call it now as well, so that the Trainer can tell whether a checkpoint was saved at the end of an epoch.
         loader.on_begin = lambda step: set_block_sizes(trainer, self.plan(trainer, step))
         loader.on_begin(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -83,14 +89,14 @@ class GrowingBatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the number of prompts of a new rollout."""
         if batch_idx % getattr(pl_module, "steps_per_rollout", 1) == 0:
-            pl_module.log("train/prompts", float(len(batch) * trainer.world_size), batch_size=1)
+            pl_module.log("train/prompts", len(batch) * trainer.world_size / self.rounds, batch_size=1)
 
 
 class BatchSchedule(GrowingBatch):
-    """Grow rollouts linearly, from `data.batch_size` prompts to `maximum`.
+    """Grow rollouts linearly, from `data.batch_size` prompts to `maximum` (times `dynamic_sampling.rounds` both).
 
     Args:
-        maximum: Largest number of prompts per rollout and device.
+        maximum: Largest number of prompts per rollout and device, times `dynamic_sampling.rounds`.
         updates: Number of updates after which the maximum is reached.
 
     Raises:
@@ -104,8 +110,9 @@ class BatchSchedule(GrowingBatch):
         self.updates = updates
 
     def size_at(self, update: int) -> int:
-        """Return the number of prompts of a rollout that starts after `update` updates."""
-        return self.start + int((self.maximum - self.start) * min(1.0, update / self.updates))
+        """Return the number of prompts that are sampled, at most, for a rollout after `update` updates."""
+        size = self.start + int((self.maximum - self.start) * min(1.0, update / self.updates))
+        return size - size % self.rounds
 
     def plan(self, trainer: Trainer, steps_done: int) -> list[tuple[int, int]]:
         """Plan all blocks of an epoch from the number of updates at its start; within an epoch, the remaining ones."""
@@ -134,7 +141,7 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
     changed its direction.
 
     Args:
-        maximum: Largest number of prompts per rollout and device.
+        maximum: Largest number of prompts per rollout and device, times `dynamic_sampling.rounds`.
         every_n_rollouts: See `GradientNoise`.
         parts: See `GradientNoise`.
         smoothing: See `GradientNoise`.
@@ -159,7 +166,7 @@ class AdaptiveBatch(GradientNoise, GrowingBatch):
         current = self.sizes[-1][1]
         target = (self.noise_scale or 0.0) / (trainer.world_size * self._rollouts_per_update(trainer, algorithm))
         target *= algorithm.dynamic_sampling.rounds  # of which a rollout keeps one
-        size = max(current, int(min(target, 2 * current, self.maximum)))
+        size = max(current, int(min(target, 2 * current, self.maximum)) // self.rounds * self.rounds)
         if size > current:
             next_block = trainer.fit_loop.epoch_loop.batch_idx // algorithm.steps_per_rollout + 1
             self.sizes.append((next_block, size))

@@ -18,11 +18,13 @@ from lit_rlhf import functional as F
 from lit_rlhf.algorithms.online import OnlineAlgorithm
 from lit_rlhf.errors import InputError
 from lit_rlhf.evaluation import SymmetricJudge
+from lit_rlhf.evaluation.evaluator import make_judge
 from lit_rlhf.evaluation.judges import mean_wins
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
 from lit_rlhf.rewards import RewardShaping
 from lit_rlhf.training import method_checks
 from lit_rlhf.training.distributed import raise_on_all_ranks
+from lit_rlhf.training.dynamic_sampling import DynamicSampling
 from lit_rlhf.types import Metrics, Prompts, Rollout
 
 
@@ -72,16 +74,11 @@ class OnlineDPO(OnlineAlgorithm):
         if self.reference_source is None:
             raise InputError("OnlineDPO compares the policy with a reference, so reference can't be null")
         method_checks.check_whole_groups("OnlineDPO", self.updates.sample_minibatches)
-        shapes = replace(self.shaping, mask_truncated_completions=False) != RewardShaping()
-        if ranking_judge is not None and (kl_coef or shapes):
-            raise InputError("the ranking_judge ranks, not the return: kl_coef and shaping of rewards have no effect")
-        if ranking_judge is not None and self.dynamic_sampling.reward is not None:
-            raise InputError(
-                "the ranking_judge ranks, and dynamic_sampling would leave prompts out by a reward: drop one"
-            )
-        self.learns_from_rewards = ranking_judge is None
-        self.beta = beta
-        self.ranking_judge = None if ranking_judge is None else SymmetricJudge(ranking_judge)
+        self.beta, self.learns_from_rewards = beta, ranking_judge is None
+        self.ranking_judge: SymmetricJudge | None = None
+        if ranking_judge is not None:
+            check_what_a_judge_ignores(kl_coef, self.shaping, self.dynamic_sampling)
+            self.ranking_judge = pair_judge(ranking_judge)
 
     def setup(self, stage: str) -> None:
         """Check the configuration, and that the data have the columns that the judge reads."""
@@ -131,3 +128,19 @@ class OnlineDPO(OnlineAlgorithm):
             "reward_margin": (self.beta * margin.detach(), counted),
         }
         return F.dpo_loss(margin, self.beta).unsqueeze(1).expand_as(part.valid), metrics
+
+
+def check_what_a_judge_ignores(kl_coef: float, shaping: RewardShaping, dynamic_sampling: DynamicSampling) -> None:
+    """Check that no option is given that changes rewards, or chooses by them, where a judge ranks."""
+    if kl_coef or replace(shaping, mask_truncated_completions=False) != RewardShaping():
+        raise InputError("the ranking_judge ranks, not the return: kl_coef and shaping of rewards have no effect")
+    if dynamic_sampling.reward is not None:
+        raise InputError("the ranking_judge ranks, and dynamic_sampling would leave prompts out by a reward: drop one")
+
+
+def pair_judge(judge: Callable[..., Any]) -> SymmetricJudge:
+    """Return a pairwise judge, asked in both orders."""
+    made = make_judge(judge)
+    if not isinstance(made, SymmetricJudge):
+        raise InputError("the ranking_judge has to compare two completions, with the attribute `pairwise = True`")
+    return made

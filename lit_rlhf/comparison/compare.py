@@ -132,6 +132,8 @@ def check_names(arms: Iterable[str], names: set[str]) -> None:
         raise InputError(f"{sorted(unknown)}: there is no such arm; the arms are {', '.join(arms)}")
     owners: dict[Path, str] = {}
     for name in arms:
+        if not any(c.isalnum() for c in name):
+            raise InputError(f"the arm {name!r} needs a letter or a digit in its name, which its folder has")
         other = owners.setdefault(run_folder(Path(), name, 0), name)
         if other != name:
             raise InputError(f"the arms {other!r} and {name!r} would write into one folder: rename one")

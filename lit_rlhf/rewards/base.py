@@ -135,7 +135,7 @@ class RewardSpec:
         """Unwrap a reward and inspect its signature; `taken` are the names of other rewards.
 
         Raises:
-            TypeError: If it is not a reward.
+            TypeError: If it is not a reward, or is guarded although it guards itself.
         """
         weights: list[Weighted] = []
         guard: Guarded | None = None
@@ -152,7 +152,10 @@ class RewardSpec:
             bool(getattr(reward, flag, getattr(bare, flag, False))) for flag in ("token_level", "special_tokens")
         )
         name = _unique(name or _name(bare), taken)
-        guard = guard or getattr(reward, "guard", None)
+        own = getattr(reward, "guard", None)
+        if guard is not None and own is not None:
+            raise InputTypeError(f"the {role} {name!r} has timeout, retries and so on itself: leave Guarded out")
+        guard = guard or own
         options = (tuple(weights), guard, reward, token_level, special_tokens, *_signature(reward))
         return cls(name, f"the {role} {name!r}", *options)
 

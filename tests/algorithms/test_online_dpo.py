@@ -98,6 +98,7 @@ def test_it_learns_and_logs(tiny, tmp_path):
             {"ranking_judge": longer, "kl_coef": 0.0, "reward": "vowels", "rewards": [vowels]},
             "dynamic_sampling would leave prompts out by a reward",
         ),
+        ({"ranking_judge": vowels, "kl_coef": 0.0}, "has to compare two completions, with the attribute `pairwise"),
         ({"correction": "mask"}, "OnlineDPO learns from completions, whoever sampled them"),
     ],
     ids=str,

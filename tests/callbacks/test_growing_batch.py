@@ -108,6 +108,15 @@ def test_schedule_grows_linearly_over_epochs(tiny, tmp_path):
     assert float(module.trainer.callback_metrics["train/prompts"]) == 8
 
 
+def test_batches_of_several_rounds_grow_by_whole_rollouts(tiny, tmp_path):
+    options = dict(reward="checksum_reward", rounds=2)
+    module, recorder = train(tiny, tmp_path, BatchSchedule(maximum=8, updates=8), **options)
+    assert recorder.sizes[:6] == [2, 2, 2, 4, 4, 4] and recorder.sizes[-1] == 8
+    assert float(module.trainer.callback_metrics["train/prompts"]) == 4 == len(module.rollout.prompts)
+    with pytest.raises(ValueError, match=r"maximum=7 is sampled in dynamic_sampling.rounds=2 parts: give a multiple"):
+        train(tiny, tmp_path, BatchSchedule(maximum=7, updates=8), **options)
+
+
 def bar_totals(tiny, root, monkeypatch, callbacks=(), **options):
     """Return `(completed, total)` of the bar after each batch."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # otherwise plain lines are printed

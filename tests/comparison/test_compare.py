@@ -45,6 +45,7 @@ def test_a_sweep_gives_every_trained_arm_every_learning_rate():
         (["--seeds=[1, 2, 1]"], r"seeds=\[1, 2, 1\]: a seed occurs twice"),
         (["--jobs=0"], "jobs=0"),
         (["--arms={}"], "0 arms"),
+        (["--arms={..: {}}"], "the arm '..' needs a letter or a digit in its name"),
         (["--arms={k=1: {}, k 1: {}}"], "'k=1' and 'k 1' would write into one folder"),
         (["--cost={fit: [], rounds: 0}"], "cost.rounds=0 must be at least 1"),
         (["--learning_rates=[1e-4]"], "0 arms"),

@@ -10,7 +10,7 @@ import torch
 import lit_rlhf
 import local_server
 from lit_rlhf.errors import InputError
-from lit_rlhf.rewards import ChatJudge, Scorer
+from lit_rlhf.rewards import ChatJudge, Guarded, Scorer
 from runs import make_data, make_module, make_trainer
 from scoring import component, flat
 
@@ -299,6 +299,12 @@ def test_a_key_that_the_server_repeats_is_not_shown(reply, monkeypatch):
 def test_a_short_key_leaves_the_answer_alone(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "7")
     assert make(Chat(lambda text: "Rating: 7"), api_key_env="JUDGE_KEY")(["p"], ["c"]) == [pytest.approx(6 / 9)]
+
+
+def test_a_judge_that_guards_itself_is_not_guarded_again():
+    judge = make(Chat(rates_length))
+    with pytest.raises(TypeError, match="'chat_judge' has timeout, retries and so on itself: leave Guarded out"):
+        Scorer([Guarded(judge, timeout=3.0)])
 
 
 def test_copies_keep_the_options_and_no_replies():
