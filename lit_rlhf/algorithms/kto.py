@@ -66,7 +66,8 @@ class KTO(DPO):
         for name in ("train_set", "val_set"):
             for i, row in enumerate(getattr(data, name, None) or ()):
                 method_checks.check_label(row.example.columns, self.label_column, f"row {i} of {name}")
-        labels = {bool(row.example.columns[self.label_column]) for row in getattr(data, "train_set", None) or ()}
+        rows = getattr(data, "train_set", None) or ()
+        labels = {method_checks.read_label(row.example.columns[self.label_column]) for row in rows}
         if stage == "fit" and len(labels) == 1:
             rank_zero_warn(
                 f"{self.label_column} is {str(labels.pop()).lower()} in every row of the training data: KTO is meant "
@@ -107,7 +108,7 @@ class KTO(DPO):
 
     def labels(self, batch: Demonstrations) -> Bool[Tensor, " rows"]:
         """Return True for desirable completions."""
-        labels = [bool(label) for label in batch.prompts.columns[self.label_column]]
+        labels = [method_checks.read_label(label) for label in batch.prompts.columns[self.label_column]]
         return torch.tensor(labels, device=batch.tokens.device)
 
     def held_out_metrics(self, batch: Demonstrations) -> Metrics:

@@ -44,11 +44,18 @@ def check_whole_groups(algorithm: str, sample_minibatches: int) -> None:
         )
 
 
+def read_label(value: Any) -> bool | None:
+    """Return a label, true or false, or 1 or 0, also as the text of a csv file; None if it is something else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if value in (True, False) else None
+
+
 def check_label(columns: dict[str, Any], name: str, row: str) -> None:
-    """Check that a row has a label that is a truth value, or 0 or 1."""
+    """Check that a row has a label that `read_label` reads."""
     if name not in columns:
         raise InputError(f"KTO reads the column {name!r}, and {row} has {sorted(columns) or 'no columns'}: give it")
-    if columns[name] not in (True, False):
+    if read_label(columns[name]) is None:
         raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
 
 

@@ -70,6 +70,22 @@ def test_it_learns_the_labels(tiny, tmp_path):
     assert trainer.predict(trainer.lightning_module, data)[0][0].keys() == {"index", "prompt", "reward"}
 
 
+def test_labels_of_a_csv_file(tiny, tmp_path):
+    cells = ["true", "False", "1", "0"]
+    table = "".join(f"p {i},c {i},{cell}\n" for i, cell in enumerate(cells))
+    (tmp_path / "rated.csv").write_text(f"prompt,completion,label\n{table}")
+    data = lit_rlhf.DemonstrationData(train=str(tmp_path / "rated.csv"), val=None, batch_size=4)
+    seen = {}
+
+    class Watched(lit_rlhf.KTO):
+        def training_step(self, batch, batch_idx):
+            seen.update(zip(batch.prompts.text, self.labels(batch).tolist(), strict=True))
+            return super().training_step(batch, batch_idx)
+
+    make_trainer(tmp_path, max_steps=1).fit(Watched(str(tiny)), data)
+    assert seen == {"p 0": True, "p 1": False, "p 2": True, "p 3": False}
+
+
 def test_labels_of_one_kind_give_a_warning(tiny, tmp_path):
     rows = [{"prompt": f"p {i}", "completion": "good", "label": True} for i in range(8)]
     data = lit_rlhf.DemonstrationData(train=rows, val=None, batch_size=4)
