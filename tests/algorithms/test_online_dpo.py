@@ -101,7 +101,7 @@ def test_it_learns_and_logs(tiny, tmp_path):
         ({"ranking_judge": vowels, "kl_coef": 0.0}, "has to compare two completions, with the attribute `pairwise"),
         ({"correction": "mask"}, "OnlineDPO learns from completions, whoever sampled them"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_options_are_one_sentence(options, message, tiny):
     with pytest.raises(InputError, match=message):
