@@ -213,8 +213,7 @@ class ChatJudge:
 
     def _reply(self, answer: Answer) -> str:
         """Return the text of a reply, after its thought; nothing if that does not end."""
-        if answer.status != 200:
-            raise ServiceError(f"{self._shown} answered with status {answer.status}: {answer.excerpt}", retry=False)
+        answer.check_status(self._shown)
         try:
             reply = json.loads(answer.text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):

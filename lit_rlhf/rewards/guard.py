@@ -98,6 +98,8 @@ class Guarded:
             except torch.OutOfMemoryError:
                 raise
             except BaseException as error:  # also the SystemExit of a reward that calls sys.exit
+                if getattr(error, "hopeless", False) and not self._answered:
+                    raise
                 errors[start] = error
                 return [None] * len(part["completions"])
 

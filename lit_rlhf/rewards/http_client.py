@@ -28,11 +28,12 @@ class ServiceError(RuntimeError):
     Attributes:
         retry: Whether another attempt may succeed.
         wait: Seconds that the service asked to wait.
+        hopeless: Whether every other request would fail in the same way, as with a wrong key.
     """
 
-    def __init__(self, message: str, retry: bool = True, wait: float = 0.0) -> None:
+    def __init__(self, message: str, retry: bool = True, wait: float = 0.0, hopeless: bool = False) -> None:
         super().__init__(message)
-        self.retry, self.wait = retry, wait
+        self.retry, self.wait, self.hopeless = retry, wait, hopeless
 
 
 def check_client(user: str) -> None:
@@ -99,6 +100,19 @@ class Answer(NamedTuple):
     status: int
     text: str
     excerpt: str
+
+    def check_status(self, shown: str) -> None:
+        """Check that the status is 200.
+
+        Args:
+            shown: The address in messages.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        if self.status != 200:
+            message = f"{shown} answered with status {self.status}: {self.excerpt}"
+            raise ServiceError(message, retry=False, hopeless=self.status in (401, 404))
 
 
 def send(method: str, url: str, content: bytes | None, timeout: float, shown: str, key: str = "") -> Answer:

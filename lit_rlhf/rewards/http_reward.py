@@ -79,8 +79,7 @@ class HTTPReward:
         return self._read(send("POST", self.url, content, self.timeout, self._shown, key), len(completions), key)
 
     def _read(self, answer: Answer, count: int, key: str) -> list[float | None]:
-        if answer.status != 200:
-            raise ServiceError(f"{self._shown} answered with status {answer.status}: {answer.excerpt}", retry=False)
+        answer.check_status(self._shown)
         try:
             scores = json.loads(answer.text)["scores"]
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -240,6 +240,20 @@ def test_the_key_comes_from_the_environment_and_stays_there(monkeypatch):
     assert server.keys == ["Bearer secret"]
 
 
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_server_that_refuses_from_the_start_is_not_asked_for_every_completion(status):
+    server = Chat(lambda text: (status, "no"))
+    with pytest.raises(InputError, match=f"answered with status {status}: no"):
+        score(make(server, concurrency=4), ["p"] * 64, [str(i) for i in range(64)])
+    assert 1 <= len(server.requests) <= 4
+
+
+def test_a_question_that_is_refused_costs_only_its_own_reward():
+    server = Chat(lambda text: (403, "filtered") if "bad" in text else rates_length(text))
+    with pytest.warns(UserWarning, match="failed for 1 of 3 completions"):
+        assert flat(score(make(server), ["p"] * 3, ["a", "bad", "ab"]))[::2] == pytest.approx([1 / 9, 2 / 9])
+
+
 def test_equal_questions_of_one_call_are_asked_once():
     started = threading.Event()
 
