@@ -1,13 +1,15 @@
-"""Figures of a comparison: reward against completions and seconds, and over-optimization."""
+"""Figures of a comparison: reward against completions and seconds, over-optimization, and results with intervals."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_rlhf.comparison.results import (
     Results,
+    confidence_interval,
     final_point,
     mean_point,
     mean_validation_curve,
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REWARD = "reward, greedy, held-out prompts"
+INTERVALS = {"judge": "judge", "win_rate": "win rate", "reward": "reward", "return": "return", "kl": "KL"}
+"""Metrics of `lit-rlhf test` in the figure with intervals, if any run has them, with their titles."""
 
 
 def draw(path: Path, results: Results, completions: dict[str, float], costs: Results | None = None) -> None:
@@ -56,6 +60,49 @@ def draw(path: Path, results: Results, completions: dict[str, float], costs: Res
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_intervals(path: Path, results: Results) -> None:
+    """Plot the final test of each arm: one small dot per seed, and the mean with its 95 % interval.
+
+    A dashed line is the mean of the first arm.
+
+    Args:
+        path: File to write, unless no run has a metric.
+        results: Results of the arms.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    values = {m: {name: metric_values(rows, m) for name, rows in results.items()} for m in INTERVALS}
+    shown = [metric for metric, by_arm in values.items() if any(by_arm.values())]
+    if not shown:
+        return
+    size = (2.0 + 2.8 * len(shown), 1.2 + 0.26 * len(results))
+    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for panel, metric in zip(axes[0], shown, strict=True):
+        panel.set(title=INTERVALS[metric])
+        panel.grid(axis="x", alpha=0.25)
+        _draw_intervals(panel, list(values[metric].values()))
+    axes[0, 0].set_yticks(range(len(results)), list(results))
+    axes[0, 0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_intervals(panel: Axes, values: list[list[float]]) -> None:
+    """Plot one row per arm from the values of its seeds."""
+    for row, seeds in enumerate(values):
+        finite = [value for value in seeds if math.isfinite(value)]
+        if not finite:
+            continue
+        mean, half = confidence_interval(finite)
+        if row == 0:
+            panel.axvline(mean, color="grey", linestyle="--", linewidth=0.8)
+        panel.plot(finite, [row] * len(finite), ".", color="#9ab4d0", markersize=4)
+        panel.errorbar(mean, row, xerr=0.0 if math.isnan(half) else half, fmt="o", color="#1f4e79", markersize=4)
 
 
 def _label(axes: list[Axes], unit: str) -> None:

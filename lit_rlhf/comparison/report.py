@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lit_rlhf.comparison.plots import draw
+from lit_rlhf.comparison.plots import draw, draw_intervals
 from lit_rlhf.comparison.results import Results, confidence_interval, metric_values
 
 COLUMNS = {
@@ -51,7 +51,9 @@ def write(
     completions: dict[str, float],
     rounds: int = 0,
 ) -> Path:
-    """Write `table.md`, `table.csv`, `runs.csv` and, with matplotlib installed, `curves.png`; return the first's path.
+    """Write `table.md`, `table.csv` and `runs.csv`, and return the first's path.
+
+    With matplotlib installed `curves.png` and `intervals.png` are written too.
 
     Args:
         folder: Output folder.
@@ -71,6 +73,7 @@ def write(
     _write_csv(folder / "runs.csv", _runs(results))
     if find_spec("matplotlib") is not None:
         draw(folder / "curves.png", results, completions, costs)
+        draw_intervals(folder / "intervals.png", results)
     return folder / "table.md"
 
 
