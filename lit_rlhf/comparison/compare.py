@@ -38,6 +38,7 @@ def compare(
     only: Sequence[str] = (),
     learning_rates: Sequence[float] = (),
     pairs: Sequence[tuple[str, str]] = (),
+    contrasts: report.Contrasts | None = None,
     completions: float = 1,
     cost: Cost | None = None,
     jobs: int = 1,
@@ -54,6 +55,7 @@ def compare(
         only: Names of the arms to run; empty: all. The table shows all finished runs with these seeds.
         learning_rates: Sweep: learning rates to try with every trained arm. The table shows which has the best return.
         pairs: Pairs of arms whose difference to show, with its interval over the seeds.
+        contrasts: Further differences, by title: the mean of several arms minus that of others, seed by seed.
         completions: Completions sampled per update, for the axis of a figure, where an arm has no other number.
         cost: If given, measure seconds and memory of an update after all runs.
         jobs: Number of runs at a time. They share the processor's cores.
@@ -63,14 +65,16 @@ def compare(
         Path of the Markdown table.
 
     Raises:
-        ValueError: If a name in `only` or `pairs` is unknown, two arms share a folder, a number is out of range, the
-            command line rejects an arm's arguments, or a finished result was made with other arguments.
+        ValueError: If a name in `only`, `pairs` or `contrasts` is unknown, a side of a contrast has no arm, two arms
+            share a folder, a number is out of range, the command line rejects an arm's arguments, or a finished result
+            was made with other arguments.
         RunsFailed: At the end, if runs failed.
     """
-    check_names(arms, {*only, *(name for pair in pairs for name in pair)})
+    differences: report.Contrasts = {f"{a} - {b}": ([a], [b]) for a, b in pairs} | (contrasts or {})
+    check_names(arms, {*only, *compared_arms(differences)})
     chosen = {name: arm for name, arm in arms.items() if not only or name in only}
     if learning_rates:
-        chosen, arms, pairs, cost = sweep(chosen, learning_rates), sweep(arms, learning_rates), (), None
+        chosen, arms, differences, cost = sweep(chosen, learning_rates), sweep(arms, learning_rates), {}, None
     check_numbers(seeds, jobs, len(chosen), bool(cost))
     folder, environment = Path(out), thread_limit(jobs)
     all_runs = list(arm_runs(folder, arms, seeds, fit_args, test_args))
@@ -81,7 +85,7 @@ def compare(
     failed = run_all(runs, lambda run: run_arm(run, environment), jobs) + run_all(measurements, measure_cost, 1)
     costs: Results = {run.arm: [] for run in all_measurements} | read_results(all_measurements)
     results, counts = shown_results(arms, chosen, read_results(all_runs), costs), sampled(arms, completions)
-    table = report.write(folder, results, costs, len(seeds), pairs, counts, cost.rounds if cost else 0)
+    table = report.write(folder, results, costs, len(seeds), differences, counts, cost.rounds if cost else 0)
     if learning_rates:
         report.add_best_rates(table, results)
     print(table.read_text(encoding="utf-8"))
@@ -124,6 +128,17 @@ def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Ar
         if arm.fit is not None
         for rate in learning_rates
     }
+
+
+def compared_arms(contrasts: report.Contrasts) -> set[str]:
+    """Return the names in contrasts.
+
+    Raises:
+        ValueError: If a side has none.
+    """
+    if empty := [title for title, sides in contrasts.items() if not all(sides)]:
+        raise InputError(f"contrasts {empty}: name at least one arm on each side")
+    return {name for sides in contrasts.values() for side in sides for name in side}
 
 
 def check_names(arms: Iterable[str], names: set[str]) -> None:

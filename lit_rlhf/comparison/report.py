@@ -1,4 +1,4 @@
-"""Tables of a comparison: means with confidence intervals, differences of pairs, costs, best learning rates."""
+"""Tables of a comparison: means with confidence intervals, differences, costs, best learning rates."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ COST_COLUMNS = {"seconds": "s / update", "peak_mib": "peak memory (MiB)"}
 DIFFERENCES = ("win_rate", "judge", "reward", "return", "length")
 """Metrics in the table of differences."""
 
+Contrasts = dict[str, tuple[list[str], list[str]]]
+"""Differences by title: the mean of some arms minus that of others."""
+
 ROUNDING = 1e-5
 """Smaller numbers are rounding errors, such as the KL of a policy to itself."""
 
@@ -47,7 +50,7 @@ def write(
     results: Results,
     costs: Results,
     num_seeds: int,
-    pairs: Sequence[tuple[str, str]],
+    contrasts: Contrasts,
     completions: dict[str, float],
     rounds: int = 0,
 ) -> Path:
@@ -60,14 +63,14 @@ def write(
         results: Results of each arm.
         costs: Cost measurements of each arm.
         num_seeds: Planned number of runs per arm.
-        pairs: Pairs of arms whose difference to show.
+        contrasts: Differences to show.
         completions: Completions per update of each arm.
         rounds: Planned number of cost measurements per arm.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, records = _summary(results, costs, num_seeds, rounds)
-    if pairs:
-        lines += ["", *_differences(results, pairs)]
+    if contrasts:
+        lines += ["", *_differences(results, contrasts)]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _write_csv(folder / "table.csv", records)
     _write_csv(folder / "runs.csv", _runs(results))
@@ -134,21 +137,26 @@ def _summary(results: Results, costs: Results, num_seeds: int, rounds: int) -> t
     return lines, records
 
 
-def _differences(results: Results, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the mean difference of each pair over the seeds that both arms have, with its interval."""
+def _differences(results: Results, contrasts: Contrasts) -> list[str]:
+    """Return the mean of each difference over the seeds that all of its arms have, with its interval."""
     metrics = {name: COLUMNS[name] for name in DIFFERENCES if _is_shown(results, name)}
     lines = _head(["difference", "seeds", *metrics.values()])
-    for first, second in pairs:
-        if not {first, second} <= results.keys():
+    for title, (first, second) in contrasts.items():
+        if not {*first, *second} <= results.keys():
             continue
-        others = {row["seed"]: row["metrics"] for row in results[second]}
-        both = [(row["metrics"], others[row["seed"]]) for row in results[first] if row["seed"] in others]
-        fields = [f"{first} - {second}", f"{len(both)}"]
+        runs = {name: {row["seed"]: row["metrics"] for row in results[name]} for name in (*first, *second)}
+        seeds = [seed for seed in runs[first[0]] if all(seed in by_seed for by_seed in runs.values())]
+        fields = [title, f"{len(seeds)}"]
         for metric in metrics:
-            gaps = [a[metric] - b[metric] for a, b in both if metric in a and metric in b]
-            fields.append(_with_interval(*confidence_interval(gaps)) + _coverage(gaps, both) if gaps else "-")
+            complete = [seed for seed in seeds if all(metric in by_seed[seed] for by_seed in runs.values())]
+            gaps = [_mean(runs, first, seed, metric) - _mean(runs, second, seed, metric) for seed in complete]
+            fields.append(_with_interval(*confidence_interval(gaps)) + _coverage(gaps, seeds) if gaps else "-")
         lines.append(_row(fields))
     return lines
+
+
+def _mean(runs: dict[str, dict[int, dict[str, float]]], arms: list[str], seed: int, metric: str) -> float:
+    return statistics.fmean(runs[name][seed][metric] for name in arms)
 
 
 def _is_shown(results: Results, metric: str) -> bool:

@@ -41,6 +41,8 @@ def test_a_sweep_gives_every_trained_arm_every_learning_rate():
     [
         (["--only=[three]"], "three.*the arms are one"),
         (["--pairs=[[one, four]]"], "four.*the arms are one"),
+        (["--contrasts={x: [[one], [five]]}"], "five.*the arms are one"),
+        (["--contrasts={x: [[one], []]}"], r"contrasts \['x'\]: name at least one arm on each side"),
         (["--seeds=[]"], "seeds"),
         (["--seeds=[1, 2, 1]"], r"seeds=\[1, 2, 1\]: a seed occurs twice"),
         (["--jobs=0"], "jobs=0"),

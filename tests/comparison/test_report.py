@@ -8,24 +8,33 @@ from comparisons import make_result
 from lit_rlhf.comparison import report
 
 
-def write_table(folder, results, num_seeds, pairs=()) -> str:
-    return report.write(folder, results, {}, num_seeds, pairs, dict.fromkeys(results, 1)).read_text()
+def write_table(folder, results, num_seeds, contrasts=None) -> str:
+    return report.write(folder, results, {}, num_seeds, contrasts or {}, dict.fromkeys(results, 1)).read_text()
 
 
 def test_a_sweep_shows_the_learning_rate_with_the_best_return(tmp_path):
     returns = {"RLOO, lr 0.0001": [1.0, 3.0], "RLOO, lr 0.001": [0.0, 3.0], "DPO, lr 0.001": [-1.0, -2.0]}
     returns["RLOO, lr 0.01"] = [9.0]  # its other seed failed
     results = {name: [make_result(seed, **{"return": r}) for seed, r in enumerate(v)] for name, v in returns.items()}
-    table = report.write(tmp_path, {**results, "DPO, lr 0.0001": []}, {}, 2, (), dict.fromkeys(results, 1))
+    table = report.write(tmp_path, {**results, "DPO, lr 0.0001": []}, {}, 2, {}, dict.fromkeys(results, 1))
     report.add_best_rates(table, results)
     assert table.read_text().endswith("| RLOO | 0.0001 | 2 |\n| DPO | 0.001 | -1.5 |\n")
 
 
 def test_a_difference_compares_equal_seeds(tmp_path):
     results = {name: [make_result(s, **{"return": s - i}) for s in range(1 + i, 4 + i)] for i, name in enumerate("ab")}
-    assert write_table(tmp_path, results, 3, [("a", "b")]).endswith("| a - b | 2 | 1.00 ± 0.00 |\n")
+    contrast = {"a - b": (["a"], ["b"])}
+    assert write_table(tmp_path, results, 3, contrast).endswith("| a - b | 2 | 1.00 ± 0.00 |\n")
     del results["b"][0]["metrics"]["return"]
-    assert write_table(tmp_path, results, 3, [("a", "b")]).endswith("| a - b | 2 | 1, 1 of 2 |\n")
+    assert write_table(tmp_path, results, 3, contrast).endswith("| a - b | 2 | 1, 1 of 2 |\n")
+
+
+def test_a_contrast_compares_means_of_arms_at_the_seeds_that_all_have(tmp_path):
+    rewards = {"a": [1.0, 3.0, 9.0], "b": [3.0, 7.0, 9.0], "c": [1.0, 2.0]}
+    results = {n: [make_result(seed, reward=r) for seed, r in enumerate(values)] for n, values in rewards.items()}
+    contrasts = {"a and b - c": (["a", "b"], ["c"]), "a - missing": (["a"], ["missing"])}
+    table = write_table(tmp_path, results, 3, contrasts)
+    assert table.endswith("|\n|---|---|---|\n| a and b - c | 2 | 2 ± 13 |\n")  # 1 and 3: 12.706 * 1
 
 
 def test_a_column_that_is_zero_everywhere_is_left_out(tmp_path):
