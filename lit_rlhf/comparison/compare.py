@@ -44,7 +44,7 @@ def compare(
     jobs: int = 1,
     parse_error: Callable[[Sequence[str]], str | None] | None = None,
 ) -> Path:
-    """Train and test every arm, and write `table.md`, `table.csv`, `runs.csv` (one row per run) and the figures.
+    """Train and test every arm, write `table.md`, `table.csv`, `runs.csv` and figures, and return the first's path.
 
     Args:
         arms: Methods by name: the arguments of each, added to `fit_args` and `test_args`.
@@ -61,13 +61,9 @@ def compare(
         jobs: Number of runs at a time. They share the processor's cores.
         parse_error: Returns the error of a `lit-rlhf` command line, or None, without running it; None: no check.
 
-    Returns:
-        Path of the Markdown table.
-
     Raises:
-        ValueError: If a name in `only`, `pairs` or `contrasts` is unknown, a side of a contrast has no arm, two arms
-            share a folder, a number is out of range, the command line rejects an arm's arguments, or a finished result
-            was made with other arguments.
+        ValueError: If an option names no arm or an unknown one, two arms share a folder, a number is out of range, the
+            command line rejects an arm's arguments, or a finished result was made with other arguments.
         RunsFailed: At the end, if runs failed.
     """
     differences: report.Contrasts = {f"{a} - {b}": ([a], [b]) for a, b in pairs} | (contrasts or {})
