@@ -73,7 +73,7 @@ def expand_configs(args: Sequence[str]) -> list[str]:
 def holds_options(flag: str, value: str) -> bool:
     """Return whether the value of an option is a file with its options, which jsonargparse reads for any group."""
     data = flag == "--data" and value.endswith(DATA_SUFFIXES)
-    of_a_group = "." not in flag and flag != "--ckpt_path" and not data
+    of_a_group = flag in ("--model", "--data", "--trainer") and not data
     return flag.startswith("--") and (of_a_group or value.endswith((".yaml", ".yml"))) and os.path.isfile(value)
 
 
@@ -93,7 +93,7 @@ def shipped_config(name: str) -> str:
     if os.path.isfile(name):  # unlike Path.is_file also where the name is too long
         return name
     path = CONFIGS / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
-    if name and path.is_file() and path.is_relative_to(CONFIGS):
+    if name and os.path.isfile(path) and path.is_relative_to(CONFIGS):
         return str(path)
     if os.path.isdir(name):
         raise UsageError(f"--config {name!r} is a folder: give a file in it")

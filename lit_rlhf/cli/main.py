@@ -174,7 +174,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         known = failure(error, arguments)
         if known is None:
-            raise unwrapped(error) from None
+            cause = unwrapped(error)
+            if cause is error:
+                raise
+            raise cause from cause.__cause__
         print(f"{PROGRAM}: {known}", file=sys.stderr)
         sys.exit(1)
 
@@ -204,7 +207,8 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], called: str = "")
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
-    usage = {name: {"usage": f"{PROGRAM} {called or name} {options}"} for name in kind.subcommands()}
+    programs = {name: f"{PROGRAM} {called or name}" for name in kind.subcommands()}
+    usage = {name: {"prog": program, "usage": f"{program} {options}"} for name, program in programs.items()}
     return kind(
         Algorithm,
         TextData,

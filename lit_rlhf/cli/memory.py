@@ -78,6 +78,7 @@ def read_setting(trainer: Any) -> Setting:
     accelerator = trainer.accelerator
     cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     given = trainer.devices
+    given = given.strip(",").split(",") if isinstance(given, str) and "," in given else given
     number = str(given).lstrip("-").isdigit()
     devices = len(given) if isinstance(given, list) else int(given) if number and int(given) > 0 else 0
     devices = devices or (torch.cuda.device_count() if cuda else 1) or 1

@@ -72,7 +72,7 @@ def compare(
     if learning_rates:
         chosen, arms, differences, cost = sweep(chosen, learning_rates), sweep(arms, learning_rates), {}, None
     check_numbers(seeds, jobs, len(chosen), bool(cost))
-    folder, environment = Path(out), thread_limit(jobs)
+    folder, environment = Path(out).expanduser(), thread_limit(jobs)
     all_runs = list(arm_runs(folder, arms, seeds, fit_args, test_args))
     all_measurements = list(cost_runs(folder / "cost", arms, fit_args, cost))
     runs, measurements = unfinished(all_runs, chosen), unfinished(all_measurements, chosen)
@@ -119,7 +119,7 @@ def sweep(arms: dict[str, Arm], learning_rates: Sequence[float]) -> dict[str, Ar
     if wrong := [rate for rate in learning_rates if not (rate > 0 and math.isfinite(rate))]:
         raise InputError(f"learning_rates={wrong} must be above 0")
     return {
-        f"{name}, lr {rate:g}": replace(arm, fit=[*arm.fit, "--model.optimizer.lr", f"{rate:g}"])
+        f"{name}, lr {rate!r}": replace(arm, fit=[*arm.fit, "--model.optimizer.lr", f"{rate!r}"])
         for name, arm in arms.items()
         if arm.fit is not None
         for rate in learning_rates

@@ -1,4 +1,4 @@
-"""Child processes of `lit-rlhf`: output goes to log files, and all of them end with their parent."""
+"""Child processes of `lit-rlhf`: output goes to log files, and an interrupt of their parent ends them all."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def add_best_rates(table: Path, results: Results) -> None:
     best: dict[str, tuple[int, float, str]] = {}
     for name, rows in results.items():
         method, _, rate = name.rpartition(", lr ")
-        if values := metric_values(rows, "return"):
+        if values := [value for value in metric_values(rows, "return") if math.isfinite(value)]:
             candidate = (len(values), statistics.fmean(values), rate)
             best[method] = max(best.get(method, candidate), candidate)
     lines = [_row([method, rate, f"{value:.3g}"]) for method, (_, value, rate) in best.items()]

@@ -152,7 +152,8 @@ class RewardSpec:
             bool(getattr(reward, flag, getattr(bare, flag, False))) for flag in ("token_level", "special_tokens")
         )
         name = _unique(name or _name(bare), taken)
-        own = getattr(reward, "guard", None)
+        attribute = getattr(reward, "guard", None)
+        own = attribute if isinstance(attribute, Guarded) else None
         if guard is not None and own is not None:
             raise InputTypeError(f"the {role} {name!r} has timeout, retries and so on itself: leave Guarded out")
         guard = guard or own
@@ -172,9 +173,18 @@ class RewardSpec:
         """
         new = [torch.device(device)]
         if self.ready_on != new and callable(setup := getattr(self.reward, "setup", None)):
-            sharded = sharding is not None and "sharding" in inspect.signature(setup).parameters
+            takes_it = "sharding" in inspect.signature(setup).parameters
+            # all ranks call a sharded model together, which a retry of one of them does not
+            sharded = sharding is not None and takes_it and self.guard is None
             setup(device, **({"sharding": sharding} if sharded else {}))
         self.ready_on[:] = new
+
+    def names(self, argument: str) -> bool:
+        """Return whether the reward's signature names an argument."""
+        try:
+            return argument in inspect.signature(self.reward).parameters
+        except (ValueError, TypeError):  # some builtins have no signature
+            return False
 
     def check(self, names: set[str]) -> None:
         """Raise a ValueError if a required argument is not among `names`."""
@@ -204,11 +214,11 @@ class RewardSpec:
         return self.reward(**{name: own_copy(arguments[name]) for name in arguments if name in names})
 
     def raise_error(self, error: BaseException, arguments: dict[str, Any]) -> NoReturn:
-        """Raise a RuntimeError that names the reward, from an exception of the reward."""
+        """Raise an error that names the reward, from one of the reward's: a RuntimeError unless it is a sentence."""
         if isinstance(error, torch.OutOfMemoryError | RewardInterrupted):
             raise error  # unchanged, for callers that retry with a smaller batch, and for those that end the run
-        if isinstance(error, ServiceError):
-            raise InputError(f"{self.title}: {error}") from error
+        if isinstance(error, ServiceError | InputError):
+            raise InputError(f"{error}" if self.title in str(error) else f"{self.title}: {error}") from error
         hint = ""
         if has_messages(arguments) and not isinstance(error, OSError):
             hint = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -27,13 +28,13 @@ class Guarded:
     Args:
         reward: Any reward, sync or async.
         timeout: Seconds that one attempt may take; None for no limit. Python can't end a thread, so a sync reward that
-            hangs continues in its thread until the process ends.
+            hangs continues in its thread until the process ends, beside the next attempt.
         retries: Further attempts after one that failed.
         backoff: Seconds before the first retry, doubled before each further one, at most 60.
         max_failures: Number of failed calls in a row that stops the run.
         batch_size: Completions per attempt; None for all at once. With 1, one failing completion costs only its own
             reward.
-        concurrency: Attempts at the same time; above 1 the reward must be thread-safe.
+        concurrency: Attempts at the same time; above 1, or with a `timeout`, the reward must be thread-safe.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -124,7 +125,11 @@ class Guarded:
             return retry and not isinstance(error, torch.OutOfMemoryError)
 
         def once() -> list[Any]:
-            return read(call_within(self.timeout, call, arguments), arguments)
+            given, reports = _with_reports(arguments)
+            output = read(call_within(self.timeout, call, given), arguments)
+            for report in reports:
+                report()
+            return output
 
         return attempt(once, self.retries, self.backoff, may_retry, stop)
 
@@ -148,12 +153,30 @@ class Guarded:
 def _part(arguments: dict[str, Any], rows: slice, extras: dict[str, list[Any]]) -> dict[str, Any]:
     """Return the arguments of some completions; what they report with `log_extra` goes to `extras`."""
     part = {name: value[rows] if isinstance(value, list) else value for name, value in arguments.items()}
-    count, expected = len(arguments["completions"]), len(part["completions"])
+    count = len(arguments["completions"])
 
-    def log_extra(column: str, values: Iterable[Any]) -> None:
-        entries = list(values)
-        if len(entries) != expected:
-            raise InputError(f"log_extra({column!r}) got {len(entries)} values for {expected} completions")
+    def log_extra(column: str, entries: list[Any]) -> None:
         extras.setdefault(column, [None] * count)[rows] = entries
 
     return {**part, "log_extra": log_extra} if "log_extra" in arguments else part
+
+
+def _with_reports(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[Callable[[], None]]]:
+    """Return the arguments of an attempt, and what it reports, to be called if the attempt succeeds.
+
+    One that failed, or continues in its thread after the time-out, reports nothing.
+    """
+    reports: list[Callable[[], None]] = []
+    count = len(arguments["completions"])
+
+    def log_extra(column: str, values: Iterable[Any]) -> None:
+        entries = list(values)
+        if len(entries) != count:
+            raise InputError(f"log_extra({column!r}) got {len(entries)} values for {count} completions")
+        reports.append(partial(arguments["log_extra"], column, entries))
+
+    def log_metric(name: str, value: SupportsFloat) -> None:
+        reports.append(partial(arguments["log_metric"], name, float(value)))
+
+    buffered = {"log_extra": log_extra, "log_metric": log_metric}
+    return {**arguments, **{name: log for name, log in buffered.items() if name in arguments}}, reports

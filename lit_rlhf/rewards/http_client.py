@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ T = TypeVar("T")
 MAX_ANSWER_BYTES = 2**24
 MAX_WAIT = 60.0
 """Longest pause before a retry, in seconds."""
+SLACK = 1.0
+"""Seconds that the thread of a request may take beyond the time-out, which also ends one whose headers never end."""
 QUIET_RETRIES = 3
 """Retries before a warning says that a service is still being tried."""
 
@@ -54,8 +57,12 @@ def check_url(url: str, example: str) -> str:
     Raises:
         ValueError: If it is not the address of a server, or holds a user or a password.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_server = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unclosed bracket
+        is_server = False
+    if not is_server:
         harmless = url.partition("?")[0].rpartition("@")[2]
         raise InputError(f"{harmless!r} is not the address of a server: give a url such as {example}")
     if parts.username is not None:
@@ -148,7 +155,7 @@ def send(method: str, url: str, content: bytes | None, timeout: float, shown: st
     except httpx2.TimeoutException as error:
         raise ServiceError(f"{shown} did not answer within {timeout:g} s") from error
     except httpx2.RequestError as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        reason = without(f"{type(error).__name__}: {error}".rstrip(": "), key)  # a malformed answer may repeat it
         raise ServiceError(f"{shown} can't be reached or broke off ({reason})") from error
     text = received.decode("utf-8", errors="replace")
     answer = Answer(response.status_code, text, short(without(text, key)))
@@ -198,8 +205,11 @@ def attempt(
 
 
 def without(text: str, key: str) -> str:
-    """Return a text for a message, without a key that a server has repeated."""
-    return text.replace(key, "***") if key else text
+    """Return a text for a message, without a key that a server has repeated, plainly or escaped as in JSON."""
+    escaped = json.dumps(key)[1:-1]
+    for form in (key, escaped, escaped.replace("/", "\\/")) if key else ():
+        text = text.replace(form, "***")
+    return text
 
 
 def short(text: str) -> str:

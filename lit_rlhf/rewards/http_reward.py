@@ -8,7 +8,17 @@ from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.guard import Guarded
-from lit_rlhf.rewards.http_client import Answer, ServiceError, check_client, check_url, read_key, send, short, without
+from lit_rlhf.rewards.http_client import (
+    SLACK,
+    Answer,
+    ServiceError,
+    check_client,
+    check_url,
+    read_key,
+    send,
+    short,
+    without,
+)
 from lit_rlhf.types import Text
 
 
@@ -27,8 +37,8 @@ class HTTPReward:
         concurrency: Requests at the same time.
         timeout: Seconds that the server may take for a request.
         retries: Further attempts after a failed request.
-        backoff: Seconds before the first retry, doubled before each further one, at most 60. A longer `Retry-After` of
-            the server has precedence.
+        backoff: Seconds before the first retry, doubled before each further one. A longer `Retry-After` of the server
+            has precedence. At most 60 in any case.
         max_failures: Number of calls in a row without any answer that stops the run.
         api_key_env: Name of an environment variable with an API key, sent as `Authorization: Bearer ...`. The key
             itself is in no configuration and no message.
@@ -55,9 +65,9 @@ class HTTPReward:
         self._shown = check_url(url, "http://localhost:8000/score")
         if isinstance(columns, str):
             raise InputError(f"columns={columns!r} must be a list of columns: put it in brackets")
-        self.guard = Guarded(self, None, retries, backoff, max_failures, batch_size, concurrency)
         if not 0 < timeout < float("inf"):
             raise InputError(f"timeout={timeout} of HTTPReward must be above 0 seconds")
+        self.guard = Guarded(self, timeout + SLACK, retries, backoff, max_failures, batch_size, concurrency)
         self.url, self.timeout, self.api_key_env = url, timeout, api_key_env
         self.required_columns = tuple(columns)
         read_key(self.api_key_env, "HTTPReward")

@@ -99,8 +99,8 @@ class Scorer:
 
     @property
     def follows_training(self) -> bool:
-        """Whether a reward takes `trainer_state`, so that its score of the same text may change during training."""
-        return any("trainer_state" in (spec.accepts or ()) for spec in self._specs)
+        """Whether a reward names `trainer_state`, so that its score of the same text may change during training."""
+        return any(spec.names("trainer_state") for spec in self._specs)
 
     @property
     def special_tokens(self) -> bool:

@@ -1,13 +1,15 @@
 """Mistakes on the command line: one sentence, a non-zero exit code, and no traceback."""
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
 
 from commands import fit
 from lit_rlhf.cli import main
-from lit_rlhf.cli.errors import nearest_option
+from lit_rlhf.cli.config_files import expand_configs
+from lit_rlhf.cli.errors import UsageError, nearest_option
 from lit_rlhf.errors import InputError, input_error
 
 REJECTED = {
@@ -98,6 +100,7 @@ def test_rejected_arguments_get_one_sentence_and_a_tip(case, workspace, capsys):
         (["export", "--ckpt_path", "last.ckpt", "--output", "here"], "--output"),
         (["export", "--ckpt", "last.ckpt", "--out", "here"], "there is no option --ckpt: did you mean --ckpt_path?"),
         (["export", "--out", "here"], "--ckpt_path is required"),
+        (["memory", "--config", "quickstart", "--device_mem", "3"], "`lit-rlhf memory --help` lists the options"),
         (["fitt"], "there is no command 'fitt': did you mean fit?"),
         (["fit"], "--data and --model are required: give a configuration, such as --config rloo, or --model METHOD"),
         (["fit", "--model.policy=tiny"], "--model is missing: give a configuration, such as --config rloo"),
@@ -233,8 +236,24 @@ def test_invalid_input_gets_a_sentence(case, workspace, capsys):
 
 def test_a_failing_reward_keeps_its_traceback(workspace):
     (workspace / "broken.py").write_text("def broken(completions, **kwargs):\n    return completions[0] / 2\n")
-    with pytest.raises(RuntimeError, match="the reward 'broken' raised TypeError"):
+    with pytest.raises(RuntimeError, match="the reward 'broken' raised TypeError") as caught:
         fit("--model.rewards+=broken.broken")
+    assert 'broken.py", line 2, in broken' in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_reward_with_invalid_output_gets_a_sentence_also_if_guarded(workspace, capsys):
+    (workspace / "short.py").write_text("def short(completions, **kwargs):\n    return [1.0]\n")
+    guarded = "{class_path: lit_rlhf.rewards.Guarded, init_args: {reward: short.short, retries: 0}}"
+    with pytest.raises(SystemExit):
+        fit(f"--model.rewards=[{guarded}]")
+    assert "lit-rlhf: the reward 'short' returned 1 values" in capsys.readouterr().err
+
+
+def test_a_file_named_like_a_value_is_not_read(workspace):
+    (workspace / "1").write_bytes(b"\xff")
+    assert expand_configs(["fit", "--seed_everything", "1"]) == ["fit", "--seed_everything", "1"]
+    with pytest.raises(UsageError, match="is neither a file nor a shipped configuration"):
+        expand_configs(["fit", "--config", "a" * 300])
 
 
 def test_an_error_in_a_users_method_keeps_its_traceback(workspace):

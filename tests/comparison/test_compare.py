@@ -29,6 +29,14 @@ def test_a_sweep_runs_every_learning_rate_and_nothing_else(workspace, fake_runs)
     assert "| good | 1e-06 | 1 |" in (workspace / "here" / "table.md").read_text()
 
 
+def test_the_output_folder_may_be_in_the_home_folder(workspace, fake_runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(workspace / "home"))
+    write_config(workspace, {"one": {}})
+    main(["compare", "--config", "mine.yaml", "--out", "~/here"])
+    assert (workspace / "home" / "here" / "table.md").exists() and not (workspace / "~").exists()
+    assert all("~" not in arg for args, _ in fake_runs.commands for arg in args)
+
+
 def test_a_sweep_gives_every_trained_arm_every_learning_rate():
     arms = {"SFT": Arm(), "RLOO": Arm(fit=[]), "DPO": Arm(fit=["--model", "DPO"], test=["--x"])}
     swept = sweep(arms, [1e-4, 1e-3])

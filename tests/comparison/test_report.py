@@ -15,6 +15,7 @@ def write_table(folder, results, num_seeds, contrasts=None) -> str:
 def test_a_sweep_shows_the_learning_rate_with_the_best_return(tmp_path):
     returns = {"RLOO, lr 0.0001": [1.0, 3.0], "RLOO, lr 0.001": [0.0, 3.0], "DPO, lr 0.001": [-1.0, -2.0]}
     returns["RLOO, lr 0.01"] = [9.0]  # its other seed failed
+    returns["RLOO, lr 0.1"] = [9.0, math.nan]
     results = {name: [make_result(seed, **{"return": r}) for seed, r in enumerate(v)] for name, v in returns.items()}
     table = report.write(tmp_path, {**results, "DPO, lr 0.0001": []}, {}, 2, {}, dict.fromkeys(results, 1))
     report.add_best_rates(table, results)

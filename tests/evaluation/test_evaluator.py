@@ -256,10 +256,16 @@ def test_reward_weight_is_kept_for_another_trainer(tiny, tmp_path):
     assert validate(module, rows_of("a", "b"), tmp_path)["val/reward"] == pytest.approx(0.1)
 
 
-def test_trainer_state_is_the_same_for_policy_and_opponent(tiny, tmp_path):
-    def step_reward(completions, trainer_state):
-        return [float(trainer_state.global_step)] * len(completions)
+def step_reward(completions, trainer_state):
+    return [float(trainer_state.global_step)] * len(completions)
 
+
+def step_reward_of_any_columns(completions, trainer_state=None, **columns):
+    return step_reward(completions, trainer_state)
+
+
+@pytest.mark.parametrize("step_reward", [step_reward, step_reward_of_any_columns], ids=["named", "with others"])
+def test_trainer_state_is_the_same_for_policy_and_opponent(step_reward, tiny, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, val_check_interval=1)
     trainer.fit(make_module("RLOO", tiny, rewards=[step_reward]), make_data("RLOO"))
     assert trainer.callback_metrics["val/reward"] == 2

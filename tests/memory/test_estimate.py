@@ -98,6 +98,8 @@ def test_command_needs_only_a_configuration(tmp_path, capsys):
     main([*args, "--trainer.devices", "8", "--trainer.accelerator", "gpu", "--device_memory", "80"])
     printed = capsys.readouterr().out
     assert "each of 8 devices" in printed and "fits 80 GiB" in printed
+    main([*args, "--trainer.devices", "0,1", "--trainer.accelerator", "gpu"])
+    assert "each of 2 devices" in capsys.readouterr().out
     main([*args, "--device_memory", "0.001"])
     assert "does not fit 0.001 GiB" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import Weighted
 from lit_rlhf.rewards.threads import map_in_threads
 from scoring import TokenObject, asynchronous, flat, ones, score
@@ -163,7 +164,7 @@ def test_log_extra_needs_one_entry_per_completion():
         log_extra("short", [1])
         return [0, 0, 0]
 
-    with pytest.raises(RuntimeError, match=r"'reward' raised .*log_extra\('short'\) got 1 values for 3 completions"):
+    with pytest.raises(InputError, match=r"'reward': log_extra\('short'\) got 1 values for 3 completions"):
         score([reward])
 
 

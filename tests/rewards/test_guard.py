@@ -68,6 +68,31 @@ async def quick_async(completions):
     return [1, 2, 3]
 
 
+def test_only_the_attempt_that_succeeds_is_reported():
+    """Not the one that continues after its time-out, nor the one that failed."""
+    release, reported, calls = threading.Event(), threading.Event(), []
+
+    def reward(completions, log_extra, log_metric):
+        calls.append(number := len(calls))
+        log_metric("attempt", number)
+        if number == 0:
+            release.wait(30)
+            log_extra("attempt", ["abandoned"])
+            reported.set()
+        elif number == 1:
+            raise ValueError
+        else:
+            log_extra("attempt", ["good"])
+            release.set()
+            reported.wait(30)
+        return [float(number)]
+
+    guarded = Guarded(reward, timeout=0.5, retries=2, backoff=0, batch_size=1)
+    scores = Scorer([guarded])(["p"], [["c"]], [[[1]]], [[True]])
+    assert flat(scores) == [2] and scores.metrics["attempt"] == 2
+    assert scores.reward_extras["attempt"] == [["good"]]
+
+
 def test_a_timeout_error_of_the_reward_itself_is_kept():
     def reward(completions):
         raise TimeoutError("judge")

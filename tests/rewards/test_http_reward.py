@@ -1,8 +1,10 @@
 """`HTTPReward` with a local server that is slow, breaks off, or answers wrongly."""
 
+import contextlib
 import json
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -187,9 +189,43 @@ def test_the_api_key_is_sent_and_not_shown(serve, monkeypatch):
     assert "s3cret" not in str(failure.value) + repr(vars(asked))
 
 
+@pytest.mark.parametrize("where", ["reason", "body"])
+def test_a_key_that_the_server_repeats_in_another_form_is_not_shown(where, serve, monkeypatch):
+    monkeypatch.setenv("SCORES_KEY", "s3cret/abc")
+
+    def echoes(handler, body):
+        if where == "reason":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nAuthorization Bearer s3cret/abc\r\n\r\n")
+        else:
+            reply(r'{"error": "bad key s3cret\/abc"}', 403)(handler, body)
+
+    with pytest.raises(InputError, match=r"\*\*\*") as failure:
+        score([reward(serve(echoes), retries=0, api_key_env="SCORES_KEY")])
+    assert "s3cret" not in str(failure.value)
+
+
+def test_a_request_ends_after_the_timeout_even_in_its_headers(serve, monkeypatch):
+    monkeypatch.setattr("lit_rlhf.rewards.http_reward.SLACK", 0.3)
+    finished = threading.Event()
+
+    def drips_headers(handler, body):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        with contextlib.suppress(OSError):
+            while not finished.wait(0.05):
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
+
+    with pytest.raises((InputError, RuntimeError), match=r"did not (answer|return) within"):
+        score([reward(serve(drips_headers), timeout=0.2, retries=0)])
+    assert not finished.is_set()
+    finished.set()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"url": "http://localhost:80a0/score"}, "'http://localhost:80a0/score' is not the address of a server"),
+        ({"url": "http://me:SECRET@[::1/score"}, r"^'\[::1/score' is not the address of a server"),
         ({"url": "localhost:8000"}, "'localhost:8000' is not the address of a server"),
         ({"url": "https://me:pw@host/score"}, "^the url of host holds a user or a password: give"),
         ({"url": "https://SECRET@host/score"}, "^the url of host holds a user or a password: give"),

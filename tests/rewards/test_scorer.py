@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from lit_rlhf.rewards import Scorer, Weighted
+from lit_rlhf.errors import InputError
+from lit_rlhf.models.sharding import Sharding
+from lit_rlhf.rewards import Guarded, Scorer, Weighted
 from scoring import IDS, TokenObject, asynchronous, by_name, component, flat, ones, score
 
 # Reward functions as written for TRL
@@ -204,6 +206,39 @@ def test_setup_is_forwarded_to_the_wrapped_reward():
 
     Scorer([Weighted(Holder(), 2), ones, Holder()]).setup("cpu")
     assert devices == ["cpu", "cpu"]
+
+
+def test_only_a_reward_that_is_called_once_on_all_ranks_is_sharded():
+    given = []
+
+    class Model:
+        def setup(self, device, sharding=None):
+            given.append(sharding)
+
+        def __call__(self, completions):
+            return [0.0] * len(completions)
+
+    sharding = object.__new__(Sharding)
+    Scorer([Weighted(Model(), 2), Guarded(Model())]).setup("cpu", sharding)
+    assert given == [sharding, None]
+
+
+def test_an_attribute_of_a_reward_is_no_guard():
+    class Safety:
+        guard = "the name of a model"
+
+        def __call__(self, completions):
+            return [1.0] * len(completions)
+
+    assert flat(score([Safety()])) == [1, 1, 1]
+
+
+def test_an_error_that_is_a_sentence_stays_one():
+    def short(completions):
+        raise InputError("the input is too long")
+
+    with pytest.raises(InputError, match=r"^the reward 'short': the input is too long$"):
+        score([short])
 
 
 def test_a_missing_column_raises_before_the_first_call():
