@@ -207,8 +207,7 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], called: str = "")
         "callbacks": [callbacks.RLHFProgressBar(), callbacks.SaveOnSignal(), callbacks.Summary()],
     }
     options = "--config NAME [--model.OPTION VALUE] [--data.OPTION VALUE] [--trainer.OPTION VALUE] ..."
-    programs = {name: f"{PROGRAM} {called or name}" for name in kind.subcommands()}
-    usage = {name: {"prog": program, "usage": f"{program} {options}"} for name, program in programs.items()}
+    usage = {name: {"usage": f"{PROGRAM} {called or name} {options}"} for name in kind.subcommands()}
     return kind(
         Algorithm,
         TextData,
@@ -219,7 +218,7 @@ def command_line(kind: type[RLHFCommandLine], args: list[str], called: str = "")
         trainer_defaults=defaults,
         save_config_callback=RunConfig,
         parser_class=CommandLineParser,
-        parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, **usage},
+        parser_kwargs={"prog": f"{PROGRAM} {called}".strip(), "description": DESCRIPTION, **usage},
     )
 
 

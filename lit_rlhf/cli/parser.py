@@ -26,7 +26,8 @@ class CommandLineParser(LightningArgumentParser):
         if not self.exit_on_error:  # an inner parser, which jsonargparse tries for one of several types
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", self)
-        raise explain(message, parser.args, parser.prog.replace(" [options]", ""), option_names(parser)) from ex
+        program = parser.prog.replace(" [options]", "").replace("memory fit", "memory")  # which has fit's options
+        raise explain(message, parser.args, program, option_names(parser)) from ex
 
 
 def call_function(function: Callable[..., T], name: str, args: Sequence[str], **given: Any) -> T:
