@@ -92,6 +92,7 @@ def test_arguments_of_all_arms_are_checked_before_any_run(workspace, capsys):
         "field/testbed",
         pytest.param("field/testbed field/sweep", marks=pytest.mark.slow),
         "field/length",
+        "field/rates",
         "field/scale",
     ],
 )
