@@ -13,7 +13,6 @@ from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.functions import to_text
 from lit_rlhf.rewards.guard import Guarded
 from lit_rlhf.rewards.http_client import (
-    SLACK,
     Answer,
     ServiceError,
     at_path,
@@ -95,7 +94,7 @@ class ChatJudge:
         if not 0 <= temperature < float("inf") or cache_size < 0:
             raise InputError(f"ChatJudge: temperature={temperature} and cache_size={cache_size} must be 0 or more")
         self.extra_body = _checked_body(extra_body or {})
-        self.guard = Guarded(self, timeout + SLACK, retries, backoff, max_failures, 1, concurrency)
+        self.guard = Guarded(self, None, retries, backoff, max_failures, batch_size=1, concurrency=concurrency)
         self.url, self.model, self.rubric, self.pairwise = url, model, rubric, pairwise
         self.low, self.high, self.max_tokens, self.temperature = low, high, max_tokens, temperature
         self.timeout, self.api_key_env, self.cache_size = timeout, api_key_env, cache_size

@@ -13,14 +13,13 @@ from urllib.parse import urlsplit
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_rlhf.errors import InputError, MissingPackageError
+from lit_rlhf.rewards.threads import call_within
 
 T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 2**24
 MAX_WAIT = 60.0
 """Longest pause before a retry, in seconds."""
-SLACK = 1.0
-"""Seconds that the thread of a request may take beyond the time-out, which also ends one whose headers never end."""
 QUIET_RETRIES = 3
 """Retries before a warning says that a service is still being tried."""
 
@@ -138,21 +137,25 @@ def send(method: str, url: str, content: bytes | None, timeout: float, shown: st
     """
     import httpx2
 
-    end = time.monotonic() + timeout
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    received = bytearray()
-    try:
+    received, end = bytearray(), time.monotonic() + timeout
+
+    def exchange() -> httpx2.Response:
         with (
             httpx2.Client(timeout=timeout) as client,
             client.stream(method, url, content=content, headers=headers) as response,
         ):
             for chunk in response.iter_bytes():
-                received += chunk
-                if time.monotonic() > end:  # the client's own time-out starts again with each chunk
+                received.extend(chunk)
+                if time.monotonic() > end:  # nobody waits any more
                     raise httpx2.ReadTimeout("")
                 if len(received) > MAX_ANSWER_BYTES:
                     raise ServiceError(f"{shown} sent more than {MAX_ANSWER_BYTES} bytes", retry=False)
-    except httpx2.TimeoutException as error:
+        return response
+
+    try:
+        response = call_within(timeout, exchange)  # the client's own time-out starts again with each byte
+    except (httpx2.TimeoutException, TimeoutError) as error:
         raise ServiceError(f"{shown} did not answer within {timeout:g} s") from error
     except httpx2.RequestError as error:
         reason = without(f"{type(error).__name__}: {error}".rstrip(": "), key)  # a malformed answer may repeat it

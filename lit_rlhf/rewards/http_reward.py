@@ -8,17 +8,7 @@ from typing import Any
 
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards.guard import Guarded
-from lit_rlhf.rewards.http_client import (
-    SLACK,
-    Answer,
-    ServiceError,
-    check_client,
-    check_url,
-    read_key,
-    send,
-    short,
-    without,
-)
+from lit_rlhf.rewards.http_client import Answer, ServiceError, check_client, check_url, read_key, send, short, without
 from lit_rlhf.types import Text
 
 
@@ -67,7 +57,7 @@ class HTTPReward:
             raise InputError(f"columns={columns!r} must be a list of columns: put it in brackets")
         if not 0 < timeout < float("inf"):
             raise InputError(f"timeout={timeout} of HTTPReward must be above 0 seconds")
-        self.guard = Guarded(self, timeout + SLACK, retries, backoff, max_failures, batch_size, concurrency)
+        self.guard = Guarded(self, None, retries, backoff, max_failures, batch_size, concurrency)
         self.url, self.timeout, self.api_key_env = url, timeout, api_key_env
         self.required_columns = tuple(columns)
         read_key(self.api_key_env, "HTTPReward")

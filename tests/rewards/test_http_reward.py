@@ -204,8 +204,7 @@ def test_a_key_that_the_server_repeats_in_another_form_is_not_shown(where, serve
     assert "s3cret" not in str(failure.value)
 
 
-def test_a_request_ends_after_the_timeout_even_in_its_headers(serve, monkeypatch):
-    monkeypatch.setattr("lit_rlhf.rewards.http_reward.SLACK", 0.3)
+def test_a_request_ends_after_the_timeout_even_in_its_headers(serve):
     finished = threading.Event()
 
     def drips_headers(handler, body):
@@ -215,7 +214,7 @@ def test_a_request_ends_after_the_timeout_even_in_its_headers(serve, monkeypatch
                 handler.wfile.write(b"x")
                 handler.wfile.flush()
 
-    with pytest.raises((InputError, RuntimeError), match=r"did not (answer|return) within"):
+    with pytest.raises(InputError, match=r"did not answer within 0\.2 s"):
         score([reward(serve(drips_headers), timeout=0.2, retries=0)])
     assert not finished.is_set()
     finished.set()
