@@ -294,6 +294,14 @@ def best_of_group_mask(
     return torch.zeros_like(valid).scatter(1, best, True) & valid
 
 
+def per_token(
+    advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"],
+    like: Float[Tensor, "prompts samples tokens"],
+) -> Float[Tensor, "prompts samples tokens"]:
+    """Give each token the advantage of its completion; advantages per token stay."""
+    return advantages.unsqueeze(-1).expand_as(like) if advantages.ndim == 2 else advantages
+
+
 def reinforce_loss(
     logprobs: Float[Tensor, "prompts samples tokens"],
     advantages: Float[Tensor, "prompts samples"] | Float[Tensor, "prompts samples tokens"],
@@ -304,9 +312,7 @@ def reinforce_loss(
     A per-completion advantage applies to each of its tokens. Back to Basics, equations 2 and 3: a sum over tokens,
     with no length normalization, no importance ratio and no clipping.
     """
-    if advantages.ndim == 2:
-        advantages = advantages.unsqueeze(-1)
-    return -masked_sum(advantages * logprobs.masked_fill(~mask, 0.0), mask)
+    return -masked_sum(per_token(advantages, logprobs) * logprobs.masked_fill(~mask, 0.0), mask)
 
 
 def whiten(values: Float[Tensor, "*shape"], mean: Tensor, variance: Tensor) -> Float[Tensor, "*shape"]:

@@ -70,18 +70,14 @@ class GRPO(OnlineAlgorithm):
         returns, valid = rollout.total_returns, rollout.valid
         if self.advantage_std == "group":
             return F.group_normalized_advantages(returns, valid)
-        centered = F.group_centered_advantages(returns, valid)
-        if self.advantage_std == "none":
-            return centered
-        return whiten_over_ranks(centered, valid, self.sum_over_ranks)
+        centered, whole_batch = F.group_centered_advantages(returns, valid), self.advantage_std == "batch"
+        return whiten_over_ranks(centered, valid, self.sum_over_ranks) if whole_batch else centered
 
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
         """Surrogate loss, reduced over tokens."""
         assert part.advantages is not None
-        ratio, advantages = self.ratio(part), part.advantages
-        if advantages.ndim == 2:
-            advantages = advantages.unsqueeze(-1).expand_as(ratio)
-        terms, clipped = self.surrogate_loss(part.replace(advantages=advantages), ratio)
+        ratio = self.ratio(part)
+        terms, clipped = self.surrogate_loss(part.replace(advantages=F.per_token(part.advantages, ratio)), ratio)
         metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio.detach(), part.loss_mask)}
         return self.reduce_tokens(terms, part), metrics
 

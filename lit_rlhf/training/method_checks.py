@@ -24,6 +24,12 @@ def check_beta(beta: float) -> None:
         raise InputError(f"beta={beta} must be a finite number above 0")
 
 
+def check_weight(name: str, value: float) -> None:
+    """Check the weight of a kind of completions."""
+    if not 0 < value < math.inf:
+        raise InputError(f"{name}={value} must be a number above 0")
+
+
 def check_clip_range(low: float | None, high: float | None = None) -> None:
     """Check the bounds of a clipped ratio."""
     for name, value in {"clip_range": low, "clip_range_high": high}.items():
@@ -51,10 +57,11 @@ def read_label(value: Any) -> bool | None:
     return bool(value) if value in (True, False) else None
 
 
-def check_label(columns: dict[str, Any], name: str, row: str) -> None:
+def check_label(algorithm: str, columns: dict[str, Any], name: str, row: str) -> None:
     """Check that a row has a label that `read_label` reads."""
     if name not in columns:
-        raise InputError(f"KTO reads the column {name!r}, and {row} has {sorted(columns) or 'no columns'}: give it")
+        found = sorted(columns) or "no columns"
+        raise InputError(f"{algorithm} reads the column {name!r}, and {row} has {found}: give it")
     if read_label(columns[name]) is None:
         raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
 
