@@ -348,6 +348,43 @@ def test_long_functions_are_found():
     assert not long_functions(source.replace("        pass\n", "", 1))
 
 
+MAX_METHOD_LINES = 40
+LONG_CLASSES = {
+    "Algorithm": "base",
+    "OfflineAlgorithm": "base",
+    "OnlineAlgorithm": "base",
+    "UnpairedAlgorithm": "base",
+    "RewardModeling": "loads, saves and exports a scalar head",
+    "VanillaPG": "has the critic, of PPO too",
+}
+"""Classes of algorithms with more lines of code, and why."""
+
+
+def class_sizes(source: str) -> dict[str, int]:
+    """Return the number of lines of each class, without docstrings, comments and blank lines."""
+    sizes, lines = {}, source.splitlines()
+    for node in (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)):
+        documented = [
+            n for n in ast.walk(node) if isinstance(n, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(n)
+        ]
+        docstrings = {i for n in documented for i in range(n.body[0].lineno, (n.body[0].end_lineno or 0) + 1)}
+        own = set(range(node.lineno, (node.end_lineno or 0) + 1)) - docstrings
+        sizes[node.name] = sum(bool(lines[i - 1].split("#")[0].strip()) for i in own)
+    return sizes
+
+
+def test_methods_are_short():
+    sizes: dict[str, int] = {}
+    for path in find_files(".py", "lit_rlhf/algorithms"):
+        sizes |= class_sizes(read(path))
+    assert {name for name, size in sizes.items() if size > MAX_METHOD_LINES} == set(LONG_CLASSES)
+
+
+def test_class_sizes_are_counted():
+    head = 'class C:\n    """Two\n    lines."""\n\n    # a comment\n    x = 1\n\n'
+    assert class_sizes(head + '    def f(self):\n        """One."""\n        pass\n') == {"C": 4}
+
+
 FLOAT64 = {
     "lit_rlhf/functional.py": "decides on which device",
     "lit_rlhf/evaluation/metrics.py": "states of metrics, which live on that device",
