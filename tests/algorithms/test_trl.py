@@ -1,6 +1,6 @@
-"""Losses of the GRPO family and of KTO against those of TRL, on the same rows; skipped where TRL is not installed.
+"""Losses of the GRPO family, OnlineDPO and KTO against those of TRL, on the same rows.
 
-pip install trl==1.16.0
+Skipped where TRL is not installed: pip install trl==1.16.0
 """
 
 from copy import deepcopy
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import lit_rlhf
 from enumerable import make_completions, make_prompts, plain_logprobs
-from enumeration import ALL, BETA, LENGTH, PROMPT, flat_gradient, make_module
+from enumeration import ALL, BETA, LENGTH, PROMPT, flat_gradient, make_module, sequence_reward
 from runs import make_data, make_trainer
 
 trl = pytest.importorskip("trl")
@@ -92,6 +92,51 @@ def test_loss_and_gradient_equal_those_of_trl_in_the_second_update(name, tmp_pat
     expected = flat_gradient(module)
     assert expected.norm() > 1e-2
     assert (actual - expected).norm() < 1e-5 * expected.norm()  # TRL computes log-probabilities in float32
+
+
+PAIRS = [[ALL[1], ALL[4]], [ALL[0], ALL[5]]]
+
+
+def backward_of_trl_online_dpo(module, prompts, completions, folder) -> None:
+    """Add the gradient of TRL's step on these pairs."""
+    online_dpo = pytest.importorskip("trl.experimental.online_dpo")
+    model = module.policy.causal_lm
+    trainer = online_dpo.OnlineDPOTrainer(
+        model=model,
+        ref_model=module.initial,
+        reward_funcs=sequence_reward,
+        args=online_dpo.OnlineDPOConfig(
+            output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+            per_device_train_batch_size=len(PAIRS), beta=module.beta,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * len(PAIRS)),
+        processing_class=module.tokenizer,
+    )  # fmt: skip
+    trainer._calculate_rewards_from_functions = lambda **kwargs: torch.tensor(
+        sequence_reward(completion_ids=[y for column in zip(*PAIRS, strict=True) for y in column])
+    )  # TRL's own passes padding to the reward
+    tokens, mask = (x.transpose(0, 1).flatten(0, 1) for x in (completions.tokens, completions.mask.long()))
+    generated = prompts.tokens.repeat(2, 1), prompts.mask.repeat(2, 1).long(), tokens, mask, None
+    trainer._generate = lambda *args: generated
+    trainer.training_step(model, {"prompt": ["a"] * len(PAIRS)})
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_gradient_of_online_dpo_equals_that_of_trl(beta, tmp_path):
+    module = make_module(lit_rlhf.OnlineDPO, num_samples=2, kl_coef=0.0, beta=beta)
+    prompts = make_prompts(PROMPT, [2, 1, 1])
+    completions = make_completions(module.policy, prompts, PAIRS)
+    module.sample = lambda prompts: completions
+    module.zero_grad()
+    module.training_step(prompts, 0).backward()
+    module.on_before_optimizer_step(torch.optim.SGD(module.parameters()))
+    actual = flat_gradient(module)
+    assert module.rollout.advantages.tolist() == [[-1.0, 1.0], [1.0, -1.0]]
+    module.zero_grad()
+    backward_of_trl_online_dpo(module, prompts, completions, tmp_path)
+    expected = flat_gradient(module)
+    assert expected.norm() > 1e-2
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 def trl_kto_loss(module, models, batch, folder) -> torch.Tensor:
