@@ -40,7 +40,8 @@ class Reward(Protocol):
     With an attribute `token_level = True` it returns, for each completion, one number per token of `completion_ids`
     (EOS token included). With `special_tokens = True` its completions contain special tokens, such as tags that were
     added to the tokenizer as special ones. A reward with a model may have `setup(device)`, called once before the first
-    use. A reward that reads columns through `**kwargs` may list them in `required_columns`.
+    use. A reward that reads columns through `**kwargs` may list them in `required_columns`. One that looks at
+    lengths may have `check_max_new_tokens(max_new_tokens)`, called before a model is loaded.
     """
 
     def __call__(

@@ -124,6 +124,12 @@ class Scorer:
             for spec in self._specs:
                 check_reads_messages(spec, prompt, columns)
 
+    def check_max_new_tokens(self, max_new_tokens: int) -> None:
+        """Call the `check_max_new_tokens` of the rewards that have one."""
+        for spec in self._specs:
+            if callable(check := getattr(spec.reward, "check_max_new_tokens", None)):
+                check(max_new_tokens)
+
     def check_hidden_tokens(self, completion_ids: list[list[int]], tokens: Callable[[], dict[int, str]]) -> None:
         """Warn once of special tokens that matter to rewards but are not in the completions that they receive.
 

@@ -206,13 +206,22 @@ class SoftOverlong:
         buffer: Number of tokens before it over which the penalty grows.
 
     Raises:
-        ValueError: If the buffer is not between 1 and the maximum.
+        ValueError: If the buffer is not between 1 and the maximum, or no completion can be long enough for a penalty.
     """
 
     def __init__(self, maximum: int, buffer: int) -> None:
         if not 1 <= buffer <= maximum:
             raise InputError(f"SoftOverlong: buffer={buffer} must be between 1 and maximum={maximum}")
         self.maximum, self.buffer = maximum, buffer
+
+    def check_max_new_tokens(self, max_new_tokens: int) -> None:
+        """Check that some completions get a penalty."""
+        if max_new_tokens <= self.maximum - self.buffer:
+            raise InputError(
+                f"SoftOverlong has no effect: its penalty begins above {self.maximum - self.buffer} tokens "
+                f"(maximum={self.maximum} less buffer={self.buffer}), and completions have at most "
+                f"max_new_tokens={max_new_tokens}: set maximum to that"
+            )
 
     def __call__(self, completion_ids: list[list[int]]) -> list[float]:
         """Return one number per completion, from -1 to 0."""

@@ -97,6 +97,7 @@ class OnlineHooks(EngineHooks):
             for scored in dict.fromkeys((self.scorer, self.judge)):
                 scored.check_on_row(rows[0].example.prompt, rows[0].example.columns)
         if stage == "fit":
+            self.scorer.check_max_new_tokens(self.sampling.max_new_tokens)
             callbacks: Sequence[Any] = getattr(self.trainer, "callbacks", ())
             batch_size = getattr(data, "batch_size", None)
             checks.check_updates(self.updates, accumulate, batch_size, callbacks)

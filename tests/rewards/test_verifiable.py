@@ -4,8 +4,10 @@ import threading
 
 import pytest
 
+import lit_rlhf
 from lit_rlhf.errors import InputError
 from lit_rlhf.rewards import Format, MathAnswer, SoftOverlong
+from runs import make_data, make_module, make_trainer, vowels
 
 ANSWERS = [
     (r"so it is \boxed{\frac{1}{2}}", "0.5", 1.0),
@@ -118,6 +120,19 @@ def test_soft_overlong_is_the_published_penalty():
     lengths = [0, 80, 81, 90, 100, 101]
     penalties = SoftOverlong(maximum=100, buffer=20)(completion_ids=[[1] * length for length in lengths])
     assert penalties == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_soft_overlong_refuses_a_limit_at_which_it_has_no_effect(tiny, tmp_path, weighted):
+    def fit(maximum: int) -> None:
+        reward = SoftOverlong(maximum=maximum, buffer=8)
+        rewards = [vowels, lit_rlhf.rewards.Weighted(reward, 0.5) if weighted else reward]
+        module = make_module("DAPO", tiny, rewards=rewards, max_new_tokens=4)
+        make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, make_data("DAPO"))
+
+    fit(11)
+    with pytest.raises(InputError, match=r"begins above 4 tokens .* at most max_new_tokens=4: set maximum to that"):
+        fit(12)
 
 
 @pytest.mark.parametrize(
