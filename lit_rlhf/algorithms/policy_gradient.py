@@ -1,4 +1,4 @@
-"""What REINFORCE, RLOO, OPO, ReMax and the batch-mean baseline share: the loss of whole completions."""
+"""Base of REINFORCE, RLOO, OPO, ReMax and the batch-mean baseline: the policy-gradient loss of whole completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PolicyGradient(OnlineAlgorithm):
     """REINFORCE's loss `-A log pi(y|x)`; a method chooses the baseline b of the advantages `A = R - b`."""
 
     def returns_to_go(self, rollout: Rollout, baseline: Tensor | float = 0.0) -> Tensor:
-        """Return what each completion, or with token-level rewards what each token and those after it, brought in.
+        """Return the return of each completion or, with token-level rewards, the reward-to-go of each token.
 
         Args:
             rollout: The rollout.
