@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import lit_rlhf
 from enumerable import make_prompts
+from lit_rlhf.errors import InputError
 from lit_rlhf.tokenization import encode_prompt
 from lit_rlhf.training.optimization import check_step_size
 from runs import make_data, make_module, make_trainer, vowels
@@ -242,6 +243,43 @@ def test_loss_terms_of_a_wrong_shape_are_refused(change, folder, tmp_path):
         ValueError, match=r"WrongShape.loss must return terms of shape \(4, 3\) or \(4, 3, \d\), one per"
     ):
         make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, make_data("RLOO"))
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "message"),
+    [
+        ("advantages", lambda rollout: None, r"Wrong.advantages must return numbers of .*, not a NoneType"),
+        ("loss", lambda part: part.rewards, r"Wrong.loss must return its terms and a dict of metrics, not \(4, 3\)"),
+        ("loss", lambda part: (1.0, {}), r"Wrong.loss must return terms of shape .*, not a float"),
+        ("loss", lambda part: (part.rewards, {"x": part.rewards}), r"the metric 'x' must be a number, or values and a"),
+    ],
+)
+def test_what_a_method_returns_is_checked(name, result, message, folder, tmp_path):
+    wrong = type("Wrong", (lit_rlhf.RLOO,), {name: lambda self, rollout: result(rollout)})
+    module = wrong(str(folder), rewards=[vowels], num_samples=3, sampling=lit_rlhf.Sampling(max_new_tokens=6))
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, make_data("RLOO"))
+
+
+def test_advantages_of_completions_without_a_reward_may_be_nan(folder, tmp_path):
+    def some(completions, **kwargs):
+        return [None if i % 3 == 0 else float(len(text)) for i, text in enumerate(completions)]
+
+    class NanMean(lit_rlhf.PolicyGradient):
+        def advantages(self, rollout):
+            returns = rollout.total_returns.masked_fill(~rollout.valid, torch.nan)
+            return returns - returns.nanmean(1, keepdim=True)
+
+    module = NanMean(str(folder), rewards=[some], num_samples=3, sampling=lit_rlhf.Sampling(max_new_tokens=6))
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(module, make_data("RLOO"))
+    assert trainer.callback_metrics["train/skipped_updates"] == 0
+
+
+def test_the_type_of_the_data_is_checked_before_they_are_read(folder, tmp_path):
+    data = lit_rlhf.PreferenceData(train=[{"prompt": "a", "completion": "b", "label": True}], val=None)
+    with pytest.raises(InputError, match="KTO learns from Demonstrations and PreferenceData yields Preferences"):
+        make_trainer(tmp_path, max_steps=1).fit(make_module("KTO", folder), data)
 
 
 def test_empty_prompt_without_bos_and_eos_is_refused():

@@ -133,6 +133,12 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         """
         check_causal_lm(self.pretrained, **self.load_options)
 
+    def configure_callbacks(self) -> list[Any]:
+        """Check the type of the data before they are read."""
+        check_batch_type(type(self).__name__, self.batch_type, self.data_module)
+        inherited: Any = super().configure_callbacks()
+        return list(inherited)
+
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.
 

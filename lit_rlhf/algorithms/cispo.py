@@ -47,8 +47,8 @@ class CISPO(GRPO):
             **kwargs,
         )
 
-    def surrogate_loss(self, part: Rollout, ratio: Tensor) -> TokenTerms:
+    def surrogate_loss(self, part: Rollout, ratio: Tensor, advantages: Tensor) -> TokenTerms:
         """Weighted negative log-probability of each token, and where the weight is clipped."""
-        assert part.logprobs is not None and part.advantages is not None
+        assert part.logprobs is not None
         weight = F.clip_ratio(ratio.detach(), self.clip_range, self.clip_range_high)
-        return -weight * part.advantages * part.logprobs, weight != ratio.detach()
+        return -weight * advantages * part.logprobs, weight != ratio.detach()

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.offline import OfflineAlgorithm
 from lit_rlhf.evaluation.metrics import pairwise_accuracy
+from lit_rlhf.training import method_checks
 from lit_rlhf.types import Metrics, Preferences
 
 
@@ -39,6 +40,7 @@ class DPO(OfflineAlgorithm):
         metrics = {f"train/{name}": values.mean() for name, values in self._metrics(log_ratios.detach()).items()}
         self.log_dict(metrics, batch_size=1, sync_dist=True)
         terms = self.pair_loss(reward_margin(log_ratios))
+        method_checks.check_row_losses(f"{type(self).__name__}.pair_loss", terms, len(log_ratios))
         return self.reduce_loss(terms, torch.ones_like(terms, dtype=torch.bool))
 
     def held_out_metrics(self, batch: Preferences) -> Metrics:

@@ -25,8 +25,9 @@ TokenTerms = tuple[Float[Tensor, "prompts samples tokens"], Bool[Tensor, "prompt
 class GRPO(OnlineAlgorithm):
     """GRPO: `A_i = (R_i - mean) / std` of the group, loss `-mean_t min(w_t A_i, clamp(w_t) A_i) + beta * mean_t k3_t`.
 
-    With `w_t = pi / pi_old`. At one update per rollout the ratio is 1, and the clip has no effect. The base
-    class adds the KL.
+    With R the sum of all rewards of a completion, those of tokens included, and `w_t = pi / pi_old`. At one update per
+    rollout `pi_old` is `pi` without gradient: w is 1 with the gradient of `log pi`, and the clip has no effect. The
+    base class adds the KL.
 
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is the size of the group.
@@ -46,6 +47,7 @@ class GRPO(OnlineAlgorithm):
     uses_importance_ratio = True
     published_kl_penalty = "k3_loss"
     min_samples = 2
+    group_baseline = True
 
     def __init__(
         self,
@@ -70,14 +72,14 @@ class GRPO(OnlineAlgorithm):
         returns, valid = rollout.total_returns, rollout.valid
         if self.advantage_std == "group":
             return F.group_normalized_advantages(returns, valid)
-        centered, whole_batch = F.group_centered_advantages(returns, valid), self.advantage_std == "batch"
-        return whiten_over_ranks(centered, valid, self.sum_over_ranks) if whole_batch else centered
+        centered = F.group_centered_advantages(returns, valid)
+        return centered if self.advantage_std == "none" else whiten_over_ranks(centered, valid, self.sum_over_ranks)
 
     def loss(self, part: Rollout) -> tuple[Tensor, Metrics]:
         """Surrogate loss, reduced over tokens."""
         assert part.advantages is not None
         ratio = self.ratio(part)
-        terms, clipped = self.surrogate_loss(part.replace(advantages=F.per_token(part.advantages, ratio)), ratio)
+        terms, clipped = self.surrogate_loss(part, ratio, F.per_token(part.advantages, ratio))
         metrics: Metrics = {"clip_fraction": (clipped, part.loss_mask), "ratio": (ratio.detach(), part.loss_mask)}
         return self.reduce_tokens(terms, part), metrics
 
@@ -86,7 +88,6 @@ class GRPO(OnlineAlgorithm):
         assert part.logprobs is not None and part.old_logprobs is not None
         return F.importance_ratio(part.logprobs, part.old_logprobs)
 
-    def surrogate_loss(self, part: Rollout, ratio: Tensor) -> TokenTerms:
+    def surrogate_loss(self, part: Rollout, ratio: Tensor, advantages: Tensor) -> TokenTerms:
         """Clipped surrogate loss of each token, and where the clip is active."""
-        assert part.advantages is not None
-        return F.ppo_clip_loss(ratio, part.advantages, self.clip_range, self.clip_range_high)
+        return F.ppo_clip_loss(ratio, advantages, self.clip_range, self.clip_range_high)

@@ -5,6 +5,8 @@ Ethayarajh et al., 2024, arXiv 2402.01306, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from lit_rlhf import functional as F
 from lit_rlhf.algorithms.unpaired import UnpairedAlgorithm
+from lit_rlhf.data import TextData
+from lit_rlhf.data.encoding import EncodedRows
 from lit_rlhf.errors import InputError
 from lit_rlhf.training import method_checks
 from lit_rlhf.training.distributed import gather_over_ranks
@@ -24,7 +28,7 @@ class KTO(UnpairedAlgorithm):
     """Kahneman-Tversky optimization: loss `1 - sigmoid(s beta (log pi(y|x) / ref(y|x) - z))`.
 
     With s = 1 for desirable completions and -1 for others, and z the KL to the reference, without gradient: the mean
-    log-ratio of completions of other prompts, at least 0.
+    log-ratio over a batch of all ranks of each prompt with the completion of the next row, at least 0.
 
     Args:
         *args: See `UnpairedAlgorithm`.
@@ -44,6 +48,7 @@ class KTO(UnpairedAlgorithm):
         method_checks.check_weight("desirable_weight", desirable_weight)
         method_checks.check_weight("undesirable_weight", undesirable_weight)
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+        self.held_out_kl: Tensor | None = None
 
     def completion_loss(
         self, log_ratios: Float[Tensor, " rows"], reference_point: Float[Tensor, ""], desirable: Bool[Tensor, " rows"]
@@ -52,13 +57,28 @@ class KTO(UnpairedAlgorithm):
         losses = F.kto_loss(log_ratios, reference_point, desirable, self.beta)
         return losses * torch.where(desirable, self.desirable_weight, self.undesirable_weight)
 
-    @torch.no_grad()
     def reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
-        """Return the mean over all ranks of `log pi / ref` of the next prompt's completion, at least 0."""
-        log_ratios = self.log_ratios(with_next_completions(self.trainer, batch))[:, 0]
+        """Return the KL to the reference by each prompt with the next row's completion, over all ranks."""
+        return self.mismatched_kl([with_next_completions(self.trainer, batch)])
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation, of the current weights."""
+        super().on_validation_epoch_start()
+        self.held_out_kl = None
+
+    def held_out_reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
+        """Return the same over all held-out rows, if they are of a data module; computed once per evaluation."""
+        if not isinstance(self.data_module, TextData):
+            return self.reference_point(batch)
+        if self.held_out_kl is None:
+            self.held_out_kl = self.mismatched_kl(mismatched_rows(self.data_module))
+        return self.held_out_kl
+
+    def mismatched_kl(self, batches: Iterable[Demonstrations]) -> Float[Tensor, ""]:
+        """Return the mean of `log pi / ref` over batches of all ranks, at least 0; 0 for a lone completion."""
+        log_ratios = torch.cat([self.log_ratios(batch.to(self.device)) for batch in batches])
         total, count = self.sum_over_ranks(torch.stack([log_ratios.sum(), torch.ones_like(log_ratios).sum()]))
-        kl: Tensor = torch.where(count > 1, total / count, 0.0)  # a lone completion has no other
-        return kl.clamp(min=0)
+        return torch.where(count > 1, total / count, 0.0).clamp(min=0)
 
     def setup(self, stage: str) -> None:
         """Check that a batch has other completions."""
@@ -72,6 +92,14 @@ class KTO(UnpairedAlgorithm):
         sets = [getattr(self.data_module, name, None) or () for name in ("train_set", "val_set")]
         lengths = [[(len(row.prompt), len(row.completions[0])) for row in rows] for rows in sets if rows]
         return max((sum(map(max, zip(*rows, strict=True))) for rows in lengths), default=0)
+
+
+def mismatched_rows(data: TextData) -> Iterable[Demonstrations]:
+    """Return batches of the held-out prompts, each with the completion of the next row; the first follows the last."""
+    rows = list(data.val_set or ())
+    pairs = zip(rows, rows[1:] + rows[:1], strict=True)
+    mixed = [replace(row, completions=other.completions, learned=other.learned) for row, other in pairs]
+    return data.in_order(EncodedRows(mixed))
 
 
 def with_next_completions(trainer: Trainer, batch: Demonstrations) -> Demonstrations:

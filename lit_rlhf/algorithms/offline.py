@@ -51,6 +51,8 @@ class OfflineAlgorithm(HeldOutMetrics, Algorithm):
         **options: Any,
     ) -> None:
         super().__init__(policy, **options)
+        if getattr(self, "batch_type", None) is None:
+            raise InputError(f"{type(self).__name__} must name its batch_type, such as lit_rlhf.Preferences")
         method_checks.check_beta(beta)
         if reference is None:
             raise InputError(

@@ -80,6 +80,8 @@ class OnlineAlgorithm(Collection, Algorithm):
     """Whether the loss is linear in the advantages, so that importance weights can scale them."""
     reduction = "sums"
     """How `reduce_tokens`, and a KL in the loss, weigh tokens: one of `functional.REDUCTIONS`."""
+    group_baseline = False
+    """Whether a prompt whose completions have equal rewards gives no gradient, without a KL."""
     min_samples = 1
     """Smallest `num_samples` that the method learns from."""
     extra_samples = 0
@@ -107,13 +109,9 @@ class OnlineAlgorithm(Collection, Algorithm):
         dynamic_sampling: DynamicSampling = DynamicSampling(),
         **options: Any,
     ) -> None:
-        groups: dict[str, Any] = {
-            "sampling": sampling,
-            "updates": updates,
-            "shaping": shaping,
-            "evaluation": evaluation,
-        }
-        groups |= {"engine": engine, "importance": importance, "dynamic_sampling": dynamic_sampling}
+        groups: dict[str, Any] = {"sampling": sampling, "updates": updates, "shaping": shaping}
+        groups |= {"evaluation": evaluation, "engine": engine, "importance": importance}
+        groups |= {"dynamic_sampling": dynamic_sampling}
         checks.check_groups(groups, options)
         super().__init__(policy, **options)
         checks.check_samples(type(self).__name__, num_samples, self.min_samples, updates)
@@ -127,7 +125,7 @@ class OnlineAlgorithm(Collection, Algorithm):
         self.steps_per_rollout = updates.steps_per_rollout
         self.max_new_tokens = sampling.max_new_tokens
         self.scorer = Scorer(rewards)
-        dynamic_sampling.check(self.scorer.names, num_samples, self.min_samples > 1)
+        dynamic_sampling.check(self.scorer.names, num_samples, self.group_baseline)
         self.judge = self.scorer if evaluation.judge is None else make_judge(evaluation.judge)
         check_importance(type(self).__name__, importance, self.weighs_advantages)
         check_reference(reference, kl_coef, offload_reference)
@@ -194,12 +192,13 @@ class OnlineAlgorithm(Collection, Algorithm):
         rollout = self.prepare(chosen)
         advantages = self.advantages(rollout)
         method_checks.check_advantages(type(self).__name__, advantages, rollout)
-        rollout = rollout.replace(advantages=advantages)
+        counted = rollout.valid if advantages.ndim == 2 else rollout.loss_mask
+        rollout = rollout.replace(advantages=advantages.masked_fill(~counted, 0.0))
         if not is_finite(self.running_state()):
             self.load_running_state(statistics)
         metrics = reduce_rollout_metrics(collected, rollout, self.sum_over_ranks)
         if metrics["train/skipped_groups"] > 0:
-            rank_zero_warn("a prompt without a reward for any completion is skipped: see train/skipped_groups")
+            rank_zero_warn("a prompt without a reward or rank for any completion is skipped: see train/skipped_groups")
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name in ("train/reward", "train/kl"), batch_size=1)
         self.log("train/kl_coef", self.kl_coef, batch_size=1)
@@ -256,9 +255,8 @@ class OnlineAlgorithm(Collection, Algorithm):
             known = ~part.old_logprobs.isnan()
             part = part.replace(old_logprobs=part.old_logprobs.where(known, part.logprobs.detach()))
         weighed, weights = self.importance_weighed(part)
-        terms, metrics = self.loss(weighed)
+        terms, metrics = method_checks.check_loss(type(self).__name__, self.loss(weighed), part)
         metrics = {**metrics, **weights}
-        method_checks.check_loss_terms(type(self).__name__, terms, part)
         if self.kl_place == "loss" and self.kl_coef:
             terms = terms + self.kl_coef * self.kl_terms(part, terms)
         return part, terms, part.valid if terms.ndim == 2 else part.loss_mask, metrics

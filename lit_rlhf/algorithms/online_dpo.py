@@ -28,15 +28,14 @@ class OnlineDPO(RankingAlgorithm):
     Args:
         *args: See `RankingAlgorithm`.
         beta: Strength of the KL constraint, typically 0.05 to 0.5.
-        kl_coef: The KL is in the loss already, so it is not in the return.
         **kwargs: See `RankingAlgorithm`.
 
     Raises:
         ValueError: If a number is out of its range, or there is no reference.
     """
 
-    def __init__(self, *args: Any, beta: float = 0.1, kl_coef: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, kl_coef=kl_coef, **kwargs)
+    def __init__(self, *args: Any, beta: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         method_checks.check_beta(beta)
         if self.reference_source is None:
             raise InputError("OnlineDPO compares the policy with a reference, so reference can't be null")
@@ -45,8 +44,7 @@ class OnlineDPO(RankingAlgorithm):
     def advantages(self, rollout: Rollout) -> Tensor:
         """1 for the best completion of each prompt, -1 for the worst, and 0 for the others."""
         assert isinstance(rollout, RankedRollout) and rollout.ranking is not None
-        ranked = rollout.valid & ~rollout.ranking.isnan()
-        best, worst = (F.best_of_group_mask(sign * rollout.ranking, ranked) for sign in (1, -1))
+        best, worst = (F.best_of_group_mask(sign * rollout.ranking, rollout.valid) for sign in (1, -1))
         return best.to(rollout.returns) - worst.to(rollout.returns)
 
     def evaluate(self, part: Rollout) -> Rollout:

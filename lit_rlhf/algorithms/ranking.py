@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,8 @@ class RankedRollout(Rollout):
     """A rollout whose completions are ranked.
 
     Attributes:
-        ranking: The numbers that rank the completions of a prompt, the higher the better; None until they are known.
+        ranking: The numbers that rank the completions of a prompt, the higher the better; minus infinity where not
+            valid, without a reward or an opinion of the judge; None until they are known.
     """
 
     ranking: Float[Tensor, "prompts samples"] | None = None
@@ -38,7 +40,8 @@ class RankingAlgorithm(OnlineAlgorithm):
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is at least 2.
         ranking_judge: A pairwise judge that ranks by the share of the other completions that one beats, asked in both
-            orders; by default the return ranks.
+            orders; by default the return ranks. Rewards are then measured only; `lit_rlhf.rewards.Zero` is none.
+        kl_coef: See `OnlineAlgorithm`.
         **kwargs: See `OnlineAlgorithm`.
 
     Raises:
@@ -48,14 +51,19 @@ class RankingAlgorithm(OnlineAlgorithm):
     rollout_type = RankedRollout
     weighs_advantages = False
     min_samples = 2
+    group_baseline = True
 
-    def __init__(self, *args: Any, ranking_judge: Callable[..., Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, ranking_judge: Callable[..., Any] | None = None, kl_coef: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, kl_coef=kl_coef, **kwargs)
         method_checks.check_whole_groups(type(self).__name__, self.updates.sample_minibatches)
         self.learns_from_rewards = ranking_judge is None
         self.ranking_judge: SymmetricJudge | None = None
         if ranking_judge is not None:
-            check_what_a_judge_ignores(self.kl_coef, self.shaping, self.dynamic_sampling)
+            check_what_a_judge_ignores(
+                kl_coef if self.kl_place == "reward" else 0.0, self.shaping, self.dynamic_sampling
+            )
             self.ranking_judge = pair_judge(ranking_judge)
 
     def setup(self, stage: str) -> None:
@@ -79,13 +87,17 @@ class RankingAlgorithm(OnlineAlgorithm):
         if self.ranking_judge is not None:
             with self.timer("score"), raise_on_all_ranks(self.trainer):
                 ranking = mean_wins(self.ranking_judge, prompts, rollout.texts, self.trainer_state()).to(ranking)
-        return rollout.replace(ranking=ranking)
+        valid = rollout.valid & ~ranking.isnan()
+        return rollout.replace(ranking=ranking.masked_fill(~valid, -math.inf), valid=valid)
 
 
-def check_what_a_judge_ignores(kl_coef: float, shaping: RewardShaping, dynamic_sampling: DynamicSampling) -> None:
+def check_what_a_judge_ignores(kl_in_reward: float, shaping: RewardShaping, dynamic_sampling: DynamicSampling) -> None:
     """Check that no option is given that changes rewards, or chooses by them, where a judge ranks."""
-    if kl_coef or replace(shaping, mask_truncated_completions=False) != RewardShaping():
-        raise InputError("the ranking_judge ranks, not the return: kl_coef and shaping of rewards have no effect")
+    if kl_in_reward or replace(shaping, mask_truncated_completions=False) != RewardShaping():
+        raise InputError(
+            "the ranking_judge ranks, not the return: kl_coef in the reward and shaping of rewards have no effect: "
+            "leave them out, or set kl_coef to 0"
+        )
     if dynamic_sampling.reward is not None:
         raise InputError("the ranking_judge ranks, and dynamic_sampling would leave prompts out by a reward: drop one")
 

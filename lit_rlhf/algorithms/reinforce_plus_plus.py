@@ -29,6 +29,7 @@ class ReinforcePlusPlus(GRPO):
 
     published_kl_penalty = "k1_reward"
     min_samples = 1
+    group_baseline = False
 
     def __init__(self, *args: Any, kl_penalty: str = "k1_reward", **kwargs: Any) -> None:
         super().__init__(*args, kl_penalty=kl_penalty, advantage_std="batch", **kwargs)

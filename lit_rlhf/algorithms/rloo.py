@@ -25,6 +25,7 @@ class RLOO(PolicyGradient):
     """
 
     min_samples = 2
+    group_baseline = True
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """Return of each completion minus the mean of the others; token-level rewards per token, by reward-to-go."""

@@ -37,7 +37,11 @@ class UnpairedAlgorithm(OfflineAlgorithm):
 
     @abstractmethod
     def reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
-        """Return the log-ratio that separates desirable completions from others, without gradient."""
+        """Return the log-ratio that separates desirable completions from others; called without gradient."""
+
+    def held_out_reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
+        """Return the reference point in validation and test, where `reference_point` would depend on the batch."""
+        return self.reference_point(batch)
 
     @abstractmethod
     def completion_loss(
@@ -49,16 +53,18 @@ class UnpairedAlgorithm(OfflineAlgorithm):
 
     def training_step(self, batch: Demonstrations, batch_idx: int) -> Tensor:
         """Return the loss of a batch of completions."""
-        point = self.reference_point(batch)
+        desirable = self.labels(batch)
+        with torch.no_grad():
+            point = self.reference_point(batch)
         self.log("train/reference_point", point, batch_size=1)
-        log_ratios, desirable = self.training_log_ratios(batch)[:, 0], self.labels(batch)
-        terms = self.completion_loss(log_ratios, point, desirable)
+        terms = self.completion_loss(self.training_log_ratios(batch)[:, 0], point, desirable)
+        method_checks.check_row_losses(f"{type(self).__name__}.completion_loss", terms, len(desirable))
         return self.reduce_loss(terms, torch.ones_like(desirable))
 
     def held_out_metrics(self, batch: Demonstrations) -> Metrics:
         """Return loss, accuracy (whether the log-ratio is on the label's side of the reference point) and rewards."""
         log_ratios, desirable = self.held_out_log_ratios(batch)[:, 0], self.labels(batch)
-        point = self.reference_point(batch)
+        point = self.held_out_reference_point(batch)
         rewards, every = self.beta * log_ratios, torch.ones_like(desirable)
         return {
             "loss": (self.completion_loss(log_ratios, point, desirable), every),
@@ -79,12 +85,17 @@ class UnpairedAlgorithm(OfflineAlgorithm):
 
     def labels(self, batch: Demonstrations) -> Bool[Tensor, " rows"]:
         """Return True for desirable completions."""
-        labels = [method_checks.read_label(label) for label in batch.prompts.columns[self.label_column]]
+        rows = [{name: values[i] for name, values in batch.prompts.columns.items()} for i in range(len(batch.prompts))]
+        for row in rows:
+            method_checks.check_label(type(self).__name__, row, self.label_column, "a row")
+        labels = [method_checks.read_label(row[self.label_column]) for row in rows]
         return torch.tensor(labels, device=batch.tokens.device)
 
     def setup(self, stage: str) -> None:
         """Check the labels of all rows before a model is loaded."""
         super().setup(stage)
+        if stage == "predict":
+            return
         name = type(self).__name__
         for which in ("train_set", "val_set"):
             for i, row in enumerate(getattr(self.data_module, which, None) or ()):

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def wrong_name(found: Rejection) -> str:
     """
     flag, base = f"--{found.option}", BASES.get(found.option)
     if found.reason.startswith("Expected an instantiatable class") and flag in CONFIGURED:
+        if missing := abstract_methods(found.value or ""):
+            return f"{flag} {found.value!r} must define {' and '.join(missing)}"
         return f"{flag} is missing: give {CONFIGURED[flag]}"
     if found.option == "data" and found.value and found.value.endswith(DATA_SUFFIXES):
         return f"--data {found.value!r} is a file, and --data takes a class: did you mean --data.train?"
@@ -135,6 +138,13 @@ def wrong_name(found: Rejection) -> str:
         return f"{flag} {match[1]!r} is not one of {', '.join(known)}: {hint}"
     path = found.value if found.value and is_import_path(found.value) else found.owner
     return unknown_import(flag, path) if IMPORT_FAILED.search(found.reason) and is_import_path(path) else ""
+
+
+def abstract_methods(path: str) -> list[str]:
+    """Return the names of the methods that the class at an import path, or of this package, has to define."""
+    module_name, _, name = path.rpartition(".")
+    module = sys.modules.get(module_name or __package__.partition(".")[0])
+    return sorted(getattr(getattr(module, name, None), "__abstractmethods__", ()))
 
 
 def unknown_import(flag: str, path: str) -> str:

@@ -188,7 +188,7 @@ class Format:
         no_tag = rf"(?!</?(?:{'|'.join(names)})>)"
         parts = [rf"<{name}>\s*{no_tag}\S(?:{no_tag}.)*</{name}>" for name in names]
         if opened:
-            parts[0] = parts[0].removeprefix(f"<{names[0]}>")
+            parts[0] = parts[0].removeprefix(rf"<{names[0]}>\s*")
         self.pattern = re.compile(r"\s*".join(["", *parts, ""]), re.DOTALL)
 
     def __call__(self, completions: list[Text]) -> list[float]:

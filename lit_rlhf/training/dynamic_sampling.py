@@ -69,8 +69,8 @@ class DynamicSampling:
             raise InputError("dynamic_sampling compares completions of a prompt: give num_samples of 2 or more")
         if not compares_groups:
             rank_zero_warn(
-                "dynamic_sampling leaves out groups whose rewards are all equal, and the method, whose baseline is not "
-                "the group's, learns from them: the objective changes"
+                "dynamic_sampling leaves out groups whose rewards are all equal, and the method learns from them, "
+                "since it does not subtract a baseline of the group: the objective changes"
             )
 
     def check_batch(self, batch_size: int, num_minibatches: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -12,22 +13,24 @@ from lit_rlhf.training.logging import add_loss_metrics, mean_metrics
 from lit_rlhf.types import Metrics
 
 
-class HeldOutMetrics(LightningModule):
+class HeldOutMetrics(LightningModule, ABC):
     """Mixin that logs the means of what `held_out_metrics` returns, in validation and test."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held_out_sums: dict[str, Tensor] = {}
 
+    @abstractmethod
     def held_out_metrics(self, batch: Any) -> Metrics:
         """Return the metrics of a batch, as values and mask."""
-        raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums."""
         self._held_out_sums = {}
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Start the sums."""
+        self.on_validation_epoch_start()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the metrics, which are defined in `callbacks/README.md`."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlhf.errors import InputError
-from lit_rlhf.types import Rollout
+from lit_rlhf.types import Metrics, Rollout
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -57,6 +57,12 @@ def read_label(value: Any) -> bool | None:
     return bool(value) if value in (True, False) else None
 
 
+def check_row_losses(function: str, terms: Tensor, rows: int) -> None:
+    """Check that a function of an offline algorithm returns one loss per row, not their mean."""
+    if terms.shape != (rows,):
+        raise InputError(f"{function} must return one loss per row, of shape ({rows},), not {tuple(terms.shape)}")
+
+
 def check_label(algorithm: str, columns: dict[str, Any], name: str, row: str) -> None:
     """Check that a row has a label that `read_label` reads."""
     if name not in columns:
@@ -66,24 +72,39 @@ def check_label(algorithm: str, columns: dict[str, Any], name: str, row: str) ->
         raise InputError(f"{row}: {name}={columns[name]!r} must be true or false")
 
 
-def check_advantages(algorithm: str, advantages: Tensor, rollout: Rollout) -> None:
+def check_advantages(algorithm: str, advantages: Any, rollout: Rollout) -> None:
     """Check that an algorithm returns one advantage per completion or per token."""
     shapes = (rollout.rewards.shape, rollout.completions.tokens.shape)
-    if advantages.shape not in shapes:
+    if not isinstance(advantages, Tensor) or advantages.shape not in shapes:
         raise InputError(
             f"{algorithm}.advantages must return numbers of shape {tuple(shapes[0])} or {tuple(shapes[1])}, not "
-            f"{tuple(advantages.shape)}"
+            f"{describe(advantages)}"
         )
 
 
-def check_loss_terms(algorithm: str, terms: Tensor, part: Rollout) -> None:
-    """Check that an algorithm's loss returns terms per completion or per token, not their mean."""
+def check_loss(algorithm: str, result: Any, part: Rollout) -> tuple[Tensor, Metrics]:
+    """Return what an algorithm's loss returns: terms per completion or per token, not their mean, and metrics."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise InputError(f"{algorithm}.loss must return its terms and a dict of metrics, not {describe(result)}")
+    terms, metrics = result
     shapes = (part.valid.shape, part.loss_mask.shape)
-    if terms.shape not in shapes:
+    if not isinstance(terms, Tensor) or terms.shape not in shapes:
         raise InputError(
             f"{algorithm}.loss must return terms of shape {tuple(shapes[0])} or {tuple(shapes[1])}, one per completion "
-            f"or one per token, not {tuple(terms.shape)}: the base takes the mean"
+            f"or one per token, not {describe(terms)}: the base takes the mean"
         )
+    for name, value in metrics.items():
+        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
+        if not (pair or isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)):
+            raise InputError(
+                f"{algorithm}.loss: the metric {name!r} must be a number, or values and a mask, not {describe(value)}"
+            )
+    return terms, metrics
+
+
+def describe(value: Any) -> str:
+    """Return the shape of a tensor, or the type of something else."""
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def check_kl_in_loss(algorithm: str, possible: bool) -> None:

@@ -117,3 +117,56 @@ def test_bad_input_is_one_sentence(options, rows, message, tiny, tmp_path):
         data = lit_rlhf.DemonstrationData(train=rows, val=None, batch_size=4)
     with pytest.raises(InputError, match=message):
         make_trainer(tmp_path, max_steps=1).fit(make_module("KTO", tiny, **options), data)
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+def test_validation_does_not_depend_on_the_batch_size(rows, tiny, tmp_path):
+    rows = [{"prompt": f"p {i}", "completion": "good " * (i % 3 + 1), "label": i % 2} for i in range(rows)]
+    module = make_module("KTO", tiny, lr=3e-2)
+    make_trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(module, make_data("KTO"))
+
+    def evaluate(size: int) -> dict[str, float]:
+        data = lit_rlhf.DemonstrationData(train=rows, val=rows, eval_batch_size=size)
+        return make_trainer(tmp_path).validate(module, data, verbose=False)[0]
+
+    one, *others = [evaluate(size) for size in (1, 3, 13)]
+    assert one["val/loss"] != pytest.approx(0.5, abs=1e-3)
+    for other in others:
+        assert other == pytest.approx(one, abs=1e-4, nan_ok=True)
+
+
+def test_prediction_needs_no_labels(tiny, tmp_path):
+    data = lit_rlhf.DemonstrationData(train=None, val=[{"prompt": "p", "completion": "c"}])
+    rows = make_trainer(tmp_path).predict(make_module("KTO", tiny), data)
+    assert rows[0][0]["reward"] == 0.0
+
+
+def test_a_reference_point_is_without_gradient(tiny, tmp_path):
+    seen = []
+
+    class Centered(lit_rlhf.UnpairedAlgorithm):
+        def reference_point(self, batch):
+            return self.log_ratios(batch).mean()
+
+        def completion_loss(self, log_ratios, reference_point, desirable):
+            seen.append(reference_point.requires_grad)
+            return F.kto_loss(log_ratios, reference_point, desirable, self.beta)
+
+    make_trainer(tmp_path, max_steps=2).fit(Centered(str(tiny), optimizer=adam), make_data("KTO"))
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("wrong", ["mean", "column"])
+@pytest.mark.parametrize("name", ["KTO.completion_loss", "DPO.pair_loss"])
+def test_a_loss_has_one_term_per_row(name, wrong, tiny, tmp_path):
+    algorithm, method = name.split(".")
+    right = getattr(getattr(lit_rlhf, algorithm), method)
+
+    def loss(self, *args):
+        terms = right(self, *args)
+        return terms.mean() if wrong == "mean" else terms.unsqueeze(1)
+
+    module = type(algorithm, (getattr(lit_rlhf, algorithm),), {method: loss})(str(tiny), optimizer=adam)
+    found = r"\(\)" if wrong == "mean" else r"\(4, 1\)"
+    with pytest.raises(InputError, match=rf"{name} must return one loss per row, of shape \(4,\), not {found}"):
+        make_trainer(tmp_path, max_steps=1).fit(module, make_data(algorithm, batch_size=4))

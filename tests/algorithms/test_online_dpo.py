@@ -48,9 +48,56 @@ def test_a_judge_that_decides_nothing_leaves_the_prompt_out():
         return [None] * len(prompts)
 
     silent.pairwise = True
-    module = make_module(lit_rlhf.OnlineDPO, num_samples=3, kl_coef=0.0, ranking_judge=silent)
-    with pytest.warns(UserWarning, match="no completion of this update counts"):
+    module = make_module(lit_rlhf.OnlineDPO, num_samples=3, ranking_judge=silent, kl_coef=0.0)
+    skipped = pytest.warns(UserWarning, match="a prompt without a reward or rank for any completion is skipped")
+    with skipped, pytest.warns(UserWarning, match="no completion of this update counts"):
         assert not step_gradient(module, GROUP[:3]).any()
+
+
+class Borda(lit_rlhf.RankingAlgorithm):
+    """Advantages are ranks; what is not valid is not masked."""
+
+    def advantages(self, rollout):
+        ranks = rollout.ranking.argsort(1).argsort(1).float()
+        return ranks - ranks.mean(1, keepdim=True)
+
+    def loss(self, part):
+        return -part.advantages.unsqueeze(-1) * part.logprobs, {}
+
+
+def shy(prompts, completions, opponents):
+    """Judge only pairs of two completions that aren't empty."""
+    return [float(a > b) if a and b else None for a, b in zip(completions, opponents, strict=True)]
+
+
+shy.pairwise = True
+
+
+def some(completion_ids, **kwargs):
+    return [-float(len(ids)) if len(ids) == 2 else None for ids in completion_ids]
+
+
+@pytest.mark.parametrize("ranks", ["rewards", "a judge"])
+def test_a_completion_without_a_rank_has_no_part_in_the_update(ranks):
+    options = dict(ranking_judge=shy) if ranks == "a judge" else dict(rewards=(some,))
+    module = make_module(Borda, num_samples=4, kl_coef=0.0, **options)
+    step_gradient(module, [ALL[0], ALL[3], ALL[0], ALL[4]])
+    rollout = module.rollout
+    assert rollout.ranking[~rollout.valid].tolist() == [-float("inf")] * (4 - int(rollout.valid.sum()))
+    assert rollout.valid.any() and not rollout.valid.all()
+    assert not rollout.advantages[~rollout.valid].any() and rollout.advantages[rollout.valid].all()
+
+
+@pytest.mark.parametrize("place", ["k1_reward", "k2_loss"])
+def test_beside_a_judge_a_kl_must_be_in_the_loss(place):
+    options = dict(num_samples=3, ranking_judge=longer, kl_coef=0.1, kl_penalty=place)
+    if place == "k1_reward":
+        with pytest.raises(InputError, match="kl_coef in the reward and shaping of rewards have no effect"):
+            make_module(lit_rlhf.OnlineDPO, **options)
+        return
+    group = [ALL[1], ALL[3], ALL[0]]
+    gradients = [step_gradient(make_module(lit_rlhf.OnlineDPO, **{**options, "kl_coef": c}), group) for c in (0.1, 0.3)]
+    assert (gradients[0] - gradients[1]).norm() > 1e-3
 
 
 @pytest.mark.parametrize("answer", [0.3, 0.55, 0.07])
@@ -93,7 +140,10 @@ def test_it_learns_and_logs(tiny, tmp_path):
         ({"reference": None, "kl_coef": 0.0}, "reference can't be null"),
         ({"sample_minibatches": 3}, "sample_minibatches=3 can't split"),
         ({"ranking_judge": longer, "kl_coef": 0.1}, "the ranking_judge ranks, not the return: kl_coef"),
-        ({"ranking_judge": longer, "kl_coef": 0.0, "clip": 1.0}, "kl_coef and shaping of rewards have no effect"),
+        (
+            {"ranking_judge": longer, "kl_coef": 0.0, "clip": 1.0},
+            "kl_coef in the reward and shaping of rewards have no effect",
+        ),
         (
             {"ranking_judge": longer, "kl_coef": 0.0, "reward": "vowels", "rewards": [vowels]},
             "dynamic_sampling would leave prompts out by a reward",

@@ -128,7 +128,7 @@ def test_group_without_rewards_is_skipped_and_logged(ending, tmp_path):
         return train("RLOO", ending, tmp_path, loader=loader, rewards=[reward_except_plays])
 
     expected, _ = train_on(make_batch(*words))
-    with pytest.warns(UserWarning, match="a prompt without a reward for any completion is skipped"):
+    with pytest.warns(UserWarning, match="a prompt without a reward or rank for any completion is skipped"):
         weights, recorder = train_on(make_batch(*words, "a play"))
     assert recorder.metrics[0]["train/skipped_groups"] == 0.25
     assert_same_update(weights, expected, initial_weights("RLOO", ending))

@@ -17,6 +17,8 @@ REJECTED = {
     "a method without its module": (["--model=Mine"], r"a class of yours needs its module: mine\.Name"),
     "a class that does not exist": (["--model=mine.Falty"], r"the module 'mine' has no 'Falty': did you mean Faulty\?"),
     "a module that does not exist": (["--model=mini.ByLength"], "--model 'mini.ByLength': there is no module 'mini'"),
+    "a method without a loss": (["--model=mine.NoLoss"], "--model 'mine.NoLoss' must define loss"),
+    "a base": (["--model=OfflineAlgorithm"], "'OfflineAlgorithm' must define held_out_metrics and training_step"),
     "another class": (["--model=lit_rlhf.PromptData"], r"--model 'lit_rlhf\.PromptData': it is not of type Algorithm"),
     "a misspelt option": (["--model.num_sample=4"], r"RLOO has no such option: did you mean --model\.num_samples\?"),
     "an option of another method": (

@@ -114,6 +114,7 @@ def test_format_wants_each_tag_once_and_in_order(completion, options, expected):
 
 def test_format_of_a_long_completion_is_read_in_linear_time():
     assert Format()(["<think>" + "<" * 20_000 + "a" * 20_000]) == [0.0]
+    assert Format(opened=True)([" " * 1_000_000]) == [0.0]  # by square time it would not end
 
 
 def test_soft_overlong_is_the_published_penalty():

@@ -193,7 +193,7 @@ def test_warning_about_rows_of_one_process_is_shown_once(completed_process, root
     messages = result("warning", root, completed_process)
     shown = [message for rank in messages.values() for message in rank]
     assert sum("failed for" in message and "the server is away" in message for message in shown) == 1, shown
-    assert sum("a prompt without a reward for any completion" in message for message in shown) == 1, shown
+    assert sum("a prompt without a reward or rank for any completion" in message for message in shown) == 1, shown
 
 
 def test_checkpoint_that_one_process_lacks_is_refused_by_both(completed_process, root):

@@ -137,9 +137,10 @@ def test_bad_options_are_one_sentence(options, message, tiny, tmp_path):
         fit(tiny, tmp_path, **options)
 
 
-def test_a_method_with_another_baseline_gives_a_warning(tiny, tmp_path):
-    with pytest.warns(UserWarning, match="whose baseline is not the group's, learns from them"):
-        make_module("Reinforce", tiny, rewards=[evens], reward="evens")
+@pytest.mark.parametrize("name", ["Reinforce", "RAFT", "ReinforcePlusPlus", "PPO"])
+def test_a_method_without_a_baseline_of_the_group_gives_a_warning(name, tiny):
+    with pytest.warns(UserWarning, match="learns from them, since it does not subtract a baseline of the group"):
+        make_module(name, tiny, rewards=[evens], reward="evens")
 
 
 def test_positions_of_records_without_some_of_the_lists():
