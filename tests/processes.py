@@ -323,7 +323,7 @@ class SeedModels(Callback):
 def run_held_out(folder: Path, root: Path, devices: int) -> dict:
     """Return the metrics of three held-out rows, which two processes cannot share equally, after one update."""
     found = {}
-    for name in ("DPO", "IPO", "RewardModeling", "SFT"):
+    for name in ("DPO", "IPO", "KTO", "RewardModeling", "SFT"):
         module = make_module(name, folder, optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
         data = make_data(name, rows=4, batch_size=4 // devices, eval_batch_size=2)
         seed = [SeedModels()]
