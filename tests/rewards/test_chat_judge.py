@@ -112,6 +112,8 @@ def test_further_fields_of_a_request():
         ("<think>Rating: 1</think>Rating: 10", 1.0),
         ("`Rating: 4`", 3 / 9),
         ("Rating (1-10): 7", 6 / 9),
+        ("Rating: [7]", 6 / 9),
+        ("Rating: 7 (good)", 6 / 9),
         ("**Rating:** 7/10", 6 / 9),
         ("Rating: 7 out of 10.", 6 / 9),
         ("Rating: 10\nReason: a rating 1 answer would be worse", 1.0),
@@ -188,11 +190,14 @@ def test_pairs_are_asked_in_both_orders_and_equal_questions_once(tiny, tmp_path)
         ("Better: A", 1.0),
         ("It is short.\n**Better:** B", 0.0),
         ("Better: Answer A.", 1.0),
+        ("better: a", 1.0),
+        ("Better: [B] (by far)", 0.0),
         ("better: tie", 0.5),
         ("Better: B\n\nB would be better a second time.", 0.0),
         ("B is better. A is too long.", None),
         ("Answer B is clearly better: a more complete answer.", None),
         ("Better: A or B", None),
+        ("Better: a shorter one", None),
     ],
 )
 def test_verdicts_that_are_read(reply, expected):
