@@ -251,6 +251,11 @@ def test_loss_terms_of_a_wrong_shape_are_refused(change, folder, tmp_path):
         ("advantages", lambda rollout: None, r"Wrong.advantages must return numbers of .*, not a NoneType"),
         ("loss", lambda part: part.rewards, r"Wrong.loss must return its terms and a dict of metrics, not \(4, 3\)"),
         ("loss", lambda part: (1.0, {}), r"Wrong.loss must return terms of shape .*, not a float"),
+        (
+            "loss",
+            lambda part: (part.rewards, {"x": (part.rewards[0], part.valid)}),
+            r"of one shape, not \(3,\) and",
+        ),
         ("loss", lambda part: (part.rewards, {"x": part.rewards}), r"the metric 'x' must be a number, or values and a"),
     ],
 )

@@ -136,8 +136,8 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
     def configure_callbacks(self) -> list[Any]:
         """Check the type of the data before they are read."""
         check_batch_type(type(self).__name__, self.batch_type, self.data_module)
-        inherited: Any = super().configure_callbacks()
-        return list(inherited)
+        callbacks: Any = super().configure_callbacks()
+        return callbacks if isinstance(callbacks, list) else [callbacks]
 
     def setup(self, stage: str) -> None:
         """Take the run's seed, which determines all randomness, and check the type of the data.

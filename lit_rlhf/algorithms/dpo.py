@@ -39,15 +39,19 @@ class DPO(OfflineAlgorithm):
         log_ratios = self.training_log_ratios(batch)
         metrics = {f"train/{name}": values.mean() for name, values in self._metrics(log_ratios.detach()).items()}
         self.log_dict(metrics, batch_size=1, sync_dist=True)
-        terms = self.pair_loss(reward_margin(log_ratios))
-        method_checks.check_row_losses(f"{type(self).__name__}.pair_loss", terms, len(log_ratios))
+        terms = self._pair_losses(log_ratios)
         return self.reduce_loss(terms, torch.ones_like(terms, dtype=torch.bool))
 
     def held_out_metrics(self, batch: Preferences) -> Metrics:
         """Return loss, accuracy (whether the chosen completion has the higher reward) and rewards of each pair."""
         log_ratios = self.held_out_log_ratios(batch)
-        metrics = {"loss": self.pair_loss(reward_margin(log_ratios)), **self._metrics(log_ratios)}
+        metrics = {"loss": self._pair_losses(log_ratios), **self._metrics(log_ratios)}
         return {name: (values, torch.ones_like(values, dtype=torch.bool)) for name, values in metrics.items()}
+
+    def _pair_losses(self, log_ratios: Tensor) -> Tensor:
+        losses = self.pair_loss(reward_margin(log_ratios))
+        method_checks.check_row_losses(f"{type(self).__name__}.pair_loss", losses, len(log_ratios))
+        return losses
 
     def _metrics(self, log_ratios: Tensor) -> dict[str, Tensor]:
         chosen, rejected = (self.beta * log_ratios).unbind(1)

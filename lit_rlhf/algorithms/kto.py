@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class KTO(UnpairedAlgorithm):
         return losses * torch.where(desirable, self.desirable_weight, self.undesirable_weight)
 
     def reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
-        """Return the KL to the reference by each prompt with the next row's completion, over all ranks."""
+        """Return the KL to the reference, from each prompt with the next row's completion, over all ranks."""
         return self.mismatched_kl([with_next_completions(self.trainer, batch)])
 
     def on_validation_epoch_start(self) -> None:
@@ -67,11 +68,11 @@ class KTO(UnpairedAlgorithm):
         self.held_out_kl = None
 
     def held_out_reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
-        """Return the same over all held-out rows, if they are of a data module; computed once per evaluation."""
+        """Return the KL over the held-out rows of the data module, once per evaluation; of the batch without one."""
         if not isinstance(self.data_module, TextData):
             return self.reference_point(batch)
         if self.held_out_kl is None:
-            self.held_out_kl = self.mismatched_kl(mismatched_rows(self.data_module))
+            self.held_out_kl = self.mismatched_kl(mismatched_rows(self.data_module, self.trainer))
         return self.held_out_kl
 
     def mismatched_kl(self, batches: Iterable[Demonstrations]) -> Float[Tensor, ""]:
@@ -94,12 +95,17 @@ class KTO(UnpairedAlgorithm):
         return max((sum(map(max, zip(*rows, strict=True))) for rows in lengths), default=0)
 
 
-def mismatched_rows(data: TextData) -> Iterable[Demonstrations]:
-    """Return batches of the held-out prompts, each with the completion of the next row; the first follows the last."""
-    rows = list(data.val_set or ())
-    pairs = zip(rows, rows[1:] + rows[:1], strict=True)
+def mismatched_rows(data: TextData, trainer: Trainer) -> Iterable[Demonstrations]:
+    """Return as many batches as an evaluation has, of each held-out prompt with a completion of half the rows later.
+
+    The next row would often have the same prompt: that of a pair.
+    """
+    rows, half = list(data.val_set or ()), len(data.val_set or ()) // 2
+    pairs = zip(rows, rows[half:] + rows[:half], strict=True)
     mixed = [replace(row, completions=other.completions, learned=other.learned) for row, other in pairs]
-    return data.in_order(EncodedRows(mixed))
+    limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    limits = trainer.num_sanity_val_batches if trainer.sanity_checking else limits
+    return islice(data.in_order(EncodedRows(mixed)), int(limits[0]))
 
 
 def with_next_completions(trainer: Trainer, batch: Demonstrations) -> Demonstrations:

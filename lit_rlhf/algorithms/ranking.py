@@ -27,8 +27,8 @@ class RankedRollout(Rollout):
     """A rollout whose completions are ranked.
 
     Attributes:
-        ranking: The numbers that rank the completions of a prompt, the higher the better; minus infinity where not
-            valid, without a reward or an opinion of the judge; None until they are known.
+        ranking: The numbers that rank the completions of a prompt, the higher the better; minus infinity
+            without a reward or an opinion of the judge; None until they are known.
     """
 
     ranking: Float[Tensor, "prompts samples"] | None = None
@@ -40,7 +40,7 @@ class RankingAlgorithm(OnlineAlgorithm):
     Args:
         *args: See `OnlineAlgorithm`; `num_samples` is at least 2.
         ranking_judge: A pairwise judge that ranks by the share of the other completions that one beats, asked in both
-            orders; by default the return ranks. Rewards are then measured only; `lit_rlhf.rewards.Zero` is none.
+            orders; by default the return ranks. Beside a judge, rewards are only logged; `Zero` is a placeholder.
         kl_coef: See `OnlineAlgorithm`.
         **kwargs: See `OnlineAlgorithm`.
 
@@ -61,9 +61,8 @@ class RankingAlgorithm(OnlineAlgorithm):
         self.learns_from_rewards = ranking_judge is None
         self.ranking_judge: SymmetricJudge | None = None
         if ranking_judge is not None:
-            check_what_a_judge_ignores(
-                kl_coef if self.kl_place == "reward" else 0.0, self.shaping, self.dynamic_sampling
-            )
+            kl_in_reward = kl_coef if self.kl_place == "reward" else 0.0
+            check_what_a_judge_ignores(kl_in_reward, self.shaping, self.dynamic_sampling)
             self.ranking_judge = pair_judge(ranking_judge)
 
     def setup(self, stage: str) -> None:
@@ -87,17 +86,23 @@ class RankingAlgorithm(OnlineAlgorithm):
         if self.ranking_judge is not None:
             with self.timer("score"), raise_on_all_ranks(self.trainer):
                 ranking = mean_wins(self.ranking_judge, prompts, rollout.texts, self.trainer_state()).to(ranking)
-        valid = rollout.valid & ~ranking.isnan()
-        return rollout.replace(ranking=ranking.masked_fill(~valid, -math.inf), valid=valid)
+            ranking = ranking.nan_to_num(-math.inf)
+        return rollout.replace(ranking=ranking.masked_fill(~rollout.valid, -math.inf))
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """Leave out completions without a rank."""
+        assert isinstance(rollout, RankedRollout) and rollout.ranking is not None
+        return super().prepare(rollout.replace(valid=rollout.valid & ~rollout.ranking.isneginf()))
 
 
 def check_what_a_judge_ignores(kl_in_reward: float, shaping: RewardShaping, dynamic_sampling: DynamicSampling) -> None:
     """Check that no option is given that changes rewards, or chooses by them, where a judge ranks."""
-    if kl_in_reward or replace(shaping, mask_truncated_completions=False) != RewardShaping():
+    if kl_in_reward:
         raise InputError(
-            "the ranking_judge ranks, not the return: kl_coef in the reward and shaping of rewards have no effect: "
-            "leave them out, or set kl_coef to 0"
+            f"the ranking_judge ranks, not the return: kl_coef={kl_in_reward} in the reward has no effect; set it to 0"
         )
+    if replace(shaping, mask_truncated_completions=False) != RewardShaping():
+        raise InputError("the ranking_judge ranks, not the return: shaping of rewards has no effect; leave it out")
     if dynamic_sampling.reward is not None:
         raise InputError("the ranking_judge ranks, and dynamic_sampling would leave prompts out by a reward: drop one")
 

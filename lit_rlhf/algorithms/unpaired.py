@@ -40,7 +40,7 @@ class UnpairedAlgorithm(OfflineAlgorithm):
         """Return the log-ratio that separates desirable completions from others; called without gradient."""
 
     def held_out_reference_point(self, batch: Demonstrations) -> Float[Tensor, ""]:
-        """Return the reference point in validation and test, where `reference_point` would depend on the batch."""
+        """Return the reference point in validation and test; override it if `reference_point` depends on the batch."""
         return self.reference_point(batch)
 
     @abstractmethod
@@ -66,8 +66,10 @@ class UnpairedAlgorithm(OfflineAlgorithm):
         log_ratios, desirable = self.held_out_log_ratios(batch)[:, 0], self.labels(batch)
         point = self.held_out_reference_point(batch)
         rewards, every = self.beta * log_ratios, torch.ones_like(desirable)
+        losses = self.completion_loss(log_ratios, point, desirable)
+        method_checks.check_row_losses(f"{type(self).__name__}.completion_loss", losses, len(desirable))
         return {
-            "loss": (self.completion_loss(log_ratios, point, desirable), every),
+            "loss": (losses, every),
             "accuracy": (((log_ratios > point) == desirable).to(rewards), every),
             "desirable_reward": (rewards, desirable),
             "undesirable_reward": (rewards, ~desirable),

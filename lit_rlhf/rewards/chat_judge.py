@@ -225,11 +225,11 @@ class ChatJudge:
 
 
 _KEY = r"[*_`]*\s*(?:\([^)\n]*\))?\s*[:=]\s*[*_`\"'\[]*\s*"
-_END = r"[*_`\"'\]]*\s*(?:\([^)\n]*\)\s*)?(?=$|[.;](?:\s|$))"
+_END = r"[*_`\"'\]]*\s*(?=$|[.;](?:\s|$))"
 _RATING = re.compile(rf"rating{_KEY}(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?{_END}", re.IGNORECASE | re.MULTILINE)
 """A rating as it was asked for, in Markdown or not, and its scale if it has one: not a number in a sentence."""
 _BARE_RATING = re.compile(r"\A\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?\W*\Z")
-_VERDICT = re.compile(rf"(?i:better{_KEY}(?:answer\s+)?(A|B|tie)){_END}", re.MULTILINE)
+_VERDICT = re.compile(rf"(?i:better{_KEY}(?:answer\s+)?)\[?(A|B|(?i:tie)){_END}", re.MULTILINE)
 
 
 def _checked_body(fields: dict[str, Any]) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class SoftOverlong:
             raise InputError(
                 f"SoftOverlong has no effect: its penalty begins above {self.maximum - self.buffer} tokens "
                 f"(maximum={self.maximum} less buffer={self.buffer}), and completions have at most "
-                f"max_new_tokens={max_new_tokens}: set maximum to that"
+                f"max_new_tokens={max_new_tokens}: set maximum to that, and buffer below it"
             )
 
     def __call__(self, completion_ids: list[list[int]]) -> list[float]:

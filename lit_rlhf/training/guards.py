@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputTypeError
@@ -15,6 +16,14 @@ from lit_rlhf.training.checkpoint_search import search_by_name
 from lit_rlhf.training.checks import DATA_MODULES
 from lit_rlhf.training.diagnosis import MovementCheck
 from lit_rlhf.types import Record
+
+LOOPS = {
+    TrainerFn.FITTING: "fit_loop",
+    TrainerFn.VALIDATING: "validate_loop",
+    TrainerFn.TESTING: "test_loop",
+    TrainerFn.PREDICTING: "predict_loop",
+}
+"""The attribute of a Trainer with the loop of what it is doing."""
 
 
 class Guards(LightningModule):
@@ -55,7 +64,12 @@ class Guards(LightningModule):
     @property
     def data_module(self) -> Any:
         """The data module of the run; None without one or outside a run."""
-        return getattr(self._trainer, "datamodule", None)
+        trainer: Any = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        if data is None or trainer.state.fn not in LOOPS:
+            return data
+        source = getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
+        return data if source is data else None  # the Trainer keeps the data module of an earlier call
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse batches that are not the algorithm's, as from a DataLoader over rows.

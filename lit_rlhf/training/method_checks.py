@@ -57,10 +57,10 @@ def read_label(value: Any) -> bool | None:
     return bool(value) if value in (True, False) else None
 
 
-def check_row_losses(function: str, terms: Tensor, rows: int) -> None:
+def check_row_losses(function: str, terms: Any, rows: int) -> None:
     """Check that a function of an offline algorithm returns one loss per row, not their mean."""
-    if terms.shape != (rows,):
-        raise InputError(f"{function} must return one loss per row, of shape ({rows},), not {tuple(terms.shape)}")
+    if not isinstance(terms, Tensor) or terms.shape != (rows,):
+        raise InputError(f"{function} must return one loss per row, of shape ({rows},), not {describe(terms)}")
 
 
 def check_label(algorithm: str, columns: dict[str, Any], name: str, row: str) -> None:
@@ -94,8 +94,11 @@ def check_loss(algorithm: str, result: Any, part: Rollout) -> tuple[Tensor, Metr
             f"or one per token, not {describe(terms)}: the base takes the mean"
         )
     for name, value in metrics.items():
-        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
-        if not (pair or isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)):
+        masked = isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
+        if masked and value[0].shape != value[1].shape:
+            found = " and ".join(map(describe, value))
+            raise InputError(f"{algorithm}.loss: the metric {name!r} needs values and a mask of one shape, not {found}")
+        if not (masked or isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)):
             raise InputError(
                 f"{algorithm}.loss: the metric {name!r} must be a number, or values and a mask, not {describe(value)}"
             )

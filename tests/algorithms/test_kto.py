@@ -135,6 +135,33 @@ def test_validation_does_not_depend_on_the_batch_size(rows, tiny, tmp_path):
         assert other == pytest.approx(one, abs=1e-4, nan_ok=True)
 
 
+def test_a_loader_is_not_judged_by_an_earlier_data_module(tiny, tmp_path):
+    module, trainer = make_module("KTO", tiny, lr=3e-2), make_trainer(tmp_path, max_steps=4)
+    trainer.fit(module, make_data("KTO"))
+    rows = [{"prompt": f"p {i}", "completion": "good " * (i % 3 + 1), "label": i % 2} for i in range(6)]
+    data = lit_rlhf.DemonstrationData(train=rows, val=rows, eval_batch_size=6)
+    data.tokenizer = module.tokenizer
+    data.setup("validate")
+    after = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    fresh = make_trainer(tmp_path).validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    assert after == fresh
+
+
+@pytest.mark.parametrize(("limit", "rows_read"), [(1, 2 * 2), (1.0, 2 * 13)])
+def test_a_limited_validation_reads_no_further_rows(limit, rows_read, tiny, tmp_path):
+    read = []
+
+    class Watched(lit_rlhf.KTO):
+        def log_ratios(self, batch, reference=None):
+            read.append(len(batch.tokens))
+            return super().log_ratios(batch, reference)
+
+    rows = [{"prompt": f"p {i}", "completion": "good", "label": i % 2} for i in range(13)]
+    data = lit_rlhf.DemonstrationData(train=rows, val=rows, eval_batch_size=2)
+    make_trainer(tmp_path, limit_val_batches=limit).validate(Watched(str(tiny)), data, verbose=False)
+    assert sum(read) == rows_read
+
+
 def test_prediction_needs_no_labels(tiny, tmp_path):
     data = lit_rlhf.DemonstrationData(train=None, val=[{"prompt": "p", "completion": "c"}])
     rows = make_trainer(tmp_path).predict(make_module("KTO", tiny), data)

@@ -49,8 +49,7 @@ def test_a_judge_that_decides_nothing_leaves_the_prompt_out():
 
     silent.pairwise = True
     module = make_module(lit_rlhf.OnlineDPO, num_samples=3, ranking_judge=silent, kl_coef=0.0)
-    skipped = pytest.warns(UserWarning, match="a prompt without a reward or rank for any completion is skipped")
-    with skipped, pytest.warns(UserWarning, match="no completion of this update counts"):
+    with pytest.warns(UserWarning, match="no completion of this update counts"):
         assert not step_gradient(module, GROUP[:3]).any()
 
 
@@ -92,7 +91,7 @@ def test_a_completion_without_a_rank_has_no_part_in_the_update(ranks):
 def test_beside_a_judge_a_kl_must_be_in_the_loss(place):
     options = dict(num_samples=3, ranking_judge=longer, kl_coef=0.1, kl_penalty=place)
     if place == "k1_reward":
-        with pytest.raises(InputError, match="kl_coef in the reward and shaping of rewards have no effect"):
+        with pytest.raises(InputError, match=r"kl_coef=0\.1 in the reward has no effect"):
             make_module(lit_rlhf.OnlineDPO, **options)
         return
     group = [ALL[1], ALL[3], ALL[0]]
@@ -142,7 +141,7 @@ def test_it_learns_and_logs(tiny, tmp_path):
         ({"ranking_judge": longer, "kl_coef": 0.1}, "the ranking_judge ranks, not the return: kl_coef"),
         (
             {"ranking_judge": longer, "kl_coef": 0.0, "clip": 1.0},
-            "kl_coef in the reward and shaping of rewards have no effect",
+            "not the return: shaping of rewards has no effect",
         ),
         (
             {"ranking_judge": longer, "kl_coef": 0.0, "reward": "vowels", "rewards": [vowels]},

@@ -113,7 +113,6 @@ def test_further_fields_of_a_request():
         ("`Rating: 4`", 3 / 9),
         ("Rating (1-10): 7", 6 / 9),
         ("Rating: [7]", 6 / 9),
-        ("Rating: 7 (good)", 6 / 9),
         ("**Rating:** 7/10", 6 / 9),
         ("Rating: 7 out of 10.", 6 / 9),
         ("Rating: 10\nReason: a rating 1 answer would be worse", 1.0),
@@ -127,7 +126,7 @@ def test_replies_that_are_read(reply, expected):
     "reply",
     [
         *("", "I can't say", "Rating: 11", "Rating: good", "There are 3 reasons.", "Rating: 1-10", "Rating: 1,5"),
-        *("Rating: 8/100", "Rating: 1 out of 5", "4/5"),
+        *("Rating: 4 (out of 5)", "Rating: 7 (good)", "Rating: 8/100", "Rating: 1 out of 5", "4/5"),
         *("<think>a poor one is\nRating: 2\nbut this", "<think>a</think><think>\n7"),
     ],
 )
@@ -190,14 +189,15 @@ def test_pairs_are_asked_in_both_orders_and_equal_questions_once(tiny, tmp_path)
         ("Better: A", 1.0),
         ("It is short.\n**Better:** B", 0.0),
         ("Better: Answer A.", 1.0),
-        ("better: a", 1.0),
-        ("Better: [B] (by far)", 0.0),
+        ("Better: [B]", 0.0),
+        ("Better: Answer [B]", 0.0),
         ("better: tie", 0.5),
         ("Better: B\n\nB would be better a second time.", 0.0),
         ("B is better. A is too long.", None),
         ("Answer B is clearly better: a more complete answer.", None),
         ("Better: A or B", None),
-        ("Better: a shorter one", None),
+        ("Better: A (or B)", None),
+        ("What would make it better:\na. more detail", None),
     ],
 )
 def test_verdicts_that_are_read(reply, expected):
