@@ -160,7 +160,7 @@ class Rollout(Record):
             without a reference.
         rewards: Weighted sum of the rewards of each completion, 0 where `valid` is False.
         component_rewards: Each reward by name, before its weight; NaN where the reward returned None.
-        valid: False if no reward scored the completion or it was masked: no loss or mean of rewards has it.
+        valid: False if no reward scored the completion, it was masked or has no rank: no loss has it.
         returns: The objective: `rewards - kl_coef * k1` with k1 summed over the tokens; the rewards alone with a
             `kl_penalty` in the loss. Token-level rewards are separate.
         token_rewards: Weighted sum of the token-level rewards, 0 where masked; None if there are none.

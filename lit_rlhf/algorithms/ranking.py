@@ -27,8 +27,8 @@ class RankedRollout(Rollout):
     """A rollout whose completions are ranked.
 
     Attributes:
-        ranking: The numbers that rank the completions of a prompt, the higher the better; minus infinity
-            without a reward or an opinion of the judge; None until they are known.
+        ranking: The numbers that rank the completions of a prompt, the higher the better; minus infinity without
+            a reward or an opinion of the judge; None until they are known.
     """
 
     ranking: Float[Tensor, "prompts samples"] | None = None
