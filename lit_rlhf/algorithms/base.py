@@ -25,7 +25,7 @@ from lit_rlhf.models.pretrained import load_tokenizer
 from lit_rlhf.models.quantized import check_can_train, check_unsharded
 from lit_rlhf.models.scalar import ScalarModel
 from lit_rlhf.training.checkpointing import CheckpointHooks
-from lit_rlhf.training.checks import check_batch_type, check_positions, check_processes
+from lit_rlhf.training.checks import check_positions, check_processes
 from lit_rlhf.training.diagnosis import check_chat_prompts
 from lit_rlhf.training.distributed import gather_over_ranks, raise_on_all_ranks, sum_over_ranks
 from lit_rlhf.training.exporting import ExportHooks
@@ -133,18 +133,11 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
         """
         check_causal_lm(self.pretrained, **self.load_options)
 
-    def configure_callbacks(self) -> list[Any]:
-        """Check the type of the data before they are read."""
-        check_batch_type(type(self).__name__, self.batch_type, self.data_module)
-        callbacks: Any = super().configure_callbacks()
-        return callbacks if isinstance(callbacks, list) else [callbacks]
-
     def setup(self, stage: str) -> None:
-        """Take the run's seed, which determines all randomness, and check the type of the data.
+        """Take the run's seed, which determines all randomness, and check the Trainer.
 
         Raises:
-            ValueError: If the data module yields another type of batch, or the Trainer's processes or callbacks don't
-                fit.
+            ValueError: If the Trainer's processes or callbacks don't fit.
         """
         trainer = self.trainer
         check_processes(trainer.strategy, trainer.world_size, trainer.num_devices, trainer.num_nodes)
@@ -155,7 +148,6 @@ class Algorithm(Guards, ExportHooks, CheckpointHooks, ABC):
             check_callbacks(trainer)
         self._resumed = None
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        check_batch_type(type(self).__name__, self.batch_type, self.data_module)
         self._continues_text = check_chat_prompts(self.tokenizer, self.data_module, stage)
 
     def configure_model(self) -> None:

@@ -100,7 +100,8 @@ def mismatched_rows(data: TextData, trainer: Trainer) -> Iterable[Demonstrations
 
     The next row would often have the same prompt: that of a pair.
     """
-    rows, half = list(data.val_set or ()), len(data.val_set or ()) // 2
+    rows = list(data.val_set or ())
+    half = len(rows) // 2
     pairs = zip(rows, rows[half:] + rows[:half], strict=True)
     mixed = [replace(row, completions=other.completions, learned=other.learned) for row, other in pairs]
     limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches

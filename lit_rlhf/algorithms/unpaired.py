@@ -87,11 +87,11 @@ class UnpairedAlgorithm(OfflineAlgorithm):
 
     def labels(self, batch: Demonstrations) -> Bool[Tensor, " rows"]:
         """Return True for desirable completions."""
-        rows = [{name: values[i] for name, values in batch.prompts.columns.items()} for i in range(len(batch.prompts))]
+        columns, name = batch.prompts.columns, self.label_column
+        rows = [{name: label} for label in columns.get(name, ())] or [columns]  # a loader's may have no labels
         for row in rows:
-            method_checks.check_label(type(self).__name__, row, self.label_column, "a row")
-        labels = [method_checks.read_label(row[self.label_column]) for row in rows]
-        return torch.tensor(labels, device=batch.tokens.device)
+            method_checks.check_label(type(self).__name__, row, name, "a batch")
+        return torch.tensor([method_checks.read_label(row[name]) for row in rows], device=batch.tokens.device)
 
     def setup(self, stage: str) -> None:
         """Check the labels of all rows before a model is loaded."""

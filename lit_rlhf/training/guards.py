@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_rlhf.errors import InputTypeError
 from lit_rlhf.training.checkpoint_search import search_by_name
-from lit_rlhf.training.checks import DATA_MODULES
+from lit_rlhf.training.checks import DATA_MODULES, check_batch_type
 from lit_rlhf.training.diagnosis import MovementCheck
 from lit_rlhf.types import Record
 
@@ -70,6 +70,16 @@ class Guards(LightningModule):
             return data
         source = getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
         return data if source is data else None  # the Trainer keeps the data module of an earlier call
+
+    def configure_callbacks(self) -> list[Any]:
+        """Check the type of the data before they are read.
+
+        Raises:
+            ValueError: If the data module yields another type of batch.
+        """
+        check_batch_type(type(self).__name__, self.batch_type, self.data_module)
+        callbacks: Any = super().configure_callbacks()
+        return callbacks if isinstance(callbacks, list) else [callbacks]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse batches that are not the algorithm's, as from a DataLoader over rows.

@@ -162,6 +162,22 @@ def test_a_limited_validation_reads_no_further_rows(limit, rows_read, tiny, tmp_
     assert sum(read) == rows_read
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({}, "KTO reads the column 'label', and a batch has no columns"),
+        ({"label": "yes"}, "a batch: label='yes' must be"),
+    ],
+)
+def test_labels_of_a_loader_are_checked(label, message, tiny, tmp_path):
+    module, rows = make_module("KTO", tiny), [{"prompt": "p", "completion": "c", **label}] * 2
+    data = lit_rlhf.DemonstrationData(train=rows, val=rows)
+    data.tokenizer = module.tokenizer
+    data.setup("validate")
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path).validate(module, dataloaders=data.val_dataloader(), verbose=False)
+
+
 def test_prediction_needs_no_labels(tiny, tmp_path):
     data = lit_rlhf.DemonstrationData(train=None, val=[{"prompt": "p", "completion": "c"}])
     rows = make_trainer(tmp_path).predict(make_module("KTO", tiny), data)
